@@ -1,0 +1,23 @@
+"""The one error for input that is wrong: it names the place, the rule and the fix."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class InputError(ValueError):
+    """Something given from outside (a config, file, argument or data row) is wrong.
+
+    The message is one line: where, which rule, what was got, what to try.  The command
+    line prints it and exits with 2; Python callers can catch it as a `ValueError`.
+    """
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """A " (did you mean 'x'?)" for the known word closest to `word`, or an empty string.
+
+    Example:
+        >>> nearest("lora_alhpa", ["r", "lora_alpha"])
+        " (did you mean 'lora_alpha'?)"
+    """
+    match = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f" (did you mean {match[0]!r}?)" if match else ""

@@ -1,0 +1,128 @@
+"""`./lora` itself, with an installer that only writes down what it was asked for."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+# Makes a virtual environment whose Python says how it was called.
+FAKE_UV = """#!/bin/sh
+echo "$@" >>"$CALLS"
+if [ "$1" = venv ]; then
+    for last; do :; done
+    mkdir -p "$last/bin" "$last/lib/python3.11/site-packages"
+    printf '#!/bin/sh\\nprintf "ran %%s\\\\n" "$*"\\n' >"$last/bin/python"
+    chmod +x "$last/bin/python"
+fi
+"""
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A copy of the script and the pins in a folder whose name holds a space."""
+    folder = tmp_path / "a folder"
+    shutil.copytree(ROOT / "requirements", folder / "requirements")
+    shutil.copy(ROOT / "lora", folder / "lora")
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    (tools / "uv").write_text(FAKE_UV)
+    (tools / "uv").chmod(0o755)
+    (tools / "python3").symlink_to(sys.executable)
+    return folder
+
+
+def lora(checkout: Path, *words: str, **extra: str) -> subprocess.CompletedProcess[str]:
+    calls = checkout.parent / "calls"
+    calls.write_text("")
+    environment = {
+        "PATH": f"{checkout.parent / 'tools'}:/usr/bin:/bin",
+        "HOME": str(checkout.parent),
+        "CALLS": str(calls),
+        "LORA_JAX_PLATFORM": "cpu",
+        **extra,
+    }
+    return subprocess.run(
+        ["sh", str(checkout / "lora"), *words],
+        cwd=checkout.parent,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def calls(checkout: Path) -> str:
+    return (checkout.parent / "calls").read_text()
+
+
+def test_help_needs_no_set_up(checkout):
+    run = lora(checkout, "--help")
+    assert run.returncode == 0
+    assert "./lora test" in run.stdout
+    assert not (checkout / ".venv").exists()
+
+
+def test_first_run_sets_up_and_the_second_is_silent(checkout):
+    first = lora(checkout, "train", "my config.yaml")
+    assert first.stdout == "ran -P -m lora_jax train my config.yaml\n"
+    assert "installing JAX for cpu (LORA_JAX_PLATFORM says so)" in first.stderr
+    assert "-r requirements/cpu.txt" in calls(checkout)
+    second = lora(checkout, "train", "my config.yaml")
+    assert (second.stdout, second.stderr, calls(checkout)) == (first.stdout, "", "")
+
+
+def test_package_is_found_after_the_folder_moved(checkout):
+    lora(checkout, "train")
+    (path_file,) = checkout.glob(".venv/lib/*/site-packages/lora_jax.pth")
+    assert (path_file.parent / path_file.read_text().strip()).resolve() == checkout.resolve()
+
+
+def test_changed_pins_are_installed(checkout):
+    lora(checkout, "train")
+    with open(checkout / "requirements/cpu.txt", "a") as file:
+        file.write("# one more line\n")
+    lora(checkout, "train")
+    assert "pip install" in calls(checkout)
+    assert "venv" not in calls(checkout).split()
+
+
+def test_another_platform_gets_a_fresh_environment(checkout):
+    lora(checkout, "train")
+    lora(checkout, "train", LORA_JAX_PLATFORM="cuda13")
+    assert "-r requirements/cuda13.txt" in calls(checkout)
+    assert "venv" in calls(checkout).split()
+
+
+def test_interrupted_set_up_is_taken_up_again(checkout):
+    lora(checkout, "train")
+    (checkout / ".venv/.lora").unlink()
+    lora(checkout, "train")
+    assert "pip install" in calls(checkout)
+
+
+def test_test_command_installs_the_test_groups_and_runs_pytest(checkout):
+    run = lora(checkout, "test", "-k", "nf4 or int4")
+    assert run.stdout == "ran -m pytest -n 2 --dist worksteal -k nf4 or int4\n"
+    assert "-r requirements/test.txt" in calls(checkout)
+    assert "-r requirements/oracle.txt" in calls(checkout)
+    lora(checkout, "test")
+    assert calls(checkout) == ""
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "words"),
+    [
+        ("LORA_JAX_PLATFORM", "rocm", "must be cpu, cuda13 or tpu, got 'rocm'"),
+        ("LORA_PYTHON", "no-such-python", "LORA_PYTHON=/path/to/python"),
+    ],
+)
+def test_wrong_variable_gets_one_line(checkout, variable, value, words):
+    run = lora(checkout, "train", **{variable: value})
+    assert run.returncode == 2
+    assert words in run.stderr
+    assert run.stderr.count("\n") == 1
+    assert not os.listdir(checkout).count(".venv")
