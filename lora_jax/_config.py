@@ -1,0 +1,266 @@
+"""What an adapter and a quantized base look like: `LoraConfig` and `QuantConfig`."""
+
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, TypeVar
+
+from ._errors import InputError, nearest
+
+# PEFT fields this library does not implement: accepted at these defaults, refused otherwise.
+_ONLY_AT_DEFAULT: Mapping[str, tuple[Any, ...]] = {
+    "alora_invocation_tokens": (None,),
+    "arrow_config": (None,),
+    "corda_config": (None,),
+    "ensure_weight_tying": (False,),
+    "eva_config": (None,),
+    "fan_in_fan_out": (False,),
+    "kasa_config": (None,),
+    "layer_replication": (None,),
+    "layers_pattern": (None, []),
+    "loftq_config": ({}, None),
+    "lora_bias": (False,),
+    "lora_ga_config": (None,),
+    "megatron_config": (None,),
+    "megatron_core": ("megatron.core", None),
+    "monteclora_config": (None,),
+    "qalora_group_size": (16,),
+    "runtime_config": (None, {"ephemeral_gpu_offload": False}),
+    "target_parameters": (None, []),
+    "trainable_token_indices": (None, []),
+    "use_bdlora": (None, False),
+    "use_dora": (False,),
+    "use_qalora": (False,),
+    "velora_config": (None,),
+}
+PEFT_DEFAULTS = {
+    name: values[0] for name, values in _ONLY_AT_DEFAULT.items() if name != "runtime_config"
+}
+"""What a saved config says of them; `runtime_config` is never saved."""
+# Facts about a file rather than about the adapter: read and carried, they change no number.
+_DESCRIPTIVE = {
+    "auto_mapping",
+    "base_model_name_or_path",
+    "inference_mode",
+    "peft_type",
+    "peft_version",
+    "revision",
+}
+_Class = TypeVar("_Class", bound=type)
+
+
+def _taking_peft_fields(cls: _Class) -> _Class:
+    """Let a constructor take PEFT's other fields too, at their defaults."""
+    own: Callable[..., None] = cls.__init__
+
+    @functools.wraps(own)
+    def init(self: Any, *args: Any, **values: Any) -> None:
+        own(self, *args, **_own_fields(cls, values))
+
+    cls.__init__ = init
+    return cls
+
+
+@_taking_peft_fields
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """A low-rank adapter `W0 + scaling·A·B`, in PEFT's field names.
+
+    Fields of PEFT that are not below are accepted at PEFT's default and refused otherwise.
+
+    Args:
+        r: Rank of the adapter.
+        lora_alpha: `scaling` is `lora_alpha / r`, or `lora_alpha / sqrt(r)` under rsLoRA.
+        target_modules: Module names to adapt: a list of names or path suffixes, one regular
+            expression that must match the whole dotted path, or `"all-linear"` (every matrix
+            but the output head).
+        exclude_modules: Names or a regular expression taken out again.
+        lora_dropout: Dropout rate on the adapter's input while training.
+        use_rslora: Rank-stabilised scaling (Kalajdzievski 2023).
+        rank_pattern, alpha_pattern: Path suffix or regular expression to rank or alpha, first
+            match wins.
+        layers_to_transform: Layer numbers to adapt; all by default.
+        modules_to_save: Modules trained in full and saved with the adapter.
+        init_lora_weights: True: A ~ U(±1/√d_in), B = 0. `"gaussian"`: A ~ N(0, 1/r²), B = 0.
+            False: A ~ U(±1/√d_in), B ~ U(±1/√r), so that the adapter changes the output.
+        bias: Only `"none"`: biases of the base stay frozen.
+        task_type: Recorded in the file, as PEFT does.
+        adapter_dtype: `"float32"`, `"bfloat16"` or `"float16"`.
+
+    Raises:
+        InputError: for an unknown or unsupported field, or a value out of its range.
+
+    Example:
+        >>> LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj"]).scaling("x/q_proj")
+        2.0
+
+    Source: Hu et al. 2021, "LoRA", section 4.1; field names of PEFT's `LoraConfig`.
+    """
+
+    r: int = 8
+    lora_alpha: float = 8
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    lora_dropout: float = 0.0
+    use_rslora: bool = False
+    rank_pattern: dict[str, int] = dataclasses.field(default_factory=dict)
+    alpha_pattern: dict[str, float] = dataclasses.field(default_factory=dict)
+    layers_to_transform: list[int] | int | None = None
+    modules_to_save: list[str] | None = None
+    init_lora_weights: bool | Literal["gaussian"] = True
+    bias: str = "none"
+    task_type: str | None = None
+    adapter_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+
+    def __post_init__(self) -> None:
+        for name in ("target_modules", "exclude_modules", "modules_to_save"):
+            _set_names(self, name, single=name != "modules_to_save")
+        for name in ("rank_pattern", "alpha_pattern"):
+            if not isinstance(getattr(self, name), Mapping):
+                raise InputError(f"lora: {name} must map patterns to numbers")
+        _check_layers(self.layers_to_transform)
+        for name, rank in {"r": self.r, **self.rank_pattern}.items():
+            if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+                raise InputError(f"lora: the rank {name} must be a positive integer, got {rank!r}")
+        for name, alpha in {"lora_alpha": self.lora_alpha, **self.alpha_pattern}.items():
+            if not isinstance(alpha, int | float) or not math.isfinite(alpha) or alpha <= 0:
+                raise InputError(f"lora: the alpha {name} must be positive, got {alpha!r}")
+        rate = self.lora_dropout
+        if not isinstance(rate, int | float) or not 0.0 <= rate < 1.0:
+            raise InputError(f"lora: lora_dropout must be in [0, 1), got {self.lora_dropout!r}")
+        if self.bias != "none":
+            raise InputError(f"lora: bias={self.bias!r} is not supported; use bias='none'")
+        if not isinstance(self.use_rslora, bool):
+            raise InputError(f"lora: use_rslora must be true or false, got {self.use_rslora!r}")
+        if self.init_lora_weights not in (True, False, "gaussian"):
+            raise InputError(
+                f"lora: init_lora_weights={self.init_lora_weights!r} is not supported;"
+                " use true, false or 'gaussian'"
+            )
+        if self.adapter_dtype not in ("float32", "bfloat16", "float16"):
+            raise InputError(
+                f"lora: adapter_dtype={self.adapter_dtype!r} is not supported;"
+                " use float32, bfloat16 or float16"
+            )
+        for pattern in (self.target_modules, self.exclude_modules):
+            if isinstance(pattern, str):
+                _compiled(pattern)
+        for pattern in (*self.rank_pattern, *self.alpha_pattern):
+            _compiled(pattern)
+
+    def rank(self, path: str) -> int:
+        """Rank at a module path (`/` or `.` between names), after `rank_pattern`."""
+        return _first_match(self.rank_pattern, path, self.r)
+
+    def alpha(self, path: str) -> float:
+        """Alpha at a module path, after `alpha_pattern`."""
+        return _first_match(self.alpha_pattern, path, self.lora_alpha)
+
+    def scaling(self, path: str) -> float:
+        """`alpha / rank`, or `alpha / sqrt(rank)` under rsLoRA, at a module path.
+
+        This is the only place where the scaling is computed.
+        """
+        rank = self.rank(path)
+        return self.alpha(path) / (math.sqrt(rank) if self.use_rslora else rank)
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any], where: str = "lora") -> "LoraConfig":
+        """Read a mapping of PEFT fields, such as the content of `adapter_config.json`.
+
+        Args:
+            raw: Field names and values.
+            where: The place that errors name.
+
+        Example:
+            >>> LoraConfig.from_dict({"r": 4, "use_dora": False}).r
+            4
+        """
+        # PEFT writes null where it means empty.
+        empty = {name: raw.get(name) or {} for name in ("rank_pattern", "alpha_pattern")}
+        try:
+            return cls(**{**raw, **empty})
+        except InputError as error:
+            raise InputError(str(error).replace("lora:", f"{where}:", 1)) from None
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantConfig:
+    """How frozen weights are kept in four bits.
+
+    Args:
+        format: `"nf4"` (Dettmers et al. 2023, appendix E) or symmetric `"int4"`.
+        block_size: Weights along the contracted axis that share one absmax.
+        double_quant: Keep the absmax values in 8 bits too (ibid., section 3).
+
+    Example:
+        >>> QuantConfig().format
+        'nf4'
+    """
+
+    format: Literal["nf4", "int4"] = "nf4"
+    block_size: int = 64
+    double_quant: bool = True
+
+    def __post_init__(self) -> None:
+        if self.format not in ("nf4", "int4"):
+            raise InputError(f"quant: format {self.format!r} is not supported; use nf4 or int4")
+        if self.block_size != 64:
+            raise InputError(f"quant: block_size must be 64, got {self.block_size!r}")
+
+
+def _own_fields(cls: Any, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields this library implements, once the others are known to change nothing."""
+    known = {field.name for field in dataclasses.fields(cls)}
+    # First, since another kind of adapter has fields of its own.
+    if values.get("peft_type") not in (None, "LORA"):
+        kind = values["peft_type"]
+        raise InputError(f"lora: peft_type {kind!r} is not supported; only 'LORA' is")
+    for name in sorted(values.keys() - known - _DESCRIPTIVE):
+        if name not in _ONLY_AT_DEFAULT:
+            raise InputError(f"lora: unknown field {name!r}{nearest(name, known)}")
+        if not any(values[name] == default for default in _ONLY_AT_DEFAULT[name]):
+            raise InputError(f"lora: {name}={values[name]!r} is not supported; leave it out")
+    return {name: value for name, value in values.items() if name in known}
+
+
+def _set_names(config: LoraConfig, field: str, *, single: bool) -> None:
+    """Turn a tuple or set of names into the list that files hold, and refuse anything else."""
+    value = getattr(config, field)
+    if value is None or (single and isinstance(value, str)):
+        return
+    if not isinstance(value, list | tuple | set) or not all(isinstance(n, str) for n in value):
+        or_one = " or one regular expression" if single else ""
+        raise InputError(f"lora: {field} must be a list of names{or_one}, got {value!r}")
+    names = sorted(value) if isinstance(value, set) else list(value)
+    object.__setattr__(config, field, names)
+
+
+def _check_layers(layers: Any) -> None:
+    numbers = layers if isinstance(layers, list) else [] if layers is None else [layers]
+    if not all(type(number) is int and number >= 0 for number in numbers):
+        raise InputError(f"lora: layers_to_transform must be layer numbers, got {layers!r}")
+
+
+def _first_match(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
+    """PEFT's rule: the first key that matches the end of the dotted path."""
+    return next((v for pattern, v in patterns.items() if ends_with_pattern(pattern, path)), default)
+
+
+def ends_with_pattern(pattern: str, path: str) -> bool:
+    """Whether a key of `rank_pattern` or `alpha_pattern` matches the end of a module path.
+
+    Example:
+        >>> ends_with_pattern("q_proj", "layers/0/q_proj"), ends_with_pattern("proj", "q_proj")
+        (True, False)
+    """
+    return bool(re.match(rf"(.*\.)?({pattern})$", path.replace("/", ".")))
+
+
+def _compiled(pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise InputError(f"lora: {pattern!r} is not a regular expression: {error}") from None

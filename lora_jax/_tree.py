@@ -1,0 +1,123 @@
+"""Nested parameter dicts: paths, `partition`, `combine`, and stacked layers' names."""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from ._typing import Params
+
+Mask = Mapping[str, Any] | Callable[[str], bool]
+
+
+def leaves_with_path(tree: Params, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (path, leaf) in order; a leaf is whatever is not a mapping.
+
+    Example:
+        >>> list(leaves_with_path({"q_proj": {"kernel": 1}, "norm": 2}))
+        [('q_proj/kernel', 1), ('norm', 2)]
+    """
+    for name, value in tree.items():
+        path = f"{prefix}/{name}" if prefix else str(name)
+        if isinstance(value, Mapping):
+            yield from leaves_with_path(value, path)
+        else:
+            yield path, value
+
+
+def tree_from_paths(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """The nested dict with these leaves, keyed by path.
+
+    Example:
+        >>> tree_from_paths({"q_proj/kernel": 1, "norm": 2})
+        {'q_proj': {'kernel': 1}, 'norm': 2}
+    """
+    tree: dict[str, Any] = {}
+    for path, leaf in leaves.items():
+        *modules, name = path.split("/")
+        node = tree
+        for module in modules:
+            node = node.setdefault(module, {})
+        node[name] = leaf
+    return tree
+
+
+def map_with_path(function: Callable[[str, Any], Any], tree: Params) -> dict[str, Any]:
+    """Apply `function(path, leaf)` to every leaf.
+
+    Example:
+        >>> map_with_path(lambda path, x: path, {"a": {"b": 1}})
+        {'a': {'b': 'a/b'}}
+    """
+    return tree_from_paths({path: function(path, leaf) for path, leaf in leaves_with_path(tree)})
+
+
+def partition(tree: Params, mask: Mask) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Split a tree in two: the leaves where `mask` is true, and the others.
+
+    Args:
+        tree: Nested mapping of parameters.
+        mask: A mapping of the same structure with booleans (see `trainable_mask`), or a
+            function from a leaf's path to a boolean.
+
+    Returns:
+        (selected, rest): nested dicts that hold only their own leaves; `combine(rest,
+        selected)` is the tree again.
+
+    Example:
+        >>> partition({"a": {"kernel": 1, "lora_A": 2}}, lambda path: path.endswith("lora_A"))
+        ({'a': {'lora_A': 2}}, {'a': {'kernel': 1}})
+    """
+    chosen = mask if callable(mask) else dict(leaves_with_path(mask)).__getitem__
+    leaves = dict(leaves_with_path(tree))
+    selected = {path: leaf for path, leaf in leaves.items() if chosen(path)}
+    rest = {path: leaf for path, leaf in leaves.items() if path not in selected}
+    return tree_from_paths(selected), tree_from_paths(rest)
+
+
+def combine(base: Params, overlay: Params) -> dict[str, Any]:
+    """Lay one tree over another: the leaves of both, `overlay`'s where both have one.
+
+    `combine(base_params, adapter)` puts `lora_A`, `lora_B` and `lora_scaling` beside the
+    `kernel` they belong to; neither argument is changed and no array is copied.
+
+    Raises:
+        ValueError: where one tree has a leaf and the other a subtree.
+
+    Example:
+        >>> combine({"a": {"kernel": 1}}, {"a": {"lora_A": 2}})
+        {'a': {'kernel': 1, 'lora_A': 2}}
+    """
+    return _combine(base, overlay, "")
+
+
+def _combine(base: Params, overlay: Params, prefix: str) -> dict[str, Any]:
+    merged = dict(base)
+    for name, value in overlay.items():
+        path = f"{prefix}/{name}" if prefix else str(name)
+        if name not in merged:
+            merged[name] = value
+        elif isinstance(value, Mapping) != isinstance(merged[name], Mapping):
+            raise ValueError(f"combine: {path} is a leaf in one tree and a subtree in the other")
+        else:
+            merged[name] = (
+                _combine(merged[name], value, path) if isinstance(value, Mapping) else value
+            )
+    return merged
+
+
+def layer_paths(path: str, stack: str | None, count: int) -> list[str]:
+    """Paths of the single layers behind a stacked one: the number follows the stack's path.
+
+    Args:
+        path: Path below the stack, as in the tree.
+        stack: Path whose leaves carry a leading layer axis, or None for a single module.
+        count: Number of layers.
+
+    Example:
+        >>> layer_paths("model/layers/self_attn/q_proj", "model/layers", 2)
+        ['model/layers/0/self_attn/q_proj', 'model/layers/1/self_attn/q_proj']
+        >>> layer_paths("lm_head", None, 1)
+        ['lm_head']
+    """
+    if stack is None:
+        return [path]
+    return [f"{stack}/{i}{path[len(stack) :]}" for i in range(count)]
