@@ -1,0 +1,104 @@
+"""Four-bit codebooks, nibble packing, and the 8-bit map that double quantization uses."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .._typing import Array
+
+# Quantiles of N(0, 1) scaled to [-1, 1], zero among them (Dettmers et al. 2023, appendix E).
+NF4 = (
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
+)
+# -8..7 over 7.5: both ends of [-1, 1] are half a step from their nearest value.
+INT4 = tuple((index - 8) / 7.5 for index in range(16))
+CODEBOOKS = {"nf4": NF4, "int4": INT4}
+ZERO_CODE = 127
+
+
+def midpoints(values: Sequence[float] | np.ndarray) -> np.ndarray:
+    """Boundaries between neighbouring values, rounded as float32 arithmetic rounds them."""
+    exact = np.asarray(values, np.float32)
+    return (exact[:-1] + exact[1:]) / np.float32(2)
+
+
+def nearest_nibble(x: Array, values: Sequence[float]) -> Array:
+    """Index of the nearest of 16 ascending values; the lower one on a tie."""
+    # A sum of comparisons stays one elementwise loop, where a search becomes a gather per step.
+    return sum((x > bound).astype(jnp.uint8) for bound in midpoints(values))  # type: ignore
+
+
+def pack(first: Array, second: Array) -> Array:
+    """One byte of two nibbles, the first one high."""
+    return (first << 4) | second
+
+
+def unpack(codes: Array) -> tuple[Array, Array]:
+    """The two nibbles of each byte."""
+    return codes >> 4, codes & 15
+
+
+def lookup(index: Array, format: str) -> Array:
+    """The float32 value at each index of 0..15."""
+    if format == "int4":
+        return (index.astype(jnp.int32).astype(jnp.float32) - 8) / 7.5
+    # XLA:CPU hoists each constant of a select out of a scan as an array of the weight's size;
+    # elsewhere selects fuse with what uses them, and gathers do not.
+    return jax.lax.platform_dependent(index, cpu=_gather_nf4, default=_select_nf4)
+
+
+def _gather_nf4(index: Array) -> Array:
+    return jnp.asarray(NF4, jnp.float32)[index.astype(jnp.int32)]
+
+
+def _select_nf4(index: Array) -> Array:
+    """A tree of 15 selects, one level for each bit."""
+    values: list[Array] = [jnp.float32(value) for value in NF4]
+    for bit in range(4):
+        is_set = (index & (1 << bit)) != 0
+        values = [
+            jnp.where(is_set, odd, even)
+            for even, odd in zip(values[::2], values[1::2], strict=True)
+        ]
+    return values[0]
+
+
+def dynamic_values(codes: Array) -> Array:
+    """Float32 values of the signed dynamic 8-bit type, ascending in its 256 codes.
+
+    Codes 127 ± p with p = 2^k + j, 0 <= j < 2^k, k = 0..6 cut the decade `10^(k-6)·[0.1, 1]`
+    into 2^k equal parts and stand for the centre of the j-th; 127 is 0 and 255 is 1
+    (Dettmers 2016, "8-bit approximations for parallelism in deep learning").
+    """
+    position = codes.astype(jnp.int32) - ZERO_CODE
+    part = jnp.abs(position).astype(jnp.float32)
+    value = jnp.zeros_like(part)
+    for k in range(7):
+        centre = 0.1 + 0.9 * ((part + 0.5) * 2.0**-k - 1)
+        value = jnp.where(part >= 2**k, 10.0 ** (k - 6) * centre, value)
+    value = jnp.where(part == 128, 1.0, value)
+    return jnp.where(position < 0, -value, value)
+
+
+def nearest_byte(x: Array) -> Array:
+    """Code of the nearest dynamic value; the lower one on a tie."""
+    with jax.ensure_compile_time_eval():
+        values = np.asarray(dynamic_values(jnp.arange(256, dtype=jnp.uint8)))
+    return jnp.searchsorted(midpoints(values), x).astype(jnp.uint8)

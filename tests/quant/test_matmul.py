@@ -1,0 +1,100 @@
+"""`quantized_matmul`: values, gradients, transformations, memory."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.test_util import check_grads
+
+from lora_jax._config import QuantConfig
+from lora_jax._errors import InputError
+from lora_jax.quant import dequantize, quantize, quantized_matmul
+
+KERNELS = [((130, 20), 1), ((96, 4, 8), 1), ((4, 24, 16), 2)]
+
+
+def normal(*shape, seed=0, dtype=jnp.float32):
+    return jax.random.normal(jax.random.key(seed), shape, dtype)
+
+
+def dense(q, dtype=jnp.float32):
+    return dequantize(q, dtype).reshape(q.d_in, q.d_out)
+
+
+@pytest.mark.parametrize(("shape", "contracting"), KERNELS)
+@pytest.mark.parametrize("format", ["nf4", "int4"])
+def test_value_and_gradient_are_the_dense_ones(shape, contracting, format):
+    q = quantize(normal(*shape), QuantConfig(format=format), contracting=contracting)
+    x, weights = normal(2, 7, q.d_in, seed=1), normal(2, 7, q.d_out, seed=2)
+    value, gradient = jax.jit(
+        jax.value_and_grad(lambda x, q: jnp.sum(weights * quantized_matmul(x, q)))
+    )(x, q)
+    np.testing.assert_allclose(value, jnp.sum(weights * (x @ dense(q))), rtol=1e-4)
+    expected = weights @ dense(q).T
+    assert np.abs(gradient - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
+def test_gradient_by_finite_differences():
+    q = quantize(normal(66, 5))
+    product = jax.jit(lambda x: quantized_matmul(x, q))
+    check_grads(product, (normal(3, 66),), order=1, modes=["rev"])
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_result_and_gradient_keep_the_dtype_of_x(dtype):
+    q = quantize(normal(64, 8))
+    x = normal(3, 64, dtype=dtype)
+    y, pull = jax.vjp(lambda x: quantized_matmul(x, q), x)
+    assert y.dtype == pull(y)[0].dtype == dtype
+    np.testing.assert_allclose(y, x @ dense(q, dtype), rtol=2e-2, atol=2e-2)
+
+
+def test_vmap_over_x_and_over_a_stack():
+    stack = quantize(normal(3, 128, 6), stacked=1)
+    one = jax.tree.map(lambda a: a[0], stack)
+    x = normal(3, 4, 128, seed=1)
+    gradient = jax.grad(lambda x, f: jnp.sum(jnp.sin(f(x))))
+    shared = jax.vmap(quantized_matmul, in_axes=(0, None))
+    np.testing.assert_allclose(shared(x, one), x @ dense(one), rtol=1e-4, atol=1e-4)
+    each = jax.vmap(quantized_matmul)
+    expected = jnp.einsum("nti,nio->nto", x, dequantize(stack))
+    np.testing.assert_allclose(each(x, stack), expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        gradient(x, lambda x: each(x, stack)),
+        gradient(x, lambda x: x @ dequantize(stack)),
+        rtol=1e-4,
+        atol=1e-4,
+    )
+
+
+WIDTH, LAYERS = 256, 16
+DENSE_LAYER = 4 * WIDTH * WIDTH
+
+
+def scanned(x, stack, body):
+    return jnp.sum(jax.lax.scan(body, x, stack)[0])
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("format", ["nf4", "int4"])
+def test_one_layer_at_a_time_is_dense(format, checkpointed):
+    def body(x, q):
+        return jnp.tanh(quantized_matmul(x, q)), None
+
+    body = jax.checkpoint(body) if checkpointed else body
+    shape = jax.ShapeDtypeStruct((LAYERS, WIDTH, WIDTH), jnp.float32)
+    stack = jax.eval_shape(lambda w: quantize(w, QuantConfig(format=format), stacked=1), shape)
+    x = jax.ShapeDtypeStruct((4, WIDTH), jnp.float32)
+    gradient = jax.jit(jax.grad(lambda x, stack: scanned(x, stack, body)))
+    memory = gradient.lower(x, stack).compile().memory_analysis()
+    if memory is None:
+        pytest.skip("this backend reports no memory")
+    assert memory.temp_size_in_bytes < 2 * DENSE_LAYER
+
+
+def test_bad_inputs_are_refused():
+    q = quantize(normal(2, 64, 8), stacked=1)
+    with pytest.raises(InputError, match="must hold one kernel, got a stack"):
+        quantized_matmul(normal(3, 64), q)
+    with pytest.raises(InputError, match=r"must be d_in=64"):
+        quantized_matmul(normal(3, 65), jax.tree.map(lambda a: a[0], q))
