@@ -1,0 +1,157 @@
+"""A parameter with its adapter in one box, which opens to the dense adapted weight."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax.core import meta
+
+from .._errors import InputError
+from .._tree import leaves_with_path, tree_from_paths
+from .._typing import Array, Key, Params
+from ..quant import QuantizedTensor, dequantize
+from ._layout import Layouts, contracting_axes, matrix_shape
+from ._linear import dense_delta, lora_delta, lora_linear
+from ._targets import adapter_names, is_embedding, known_contracting, leaf_shape
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LoraParam(meta.AxisMetadata):
+    """W0 and its factors, as one leaf of a Flax params tree.
+
+    Layers that know it use the factored form.  Any other module reads the parameter through
+    Flax, which opens the box: it then sees W0 + scaling·A·B, exact but dense.  Inside a
+    scanned body only one layer is ever dense.
+    """
+
+    base: Any
+    lora_A: Array
+    lora_B: Array
+    scaling: Array
+    dropout_key: Key | None
+    dropout_rate: Array | None
+    path: str = dataclasses.field(metadata={"static": True})
+    contracting: tuple[int, ...] | None = dataclasses.field(metadata={"static": True})
+
+    def unbox(self) -> Array:
+        """W0 + scaling·A·B in the base's dtype.
+
+        Raises:
+            InputError: under dropout, which needs the layer's input; or if the axes of a
+                kernel of more than two are not known.
+        """
+        if self.dropout_key is not None:
+            raise InputError(
+                f"{self.path}: lora_dropout needs a layer whose input is known (Dense,"
+                " DenseGeneral, Einsum, Embed); set lora_dropout to 0 or exclude this module"
+            )
+        return self.shifted(1.0)
+
+    def shifted(self, sign: float, dtype: Any = None) -> Array:
+        """W0 + sign·scaling·A·B, dense and rounded once, in the base's dtype by default."""
+        if isinstance(self.base, QuantizedTensor):
+            base = dequantize(self.base, jnp.float32)
+        else:
+            base = meta.unbox(self.base)
+        kernel_shape = base.shape[self.lora_A.ndim - 2 :]
+        contracting = contracting_axes(self.contracting, self.path, len(kernel_shape))
+        check_shapes(dataclasses.replace(self, contracting=contracting))
+        delta = dense_delta(self.lora_A, self.lora_B, self.scaling, kernel_shape, contracting)
+        _, own = leaf_shape(self.base)
+        return (base.astype(jnp.float32) + sign * delta).astype(own if dtype is None else dtype)
+
+    def linear(self, x: Array, kernel: Array | QuantizedTensor, precision: Any = None) -> Array:
+        """The layer y = x·W for inputs (..., d_in), with `kernel` the base as a matrix."""
+        return lora_linear(
+            x,
+            kernel,
+            self.lora_A,
+            self.lora_B,
+            self.scaling,
+            dropout_key=self.dropout_key,
+            dropout_rate=0.0 if self.dropout_rate is None else self.dropout_rate,
+            precision=precision,
+        )
+
+    def transposed(self, x: Array) -> Array:
+        """The delta of y = x·Wᵀ, as a tied head has it."""
+        return lora_delta(x, self.lora_B.T, self.lora_A.T, self.scaling)
+
+    def replace_boxed(self, val: Any) -> Any:
+        """The given value: an adapted weight cannot be split into its parts again."""
+        return val
+
+    def add_axis(self, index: int, params: dict[Any, Any]) -> "LoraParam":
+        return dataclasses.replace(self, base=meta.add_axis(self.base, index, params))
+
+    def remove_axis(self, index: int, params: dict[Any, Any]) -> "LoraParam":
+        return dataclasses.replace(self, base=meta.remove_axis(self.base, index, params))
+
+
+def box_adapters(params: Params, layouts: Layouts | None = None) -> dict[str, Any]:
+    """Put every parameter that has `lora_A` and `lora_B` beside it into a `LoraParam`.
+
+    Args:
+        params: A base combined with an adapter.
+        layouts: Axes of adapted raw parameters that are not matrices.
+
+    Raises:
+        InputError: where an adapter's shapes do not fit the base, or it has no base at all.
+    """
+    leaves = dict(leaves_with_path(params))
+    boxed: dict[str, Any] = {}
+    used: set[str] = set()
+    for path, base in leaves.items():
+        name_a, name_b, name_scaling = adapter_names(path)
+        if name_a not in leaves or path in (name_a, name_b, name_scaling):
+            continue
+        prefix = name_a.removesuffix("lora_A")
+        parts = (
+            name_a,
+            name_b,
+            name_scaling,
+            f"{prefix}lora_dropout_key",
+            f"{prefix}lora_dropout_rate",
+        )
+        if missing := [p for p in parts[:3] if p not in leaves]:
+            raise InputError(f"{path}: the adapter lacks {', '.join(missing)}")
+        factors: list[Any] = [leaves[part] for part in parts[:3]]
+        # A look-up has no input to drop; PEFT does not either.
+        dropout = (None, None) if is_embedding(path) else map(leaves.get, parts[3:])
+        contracting = known_contracting(layouts, path, base)
+        param = LoraParam(base, *factors, *dropout, path=path, contracting=contracting)
+        check_shapes(param)
+        boxed[path] = param
+        used.update(parts)
+    for path in leaves:
+        if path.endswith(("lora_A", "lora_B")) and path not in used:
+            raise InputError(
+                f"{path}: the base has no parameter beside it; this adapter was made for"
+                " another base"
+            )
+    rest = {path: leaf for path, leaf in leaves.items() if path not in used}
+    return tree_from_paths(rest | boxed)
+
+
+def check_shapes(param: LoraParam) -> None:
+    """Refuse factors that do not multiply to their parameter.
+
+    Where nothing says which axes are contracted, only sizes can be compared: the layer knows,
+    and checks again.
+    """
+    shape, _ = leaf_shape(param.base)
+    stack, kernel_shape = shape[: param.lora_A.ndim - 2], shape[param.lora_A.ndim - 2 :]
+    d_in, rank = param.lora_A.shape[-2:]
+    d_out = param.lora_B.shape[-1]
+    if param.contracting is None:
+        fits = d_in * d_out == math.prod(kernel_shape)
+    else:
+        fits = matrix_shape(kernel_shape, param.contracting) == (d_in, d_out)
+    if not fits or param.lora_B.shape[:-1] != (*stack, rank) or param.lora_A.shape[:-2] != stack:
+        raise InputError(
+            f"{param.path}: lora_A {param.lora_A.shape} and lora_B {param.lora_B.shape} do not fit"
+            f" the base's {shape}; this adapter was made for another base"
+        )

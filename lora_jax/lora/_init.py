@@ -1,0 +1,144 @@
+"""Fresh adapters, and the dropout they train with."""
+
+import zlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.core import meta
+
+from .._config import LoraConfig
+from .._errors import InputError
+from .._tree import leaves_with_path, tree_from_paths
+from .._typing import Array, Key, Params
+from ..quant import QuantizedTensor, dequantize
+from ._layout import Layouts
+from ._targets import Target, adapter_names, find_targets, is_embedding, saved_modules
+
+
+def init_adapter(
+    key: Key, base_params: Params, config: LoraConfig, *, layouts: Layouts | None = None
+) -> dict[str, Any]:
+    """A new adapter for `base_params`, which stay as they are.
+
+    Args:
+        key: Random key; each layer folds in its own name, so an adapter does not change when
+            other targets are added.
+        base_params: The base's parameters: arrays, quantized tensors, or only their shapes.
+        config: Ranks, targets, initialisation.
+        layouts: Axes of kernels that are not plain matrices, and of stacked layers.
+
+    Returns:
+        A nested dict over the adapted modules: `lora_A (d_in, rank)`, `lora_B (rank, d_out)`
+        in `config.adapter_dtype`, and `lora_scaling ()` in float32, each with a leading layer
+        axis where the base has one.  Layers of smaller rank are padded with zeros, which stay
+        zero in training; a layer without an adapter has scaling 0.  Modules of
+        `modules_to_save` are copied in full.
+
+    Raises:
+        InputError: if a name or pattern of the config matches nothing.
+
+    Example:
+        >>> base = {"q_proj": {"kernel": jnp.zeros((4, 6))}}
+        >>> config = LoraConfig(r=2, target_modules=["q_proj"])
+        >>> adapter = init_adapter(jax.random.key(0), base, config)
+        >>> jax.tree.map(jnp.shape, adapter)
+        {'q_proj': {'lora_A': (4, 2), 'lora_B': (2, 6), 'lora_scaling': ()}}
+
+    Source: Hu et al. 2021, section 4.1; defaults as in PEFT (A kaiming-uniform with a = √5,
+    which is U(±1/√d_in), B zero; for an embedding A zero, B normal).
+    """
+    dtype = jnp.dtype(config.adapter_dtype)
+    leaves: dict[str, Any] = {}
+    for target in find_targets(base_params, config, layouts=layouts):
+        a, b = _factors(key, target, config)
+        scaling = jnp.asarray(target.scalings, jnp.float32)
+        one = (lambda x: x) if target.stacked else (lambda x: x[0])
+        values = (one(a).astype(dtype), one(b).astype(dtype), one(scaling))
+        leaves.update(zip(adapter_names(target.path), values, strict=True))
+    if config.modules_to_save:
+        params = dict(leaves_with_path(base_params))
+        for path in saved_modules(base_params, config):
+            leaves[path] = _trainable_copy(params[path], dtype)
+    return tree_from_paths(leaves)
+
+
+def with_dropout(key: Key, adapter: Params, rate: float) -> dict[str, Any]:
+    """The adapter with dropout switched on for one step; `key` must be new in each.
+
+    The key and the rate become leaves beside each `lora_A` (stacked like it), so they reach
+    the layers through `nn.scan` and `nn.jit` as the weights do.  Add them inside the function
+    that is differentiated; at rate 0 the adapter comes back unchanged.
+
+    Args:
+        key: Random key.
+        adapter: As from `init_adapter`.
+        rate: Share of the adapter's inputs that is zeroed, in [0, 1).
+
+    Raises:
+        InputError: if the rate is out of its range.
+
+    Example:
+        >>> adapter = {"q_proj": {"lora_A": jnp.zeros((4, 2))}}
+        >>> sorted(with_dropout(jax.random.key(0), adapter, 0.1)["q_proj"])
+        ['lora_A', 'lora_dropout_key', 'lora_dropout_rate']
+    """
+    if not 0.0 <= rate < 1.0:
+        raise InputError(f"with_dropout: rate must be in [0, 1), got {rate!r}")
+    leaves = dict(leaves_with_path(adapter))
+    if not rate:
+        return tree_from_paths(leaves)
+    for path, a in list(leaves.items()):
+        if path.endswith("lora_A"):
+            stack, own = a.shape[:-2], jax.random.fold_in(key, _seed(path))
+            prefix = path.removesuffix("lora_A")
+            leaves[f"{prefix}lora_dropout_key"] = jax.random.split(own, stack) if stack else own
+            leaves[f"{prefix}lora_dropout_rate"] = jnp.full(stack, rate, jnp.float32)
+    return tree_from_paths(leaves)
+
+
+def _factors(key: Key, target: Target, config: LoraConfig) -> tuple[Array, Array]:
+    """A (layers, d_in, rank) and B (layers, rank, d_out), padded to the largest rank."""
+    width = max(target.ranks)
+    pairs = []
+    for name, rank in zip(target.names, target.ranks, strict=True):
+        own = jax.random.fold_in(key, _seed(name))
+        a, b = _factor_pair(own, target, rank, config) if rank else _nothing(target)
+        pairs.append(
+            (jnp.pad(a, ((0, 0), (0, width - rank))), jnp.pad(b, ((0, width - rank), (0, 0))))
+        )
+    a, b = zip(*pairs, strict=True)
+    return jnp.stack(a), jnp.stack(b)
+
+
+def _factor_pair(key: Key, target: Target, rank: int, config: LoraConfig) -> tuple[Array, Array]:
+    key_a, key_b = jax.random.split(key)
+    shape_a, shape_b = (target.d_in, rank), (rank, target.d_out)
+    if is_embedding(target.path):
+        a = jnp.zeros(shape_a) if config.init_lora_weights else jax.random.normal(key_a, shape_a)
+        return a, jax.random.normal(key_b, shape_b)
+    if config.init_lora_weights == "gaussian":
+        return jax.random.normal(key_a, shape_a) / rank, jnp.zeros(shape_b)
+    a = _uniform(key_a, shape_a, target.d_in)
+    b = jnp.zeros(shape_b) if config.init_lora_weights else _uniform(key_b, shape_b, rank)
+    return a, b
+
+
+def _uniform(key: Key, shape: tuple[int, int], fan_in: int) -> Array:
+    bound = fan_in**-0.5
+    return jax.random.uniform(key, shape, minval=-bound, maxval=bound)
+
+
+def _nothing(target: Target) -> tuple[Array, Array]:
+    return jnp.zeros((target.d_in, 0)), jnp.zeros((0, target.d_out))
+
+
+def _trainable_copy(leaf: Any, dtype: Any) -> Array:
+    if isinstance(leaf, QuantizedTensor):
+        return dequantize(leaf, dtype)
+    return jnp.array(meta.unbox(leaf), dtype=dtype)
+
+
+def _seed(name: str) -> np.uint32:
+    return np.uint32(zlib.crc32(name.encode()))

@@ -1,0 +1,73 @@
+"""What a kernel's axes mean: which are contracted, and which number layers."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+
+from .._errors import InputError
+from .._tree import layer_paths
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelLayout:
+    """The axes of one kernel.
+
+    Args:
+        contracting: Axes of a single layer's kernel that meet the input; the others make
+            the output.
+        stack: Path of the module whose parameters carry a leading layer axis (as under
+            `nn.scan`), or None.
+
+    Example:
+        >>> query = KernelLayout(contracting=(0,))      # (d, heads, head_dim)
+        >>> output = KernelLayout(contracting=(0, 1))   # (heads, head_dim, d)
+        >>> layers = KernelLayout(stack="model/layers")  # (layers, d_in, d_out)
+    """
+
+    contracting: tuple[int, ...] | None = None
+    stack: str | None = None
+
+
+Layouts = Mapping[str, KernelLayout]
+"""From the path of a parameter, or of a module above it, to its layout."""
+
+
+def rule_for(layouts: Layouts | None, path: str) -> KernelLayout:
+    """The layout with the longest path at or above `path`; an empty one without any."""
+    rules = [p for p in layouts or {} if path == p or path.startswith(f"{p}/")]
+    return (layouts or {})[max(rules, key=len)] if rules else KernelLayout()
+
+
+def contracting_axes(contracting: tuple[int, ...] | None, path: str, axes: int) -> tuple[int, ...]:
+    """The contracted axes of a single layer's kernel: as ruled, or the first of a matrix.
+
+    Raises:
+        InputError: for more than two axes and no rule: a shape alone does not tell.
+    """
+    if contracting is not None:
+        return contracting
+    if axes == 2:
+        return (0,)
+    top = path.split("/")[0]
+    raise InputError(
+        f"{path} has {axes} axes, and a shape alone does not tell which are contracted; pass"
+        " layouts=lora_linen(module).layouts(params, *inputs), or a rule such as"
+        f' {{"{path}": KernelLayout(contracting=(0,))}} or, for layers stacked by nn.scan,'
+        f' {{"{top}": KernelLayout(stack="{top}")}}, or exclude it'
+    )
+
+
+def matrix_shape(shape: tuple[int, ...], contracting: tuple[int, ...]) -> tuple[int, int]:
+    """(d_in, d_out) of a single layer's kernel.
+
+    Example:
+        >>> matrix_shape((4, 16, 64), (0, 1))
+        (64, 64)
+    """
+    d_in = math.prod(shape[axis] for axis in contracting)
+    return d_in, math.prod(shape) // max(d_in, 1)
+
+
+def paths_of_layers(path: str, layout: KernelLayout, shape: tuple[int, ...]) -> list[str]:
+    """Module paths of the single layers behind a kernel of this (stacked) shape."""
+    return layer_paths(path, layout.stack, shape[0] if layout.stack is not None else 1)

@@ -1,0 +1,90 @@
+"""Adapters merged into their base, and taken out again."""
+
+from typing import Any
+
+import jax.numpy as jnp  # noqa: F401 (the examples use it)
+from flax.core import meta
+
+from .._errors import InputError
+from .._tree import combine, leaves_with_path, map_with_path, partition
+from .._typing import Params
+from ._box import LoraParam, box_adapters
+from ._layout import Layouts
+from ._targets import leaf_shape
+
+
+def merge_adapter(
+    base_params: Params, adapter: Params, *, layouts: Layouts | None = None, dtype: Any = None
+) -> dict[str, Any]:
+    """W0 + scaling·A·B for every adapted parameter; neither argument is changed.
+
+    Args:
+        base_params: The base; quantized weights are merged into their dequantized values.
+        adapter: As from `init_adapter`; parameters it holds in full replace the base's.
+        layouts: The layouts the adapter was made with.
+        dtype: Of merged weights; the base's own by default.
+
+    Returns:
+        A tree of the base's structure; weights without an adapter stay as they are.
+
+    Raises:
+        InputError: if the adapter does not fit the base.
+
+    Example:
+        >>> base = {"q_proj": {"kernel": jnp.zeros((4, 6))}}
+        >>> adapter = {"q_proj": {"lora_A": jnp.ones((4, 2)), "lora_B": jnp.ones((2, 6)),
+        ...                       "lora_scaling": jnp.float32(0.5)}}
+        >>> merge_adapter(base, adapter)["q_proj"]["kernel"][0, 0]
+        Array(1., dtype=float32)
+
+    Source: Hu et al. 2021, section 4.1 ("no additional inference latency").
+    """
+    return _merge(base_params, adapter, 1.0, layouts, dtype)
+
+
+def unmerge_adapter(
+    merged_params: Params, adapter: Params, *, layouts: Layouts | None = None, dtype: Any = None
+) -> dict[str, Any]:
+    """W - scaling·A·B: the base again, up to rounding (keep the base itself where you can).
+
+    Args:
+        merged_params: As from `merge_adapter`.
+        adapter, layouts, dtype: As in `merge_adapter`.
+
+    Raises:
+        InputError: if the adapter holds whole modules, whose base is lost in a merge.
+
+    Example:
+        >>> base = {"q_proj": {"kernel": jnp.zeros((4, 6))}}
+        >>> adapter = {"q_proj": {"lora_A": jnp.ones((4, 2)), "lora_B": jnp.ones((2, 6)),
+        ...                       "lora_scaling": jnp.float32(0.5)}}
+        >>> unmerge_adapter(merge_adapter(base, adapter), adapter)["q_proj"]["kernel"][0, 0]
+        Array(0., dtype=float32)
+    """
+    whole, _ = partition(adapter, lambda path: "lora_" not in path.rsplit("/", 1)[-1])
+    if whole:
+        paths = ", ".join(path for path, _ in leaves_with_path(whole))
+        raise InputError(f"unmerge_adapter: {paths} replaced the base's; keep the base instead")
+    return _merge(merged_params, adapter, -1.0, layouts, dtype)
+
+
+def _merge(
+    params: Params, adapter: Params, sign: float, layouts: Layouts | None, dtype: Any
+) -> dict[str, Any]:
+    before = dict(leaves_with_path(params))
+
+    def leaf(path: str, value: Any) -> Any:
+        if path not in before:
+            raise InputError(
+                f"{path}: the base has no such parameter; this adapter was made for another base"
+            )
+        old = before[path]
+        if isinstance(value, LoraParam):
+            new = value.shifted(sign, dtype)
+        elif value is old:
+            return old
+        else:  # one of `modules_to_save`
+            new = meta.unbox(value).astype(leaf_shape(old)[1] if dtype is None else dtype)
+        return old.replace_boxed(new) if isinstance(old, meta.AxisMetadata) else new
+
+    return map_with_path(leaf, box_adapters(combine(params, adapter), layouts))

@@ -1,0 +1,314 @@
+"""Which parameters an adapter touches: PEFT's matching rules, and a strict report."""
+
+import dataclasses
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from flax.core import meta
+
+from .._config import LoraConfig, ends_with_pattern
+from .._errors import InputError, nearest
+from .._tree import leaves_with_path, map_with_path
+from .._typing import Params
+from ..quant import QuantizedTensor
+from ._layout import (
+    KernelLayout,
+    Layouts,
+    contracting_axes,
+    matrix_shape,
+    paths_of_layers,
+    rule_for,
+)
+
+LAYER_PARAMS = ("kernel", "embedding")
+"""Parameters that `target_modules` knows by their module; any other by its own path."""
+OUTPUT_HEADS = ("lm_head",)
+"""Left out of "all-linear", as PEFT leaves out the output layer."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """One adapted parameter: a single layer's, or one of a stack with a rank per layer."""
+
+    path: str
+    """Path of the parameter in the tree, `model/layers/self_attn/q_proj/kernel`."""
+    names: tuple[str, ...]
+    """Module path of each single layer, `model/layers/0/self_attn/q_proj`, ..."""
+    ranks: tuple[int, ...]
+    """Rank of each single layer; 0 where the layer is not adapted."""
+    scalings: tuple[float, ...]
+    d_in: int
+    d_out: int
+    layout: KernelLayout
+
+    @property
+    def stacked(self) -> bool:
+        return self.layout.stack is not None
+
+
+def find_targets(
+    params: Params, config: LoraConfig, *, layouts: Layouts | None = None
+) -> tuple[Target, ...]:
+    """The parameters that `config` adapts, in the tree's order.
+
+    Args:
+        params: The base's parameters, arrays or shapes (`jax.eval_shape`).
+        config: Names and patterns; matched against single layers' dotted paths.
+        layouts: Axes of kernels that are not plain matrices.
+
+    Raises:
+        InputError: if `target_modules` is missing, or if any name or pattern (of targets,
+            exclusions, ranks, alphas, layers) matches nothing.
+
+    Example:
+        >>> params = {"q_proj": {"kernel": np.zeros((4, 6))}, "norm": {"scale": np.zeros(4)}}
+        >>> [t.names for t in find_targets(params, LoraConfig(target_modules=["q_proj"]))]
+        [('q_proj',)]
+    """
+    if config.target_modules is None:
+        raise InputError(
+            "lora: target_modules is missing; give names such as ['q_proj', 'v_proj'], a regular"
+            f" expression, or 'all-linear'. There is: {_summary(params, layouts)}"
+        )
+    wanted = _Matcher(config)
+    targets = _matched(params, wanted, layouts)
+    wanted.check(targets, params, layouts)
+    return targets
+
+
+def matched_targets(
+    params: Params, config: LoraConfig, *, layouts: Layouts | None = None
+) -> tuple[Target, ...]:
+    """As `find_targets`, but a name or pattern that matches nothing is no error.
+
+    For adapters that exist: there the tensors in the file show what is missing.
+    """
+    return _matched(params, _Matcher(config), layouts)
+
+
+def _matched(params: Params, wanted: "_Matcher", layouts: Layouts | None) -> tuple[Target, ...]:
+    targets = []
+    for path, leaf in _candidates(params, layouts):
+        layout = rule_for(layouts, path)
+        names = paths_of_layers(target_name(path), layout, leaf_shape(leaf)[0])
+        chosen = [wanted(name, path) for name in names]
+        if any(chosen):
+            layout = dataclasses.replace(layout, contracting=known_contracting(layouts, path, leaf))
+            targets.append(_target(path, leaf_shape(leaf)[0], names, chosen, wanted.config, layout))
+    return tuple(targets)
+
+
+def saved_modules(params: Params, config: LoraConfig) -> tuple[str, ...]:
+    """Paths of the parameters below `modules_to_save`: trained in full, saved whole.
+
+    Raises:
+        InputError: if a name matches nothing.
+    """
+    wanted = config.modules_to_save or []
+    found: dict[str, list[str]] = {name: [] for name in wanted}
+    for path, _ in leaves_with_path(params):
+        module = path.rpartition("/")[0].replace("/", ".")
+        for name in wanted:
+            if is_within(module, name):
+                found[name].append(path)
+    for name, paths in found.items():
+        if not paths:
+            raise InputError(
+                f"lora: modules_to_save {name!r} matches nothing. There is: {_summary(params)}"
+            )
+    return tuple(dict.fromkeys(path for paths in found.values() for path in paths))
+
+
+def trainable_mask(params: Params, config: LoraConfig | None = None) -> dict[str, Any]:
+    """True for every trainable leaf: `lora_A`, `lora_B`, and what lies in `modules_to_save`.
+
+    Args:
+        params: An adapter, or a base combined with one.
+        config: Needed only when it names `modules_to_save`.
+
+    Example:
+        >>> trainable_mask({"q": {"kernel": 1, "lora_A": 2, "lora_B": 3, "lora_scaling": 4}})
+        {'q': {'kernel': False, 'lora_A': True, 'lora_B': True, 'lora_scaling': False}}
+    """
+    saved = set(saved_modules(params, config)) if config and config.modules_to_save else set()
+    return map_with_path(
+        lambda path, _: path in saved or path.endswith(("lora_A", "lora_B")), params
+    )
+
+
+def adapter_names(param_path: str) -> tuple[str, str, str]:
+    """Paths of `lora_A`, `lora_B` and `lora_scaling` beside a parameter.
+
+    Any parameter `w` but a kernel has its own, `w_lora_A`: a module may hold several, and an
+    adapter shows by its names that it is an embedding's.
+    """
+    module, _, param = param_path.rpartition("/")
+    prefix = f"{module}/" if module else ""
+    prefix += "" if param == "kernel" else f"{param}_"
+    return f"{prefix}lora_A", f"{prefix}lora_B", f"{prefix}lora_scaling"
+
+
+def target_name(param_path: str) -> str:
+    """What `target_modules` matches: the module's path, or a raw parameter's own."""
+    module, _, param = param_path.rpartition("/")
+    return module if param in LAYER_PARAMS else param_path
+
+
+def is_embedding(param_path: str) -> bool:
+    """Whether the parameter is a table that is looked up."""
+    return param_path.rpartition("/")[2] == "embedding"
+
+
+def known_contracting(layouts: Layouts | None, path: str, leaf: Any) -> tuple[int, ...] | None:
+    """The contracted axes as ruled, or as a quantized tensor says itself."""
+    ruled = rule_for(layouts, path).contracting
+    if ruled is None and isinstance(leaf, QuantizedTensor):
+        return tuple(range(leaf.contracting))
+    return ruled
+
+
+class _Matcher:
+    """PEFT's rules, counting what each pattern matched."""
+
+    def __init__(self, config: LoraConfig) -> None:
+        self.config = config
+        layers = config.layers_to_transform
+        self.layers = [layers] if isinstance(layers, int) else layers or None
+        expression = isinstance(config.target_modules, str)
+        if self.layers and expression and config.target_modules != "all-linear":
+            raise InputError(
+                "lora: layers_to_transform goes with a list of target_modules; put the layer"
+                " numbers into the regular expression instead"
+            )
+        self.counts: dict[tuple[str, str], int] = {
+            (field, pattern): 0
+            for field in ("target_modules", "exclude_modules")
+            for pattern in _as_list(getattr(config, field))
+        }
+        self.counts |= {("layers_to_transform", str(layer)): 0 for layer in self.layers or []}
+
+    def __call__(self, name: str, path: str) -> bool:
+        """Whether to adapt the module `name`, a single layer of the parameter at `path`."""
+        dotted = name.replace("/", ".")
+        # Both are asked in any case: what is counted is what matches, not what is adapted.
+        targeted = self._matches("target_modules", dotted)
+        excluded = self._matches("exclude_modules", dotted)
+        if not targeted or excluded:
+            return False
+        if any(is_within(dotted, saved) for saved in self.config.modules_to_save or []):
+            return False
+        if self.config.target_modules == "all-linear" and not _is_linear(path):
+            return False
+        if self.layers is None:
+            return True
+        number = _layer_number(dotted)
+        if number in self.layers:
+            self.counts["layers_to_transform", str(number)] += 1
+        return number in self.layers
+
+    def _matches(self, field: str, dotted: str) -> bool:
+        patterns = getattr(self.config, field)
+        hits = [p for p in _as_list(patterns) if _hit(p, dotted, isinstance(patterns, str))]
+        for pattern in hits:
+            self.counts[field, pattern] += 1
+        return bool(hits)
+
+    def check(self, targets: tuple[Target, ...], params: Params, layouts: Layouts | None) -> None:
+        """Refuse whatever matched nothing."""
+        adapted = [n for t in targets for n, rank in zip(t.names, t.ranks, strict=True) if rank]
+        for field in ("rank_pattern", "alpha_pattern"):
+            for pattern in getattr(self.config, field):
+                hits = [ends_with_pattern(pattern, name) for name in adapted]
+                self.counts[field, pattern] = sum(map(bool, hits))
+        names = [target_name(path) for path, _ in _candidates(params, layouts)]
+        there = f"There is: {_summary(params, layouts)}"
+        for (field, pattern), count in self.counts.items():
+            if not count and (adapted or field in ("target_modules", "exclude_modules")):
+                hint = nearest(pattern, {part for name in names for part in name.split("/")})
+                raise InputError(f"lora: {field} {pattern!r} matches nothing{hint}. {there}")
+        if not adapted:
+            raise InputError(
+                "lora: no module is left to adapt after exclude_modules, modules_to_save and"
+                f" layers_to_transform. {there}"
+            )
+
+
+def _as_list(patterns: list[str] | str | None) -> list[str]:
+    return [patterns] if isinstance(patterns, str) else patterns or []
+
+
+def _hit(pattern: str, dotted: str, is_expression: bool) -> bool:
+    if not is_expression:
+        return _is_or_ends_with(dotted, pattern)
+    return pattern == "all-linear" or bool(re.fullmatch(pattern, dotted))
+
+
+def _is_linear(path: str) -> bool:
+    *modules, param = path.split("/")
+    return param == "kernel" and not (modules and modules[-1] in OUTPUT_HEADS)
+
+
+def _candidates(params: Params, layouts: Layouts | None) -> Iterator[tuple[str, Any]]:
+    """The parameters that could be adapted: matrices and larger, a stack's axis not counted."""
+    for path, leaf in leaves_with_path(params):
+        shape, dtype = leaf_shape(leaf)
+        axes = len(shape) - (rule_for(layouts, path).stack is not None)
+        if axes >= 2 and jax.numpy.issubdtype(dtype, np.floating):
+            yield path, leaf
+
+
+def leaf_shape(leaf: Any) -> tuple[tuple[int, ...], Any]:
+    """Shape and dtype of a leaf, also of one in a Flax box such as `nn.Partitioned`."""
+    array: Any = leaf if hasattr(leaf, "shape") else jax.eval_shape(meta.unbox, leaf)
+    return tuple(array.shape), array.dtype
+
+
+def _target(
+    path: str,
+    shape: tuple[int, ...],
+    names: list[str],
+    chosen: list[bool],
+    config: LoraConfig,
+    layout: KernelLayout,
+) -> Target:
+    kernel_shape = shape[layout.stack is not None :]
+    contracting = contracting_axes(layout.contracting, path, len(kernel_shape))
+    d_in, d_out = matrix_shape(kernel_shape, contracting)
+    return Target(
+        path=path,
+        names=tuple(names),
+        ranks=tuple(config.rank(n) if use else 0 for n, use in zip(names, chosen, strict=True)),
+        scalings=tuple(
+            config.scaling(n) if use else 0.0 for n, use in zip(names, chosen, strict=True)
+        ),
+        d_in=d_in,
+        d_out=d_out,
+        layout=layout,
+    )
+
+
+def _is_or_ends_with(dotted: str, name: str) -> bool:
+    name = name.replace("/", ".")
+    return dotted == name or dotted.endswith(f".{name}")
+
+
+def is_within(dotted: str, name: str) -> bool:
+    """Whether a path is a module of this name, or below one."""
+    parts = dotted.replace("/", ".").split(".")
+    return any(_is_or_ends_with(".".join(parts[: i + 1]), name) for i in range(len(parts)))
+
+
+def _layer_number(dotted: str) -> int | None:
+    """The first number in a path: a later one may count experts, say."""
+    return next((int(part) for part in dotted.split(".") if part.isdigit()), None)
+
+
+def _summary(params: Params, layouts: Layouts | None = None) -> str:
+    """The last names of all candidates, each once."""
+    names: Mapping[str, None] = {
+        target_name(p).split("/")[-1]: None for p, _ in _candidates(params, layouts)
+    }
+    return ", ".join(names) or "no parameter with two axes or more"
