@@ -1,0 +1,241 @@
+"""Any Linen module with its adapter: layers intercepted, the module itself unchanged."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.core import DenyList, meta
+
+from .._errors import InputError
+from .._tree import leaves_with_path
+from .._typing import Array, Params
+from ..lora import (
+    KernelLayout,
+    Layouts,
+    LoraParam,
+    box_adapters,
+    check_shapes,
+    leaf_shape,
+    look_up_delta,
+    matrix_shape,
+)
+from ..quant import QuantizedTensor, quantized_matmul
+from ._contraction import contraction_of
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraLinen:
+    """A Linen module that reads adapters and quantized weights from its params tree.
+
+    `apply` takes what the module's own `apply` takes, with `combine(base_params, adapter)`
+    as the params.  `Dense`, `DenseGeneral`, `Einsum` and `Embed` use the factored form; any
+    other module that reads an adapted parameter gets W0 + scaling·A·B.
+    """
+
+    module: nn.Module
+    layouts_of_params: Layouts | None = None
+
+    def apply(self, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """The module's output with the adapter found in `variables["params"]`, if any.
+
+        Args:
+            variables: `{"params": combine(base_params, adapter), ...}`.
+            *args, **kwargs: Passed on to `module.apply` (`rngs`, `method`, `mutable`, ...).
+
+        Raises:
+            InputError: if the adapter does not fit the base.
+        """
+        boxed = box_adapters(variables.get("params", {}), self.layouts_of_params)
+        with nn.intercept_methods(_intercept):
+            return self.module.apply({**variables, "params": boxed}, *args, **kwargs)
+
+    def layouts(self, params: Params, *args: Any, **kwargs: Any) -> dict[str, KernelLayout]:
+        """The layouts of all kernels the module uses, found by tracing it without computing.
+
+        Args:
+            params: The base's parameters.
+            *args, **kwargs: Inputs as for `module.apply`, arrays or shapes.
+
+        Returns:
+            For every kernel of Dense, DenseGeneral, Einsum and Embed, by path: its contracted
+            axes, and the path of the `nn.scan` or `nn.vmap` it is stacked under.
+
+        Raises:
+            InputError: if parameters are stacked twice, or along another axis than the first.
+
+        Example:
+            >>> model = nn.DenseGeneral((2, 3), name="query")
+            >>> params = model.init(jax.random.key(0), jnp.ones((1, 4)))["params"]
+            >>> lora_linen(model).layouts(params, jnp.ones((1, 4)))
+            {'kernel': KernelLayout(contracting=(0,), stack=None)}
+        """
+        recorder = _Recorder({p: leaf_shape(x)[0] for p, x in leaves_with_path(params)})
+        # Collections such as batch statistics are not at hand: let the module make its own.
+        kwargs = {"mutable": DenyList("params"), **kwargs}
+
+        def trace(params: Params, *args: Any) -> Any:
+            with nn.intercept_methods(recorder):
+                return self.module.apply({"params": params}, *args, **kwargs)
+
+        jax.eval_shape(trace, params, *args)
+        return recorder.layouts()
+
+
+def lora_linen(module: nn.Module, *, layouts: Layouts | None = None) -> LoraLinen:
+    """Let a Linen module use adapters and quantized weights, as it is.
+
+    Args:
+        module: Any Linen module.
+        layouts: Only for adapted raw parameters (`self.param`) of more than two axes.
+
+    Returns:
+        An object whose `apply` has the module's signature.
+
+    Example:
+        >>> from lora_jax import LoraConfig, combine, init_adapter
+        >>> model, x = nn.Dense(3, name="head"), jnp.ones((2, 4))
+        >>> base_params = model.init(jax.random.key(0), x)["params"]
+        >>> config = LoraConfig(r=2, target_modules="all-linear")
+        >>> adapter = init_adapter(jax.random.key(1), base_params, config)
+        >>> lora_linen(model).apply({"params": combine(base_params, adapter)}, x).shape
+        (2, 3)
+    """
+    return LoraLinen(module, layouts)
+
+
+def _intercept(next_fun: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
+    """Replace a known layer's product; all it needs is in the params tree.
+
+    Nothing may come from a closure: `nn.jit` reuses a trace when only a closure changed.
+    """
+    module, method = context.module, context.method_name
+    layer = _LOOK_UPS.get(method) if type(module) is nn.Embed else None
+    name = "embedding" if layer else "kernel"
+    if (layer or method == "__call__") and module.has_variable("params", name):
+        param, inputs = module.get_variable("params", name), _inputs(args, kwargs)
+        if layer and isinstance(param, LoraParam) and inputs:
+            return layer(module, param, *inputs)
+        if not layer and isinstance(param, LoraParam | QuantizedTensor) and inputs:
+            out = _product(module, param, jnp.asarray(inputs[0]), inputs[1:])
+            return next_fun(*args, **kwargs) if out is None else out
+    return next_fun(*args, **kwargs)
+
+
+def _inputs(args: tuple, kwargs: dict) -> tuple:
+    """A layer's arguments by position, however they were given."""
+    named = (kwargs[name] for name in ("inputs", "query", "einsum_str") if name in kwargs)
+    return (*args, *named)
+
+
+def _product(
+    module: Any, param: LoraParam | QuantizedTensor, x: Array, rest: tuple[Any, ...]
+) -> Array | None:
+    """The layer's output in factored form; None where only the dense weight will do."""
+    contraction = contraction_of(module, x.ndim, rest)
+    if contraction is None:
+        return None
+    base = param.base if isinstance(param, LoraParam) else param
+    if not _is_matrix(base, contraction.kernel):
+        base = meta.unbox(base)
+    kernel = _as_matrix(base, contraction.kernel)
+    bias = module.get_variable("params", "bias") if module.use_bias else None
+    x, _, bias = module.promote_dtype(
+        x, jnp.zeros((), base.dtype), meta.unbox(bias), dtype=module.dtype
+    )
+    free = tuple(i for i in range(x.ndim) if i not in contraction.inputs)
+    features = tuple(i for i in range(base.ndim) if i not in contraction.kernel)
+    flat = x.transpose(*free, *contraction.inputs).reshape(*(x.shape[i] for i in free), -1)
+    if isinstance(param, LoraParam):
+        check_shapes(dataclasses.replace(param, contracting=contraction.kernel))
+        y = param.linear(flat, kernel, module.precision)
+    elif isinstance(kernel, QuantizedTensor):
+        y = quantized_matmul(flat, kernel, precision=module.precision)
+    else:
+        return None
+    y = y.reshape(*(x.shape[i] for i in free), *(base.shape[i] for i in features))
+    y = y.transpose(contraction.output)
+    if bias is None:
+        return y
+    shape = [n if i >= len(free) else 1 for i, n in zip(contraction.output, y.shape, strict=True)]
+    return y + bias.reshape(shape)
+
+
+def _is_matrix(base: Any, contracting: tuple[int, ...]) -> bool:
+    """Whether a quantized kernel is flattened as this layer needs it: that cannot be changed."""
+    return isinstance(base, QuantizedTensor) and contracting == tuple(range(base.contracting))
+
+
+def _as_matrix(base: Any, contracting: tuple[int, ...]) -> Any:
+    """The kernel as (d_in, d_out)."""
+    if isinstance(base, QuantizedTensor):
+        return base
+    features = tuple(i for i in range(base.ndim) if i not in contracting)
+    shape = matrix_shape(base.shape, contracting)
+    return base.transpose(*contracting, *features).reshape(shape)
+
+
+def _look_up(module: Any, param: LoraParam, ids: Array) -> Array:
+    (table,) = module.promote_dtype(meta.unbox(param.base), dtype=module.dtype, inexact=False)
+    a, b = param.lora_A.astype(table.dtype), param.lora_B.astype(table.dtype)
+    return jnp.take(table, ids, axis=0) + look_up_delta(ids, a, b, param.scaling)
+
+
+def _attend(module: Any, param: LoraParam, query: Array) -> Array:
+    query, table = module.promote_dtype(query, meta.unbox(param.base), dtype=module.dtype)
+    return jnp.dot(query, table.T) + param.transposed(query)
+
+
+_LOOK_UPS = {"__call__": _look_up, "attend": _attend}
+
+
+class _Recorder:
+    """An interceptor that changes nothing and notes what every kernel's axes mean."""
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self.shapes = shapes
+        self.stacks: set[str] = set()
+        self.contracting: dict[str, tuple[int, ...]] = {}
+
+    def __call__(self, next_fun: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
+        module, prefix = context.module, "/".join(context.module.path)
+        inside = dict(leaves_with_path(module.variables.get("params", {})))
+        for name, value in inside.items():
+            path = f"{prefix}/{name}" if prefix else name
+            outside, (here, _) = self.shapes.get(path, ()), leaf_shape(value)
+            # A leaf that lost its leading axis is seen from inside a scan: the outermost such
+            # module is the scanned one.
+            if len(here) < len(outside):
+                _check_stack(path, here, outside)
+                self.stacks.add(prefix)
+        if context.method_name == "__call__" and args:
+            self._note(module, prefix, args, inside)
+        return next_fun(*args, **kwargs)
+
+    def _note(self, module: nn.Module, prefix: str, args: tuple, inside: dict[str, Any]) -> None:
+        name = "embedding" if type(module) is nn.Embed else "kernel"
+        contracting = (0,)
+        if type(module) is not nn.Embed:
+            contraction = contraction_of(module, jnp.ndim(args[0]), args[1:])
+            if contraction is None:
+                return
+            contracting = contraction.kernel
+        if name in inside:
+            self.contracting[f"{prefix}/{name}" if prefix else name] = contracting
+
+    def layouts(self) -> dict[str, KernelLayout]:
+        def stack_of(path: str) -> str | None:
+            above = [s for s in self.stacks if path.startswith(f"{s}/")]
+            return min(above, key=len, default=None)
+
+        return {p: KernelLayout(axes, stack_of(p)) for p, axes in self.contracting.items()}
+
+
+def _check_stack(path: str, inside: tuple[int, ...], outside: tuple[int, ...]) -> None:
+    if inside != outside[1:]:
+        raise InputError(
+            f"{path}: stacked from {inside} to {outside}; adapters need one stack, along the first"
+            " axis (variable_axes={'params': 0})"
+        )

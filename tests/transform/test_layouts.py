@@ -1,0 +1,97 @@
+"""What `layouts` finds by tracing: contracted axes, and where layers are stacked."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import pytest
+
+from lora_jax import InputError, lora_linen, quantize
+from lora_jax.lora import KernelLayout
+from lora_jax.transform._contraction import Contraction, contraction_of
+
+X = jnp.ones((2, 5, 4))
+
+
+class Block(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        return x + nn.MultiHeadDotProductAttention(num_heads=2, name="attn")(x), None
+
+
+def stacked(axis=0, length=3):
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            layers = nn.scan(
+                Block, variable_axes={"params": axis}, split_rngs={"params": True}, length=length
+            )
+            x, _ = layers(name="layers")(x, None)
+            return nn.Dense(7, name="head")(x)
+
+    return Model()
+
+
+def test_attention_in_a_stack():
+    model = stacked()
+    params = model.init(jax.random.key(0), X)["params"]
+    expected = {
+        f"layers/attn/{name}/kernel": KernelLayout((0, 1) if name == "out" else (0,), "layers")
+        for name in ("query", "key", "value", "out")
+    } | {"head/kernel": KernelLayout((0,))}
+    assert lora_linen(model).layouts(params, X) == expected
+    shapes = jax.eval_shape(lambda: params)
+    assert lora_linen(model).layouts(shapes, jax.ShapeDtypeStruct(X.shape, X.dtype)) == expected
+
+
+def test_a_quantized_stack():
+    model = stacked()
+    params = model.init(jax.random.key(0), X)["params"]
+    expected = lora_linen(model).layouts(params, X)
+    query = params["layers"]["attn"]["query"]
+    query["kernel"] = quantize(query["kernel"], stacked=1)
+    assert lora_linen(model).layouts(params, X) == expected
+    assert lora_linen(model).layouts(jax.eval_shape(lambda: params), X) == expected
+
+
+def test_another_stacking_axis_is_refused():
+    model = stacked(axis=1)
+    params = model.init(jax.random.key(0), X)["params"]
+    with pytest.raises(InputError, match="along the first axis"):
+        lora_linen(model).layouts(params, X)
+
+
+def test_stacks_in_stacks_are_refused():
+    class Twice(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            options = dict(variable_axes={"params": 0}, split_rngs={"params": True})
+            inner = nn.scan(Block, length=3, **options)
+            x, _ = nn.scan(inner, length=2, **options)(name="layers")(x, None)
+            return x
+
+    params = Twice().init(jax.random.key(0), X)["params"]
+    with pytest.raises(InputError, match="need one stack"):
+        lora_linen(Twice()).layouts(params, X)
+
+
+@pytest.mark.parametrize(
+    ("module", "ndim", "expected"),
+    [
+        (nn.Dense(3), 2, Contraction((1,), (0,), (0, 1))),
+        (nn.DenseGeneral((3, 2), axis=(-1, 1)), 4, Contraction((1, 3), (0, 1), (0, 1, 2, 3))),
+        (nn.DenseGeneral(3, axis=(1,), batch_dims=(0,)), 3, None),
+        (nn.Einsum((4, 3), "...d,df->...f"), 4, Contraction((3,), (0,), (0, 1, 2, 3))),
+        (nn.Einsum((4, 3), "bd,df->fb"), 2, Contraction((1,), (0,), (1, 0))),
+        (nn.Einsum((2, 4, 3), "ebd,edf->ebf"), 3, None),  # a batch axis: experts
+        (nn.Einsum((4, 3), "bd,df->b"), 2, None),  # the features are summed
+        (nn.Einsum((4, 3), "bdt,df->bf"), 3, None),  # an input axis is summed
+        (nn.Einsum((4, 4), "bd,dd->bd"), 2, None),
+        (nn.Conv(3, (2,)), 3, None),
+    ],
+)
+def test_contractions(module, ndim, expected):
+    assert contraction_of(module, ndim, ()) == expected
+
+
+def test_an_einsum_given_at_the_call():
+    assert contraction_of(nn.Einsum((4, 3)), 2, ("bd,df->bf",)) == Contraction((1,), (0,), (0, 1))
