@@ -1,0 +1,104 @@
+"""Files written whole or not at all, and tensors read without ever opening a pickle."""
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from ._errors import InputError
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Give a temporary path in the same directory; on success it becomes `path`."""
+    path = Path(path)
+    with _reported(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        os.close(handle)
+        temporary = Path(name)
+        try:
+            yield temporary
+            temporary.chmod(0o644)
+            _flush(temporary)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_directory(path: Path) -> Iterator[Path]:
+    """Give a temporary directory beside `path`; on success it becomes `path`.
+
+    Raises:
+        InputError: if `path` exists and is not an empty directory.
+    """
+    path = Path(path)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise InputError(f"{path}: exists already; give another directory or remove it")
+    with _reported(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        try:
+            yield temporary
+            temporary.chmod(0o755)
+            for file in temporary.rglob("*"):
+                if file.is_file():
+                    _flush(file)
+            os.replace(temporary, path)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def open_tensors(path: Path) -> Iterator[Any]:
+    """Open a safetensors file lazily: `keys()`, `get_tensor(name)` as numpy arrays.
+
+    Raises:
+        InputError: if the file is missing, truncated, or something else (a pickle, say).
+    """
+    if path.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl"):
+        raise InputError(
+            f"{path}: pickled weights are never opened; save them as safetensors first"
+        )
+    try:
+        handle = safe_open(path, framework="numpy")
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path}: not a whole safetensors file ({error})") from None
+    with handle as tensors:
+        yield tensors
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Any]) -> None:
+    """Write arrays to a safetensors file as torch's loaders expect it.
+
+    Non-contiguous arrays would be written wrongly and silently, so all are made contiguous.
+    """
+    arrays = {name: np.ascontiguousarray(np.asarray(value)) for name, value in tensors.items()}
+    with atomic_file(path) as temporary:
+        save_file(arrays, temporary, metadata={"format": "pt"})
+
+
+@contextlib.contextmanager
+def _reported(path: Path) -> Iterator[None]:
+    """Turn a full disk or a forbidden path into one line."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{path}: cannot write: {error.strerror or error}") from error
+    except SafetensorError as error:
+        raise InputError(f"{path}: cannot write: {error}") from error
+
+
+def _flush(path: Path) -> None:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())

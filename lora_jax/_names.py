@@ -1,0 +1,40 @@
+"""Where a parameter lives in a Hugging Face file: the one mapping of names."""
+
+from collections.abc import Sequence
+from pathlib import PurePosixPath
+
+from ._tree import layer_paths
+
+# Leaf names that differ; a linear kernel is also the transpose of its `weight`.
+_HF_LEAF = {"kernel": "weight", "embedding": "weight"}
+
+
+def hf_keys(path: str, stacked: Sequence[str], layers: int) -> list[str]:
+    """The tensors behind one leaf of the tree: one, or one for each stacked layer.
+
+    Args:
+        path: The leaf's path in the tree.
+        stacked: Paths whose leaves carry a leading layer axis.
+        layers: The number of layers in a stack.
+
+    Example:
+        >>> hf_keys("model/layers/self_attn/q_proj/kernel", ["model/layers"], 2)
+        ['model.layers.0.self_attn.q_proj.weight', 'model.layers.1.self_attn.q_proj.weight']
+        >>> hf_keys("model/embed_tokens/embedding", ["model/layers"], 2)
+        ['model.embed_tokens.weight']
+    """
+    module, _, leaf = path.rpartition("/")
+    name = _HF_LEAF.get(leaf, leaf)
+    modules = layer_paths(module, stack_of(path, stacked), layers)
+    return [f"{m}/{name}".replace("/", ".") for m in modules]
+
+
+def stack_of(path: str, stacked: Sequence[str]) -> str | None:
+    """The stack a leaf belongs to, if any."""
+    parents = {str(parent) for parent in PurePosixPath(path).parents}
+    return next((stack for stack in stacked if stack in parents), None)
+
+
+def is_kernel(path: str) -> bool:
+    """Whether the leaf is a linear kernel, which files hold as its transpose."""
+    return path.rpartition("/")[2] == "kernel"
