@@ -1,0 +1,257 @@
+"""A model's tokenizer, read from its Hugging Face directory without transformers."""
+
+import dataclasses
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, SupportsInt
+
+from ._errors import InputError
+
+_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+)
+_NAMED = ("bos_token", "eos_token", "pad_token", "unk_token")
+# A text put before a continuation and taken off again, so that no space is made up at its start.
+_ANCHORS = ("\n", ";", "a")
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokenizer:
+    """Text to token ids and back.
+
+    `encode` never adds a BOS token; data code does, where `add_bos` says so.
+
+    Args:
+        backend: The `tokenizers.Tokenizer` of `tokenizer.json`.
+        special_tokens: `bos_token`, `eos_token`, … to their text, those that are named.
+        bos_id, eos_id, pad_id: Their ids, None where the model has none.
+        stop_ids: Every id that ends a generation (`eos_id` among them).
+        chat_template: The Jinja source, None without one.
+        add_bos: Whether sequences of this model begin with `bos_id`.
+        files: The tokenizer's files, to be copied when a model is saved.
+
+    Example:
+        >>> from tokenizers import Tokenizer as Backend, models
+        >>> backend = Backend(models.WordLevel({"yes": 0}, unk_token="yes"))
+        >>> backend.add_special_tokens(["</s>"])
+        1
+        >>> tokenizer = Tokenizer(backend, {"eos_token": "</s>"}, eos_id=1)
+        >>> tokenizer.encode("yes</s>"), tokenizer.decode([0, 1]), tokenizer.vocab_size
+        ([0, 1], 'yes', 2)
+    """
+
+    backend: Any = dataclasses.field(repr=False)
+    special_tokens: Mapping[str, str]
+    bos_id: int | None = None
+    eos_id: int | None = None
+    pad_id: int | None = None
+    stop_ids: tuple[int, ...] = ()
+    chat_template: str | None = dataclasses.field(default=None, repr=False)
+    add_bos: bool = False
+    files: tuple[Path, ...] = dataclasses.field(default=(), repr=False)
+
+    @classmethod
+    def from_directory(cls, path: str | Path) -> "Tokenizer":
+        """Read `tokenizer.json` and what stands beside it.
+
+        The files may be those of transformers 4 or 5: a token is a string or an object with
+        its `content`, the chat template stands in `tokenizer_config.json` or in a file.
+
+        Raises:
+            InputError: if there is no `tokenizer.json`, if a file is not JSON, or if a BOS or
+                EOS token is named that the vocabulary does not hold.
+        """
+        path = Path(path)
+        backend = _open_backend(path)
+        config = _read_json(path / "tokenizer_config.json")
+        named = {**_read_json(path / "special_tokens_map.json"), **config}
+        special = {n: text for n in _NAMED if (text := _token_text(named.get(n))) is not None}
+        generation = {**_read_json(path / "config.json"), **_only_ids(path)}
+        ids, stops = {}, set()
+        for name in ("bos_token", "eos_token", "pad_token"):
+            fallback = _id_list(generation.get(f"{name}_id"))
+            ids[name] = _token_id(backend, special.get(name), path, name)
+            if ids[name] is None and fallback:
+                ids[name] = fallback[0]
+                special[name] = backend.id_to_token(fallback[0]) or ""
+            if name == "eos_token":
+                stops.update(fallback)
+        if ids["eos_token"] is not None:
+            stops.add(ids["eos_token"])
+        return cls(
+            backend=backend,
+            special_tokens=special,
+            bos_id=ids["bos_token"],
+            eos_id=ids["eos_token"],
+            pad_id=ids["pad_token"],
+            stop_ids=tuple(sorted(stops)),
+            chat_template=_chat_template(path, config),
+            add_bos=_adds_bos(backend, config, ids["bos_token"]),
+            files=tuple(path / name for name in _FILES if (path / name).is_file()),
+        )
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """The highest id plus one, added tokens included."""
+        return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
+
+    @cached_property
+    def special_ids(self) -> frozenset[int]:
+        """Ids of the tokens that are marks rather than text."""
+        added = self.backend.get_added_tokens_decoder()
+        return frozenset(number for number, token in added.items() if token.special)
+
+    @cached_property
+    def special_texts(self) -> tuple[str, ...]:
+        """The texts of those marks."""
+        return tuple(self.backend.id_to_token(number) for number in sorted(self.special_ids))
+
+    def token_id(self, text: str) -> int | None:
+        """The id of one token by its text, None where there is no such token."""
+        return self.backend.token_to_id(text)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text; marks such as `</s>` in it become their one token."""
+        return self.backend.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Iterable[SupportsInt], *, special: bool = False) -> str:
+        """Text of token ids; marks are left out unless `special` asks for them."""
+        return self.backend.decode([int(i) for i in ids], skip_special_tokens=not special)
+
+    def encode_segments(self, texts: Sequence[Sequence[str]]) -> list[list[list[int]]]:
+        """Token ids of many texts, each given in segments that are encoded on their own.
+
+        No token crosses the border between two segments, and the tokens of the first segments
+        do not depend on what follows: a prompt has the same tokens with and without its answer.
+
+        Args:
+            texts: For each text its segments.
+
+        Returns:
+            For each text, for each segment, its ids.
+        """
+        anchor = _ANCHORS[0] if self._makes_up_space else ""
+        flat = [(anchor if n else "") + text for parts in texts for n, text in enumerate(parts)]
+        encoded = iter(self.backend.encode_batch(flat, add_special_tokens=False))
+        before = self.encode(anchor)
+        result = []
+        for segments in texts:
+            ids = [next(encoded).ids for _ in segments]
+            for n, whole in enumerate(ids[1:], 1):
+                held = whole[: len(before)] == before
+                ids[n] = whole[len(before) :] if held else self._encode_continuation(segments[n])
+            result.append(ids)
+        return result
+
+    @cached_property
+    def _makes_up_space(self) -> bool:
+        """Whether the tokenizer puts a space before a text (Llama 2 and its like)."""
+        raw = json.loads(self.backend.to_str())
+        return any(
+            part.get("type") == "Prepend"
+            or part.get("prepend_scheme", "never") != "never"
+            or part.get("add_prefix_space") is True
+            for part in [*_parts(raw.get("normalizer")), *_parts(raw.get("pre_tokenizer"))]
+        )
+
+    def _encode_continuation(self, text: str) -> list[int]:
+        for anchor in _ANCHORS[1:]:
+            before, whole = self.encode(anchor), self.encode(anchor + text)
+            if whole[: len(before)] == before:
+                return whole[len(before) :]
+        return self.encode(text)
+
+
+def _open_backend(directory: Path) -> Any:
+    import tokenizers
+
+    file = directory / "tokenizer.json"
+    if not file.is_file():
+        raise InputError(
+            f"{directory}: no tokenizer.json; give a Hugging Face model directory that holds one"
+        )
+    try:
+        backend = tokenizers.Tokenizer.from_file(str(file))
+    except Exception as error:  # The library raises bare Exception.
+        raise InputError(f"{file}: not a tokenizer ({error})") from None
+    # What the file says about cutting and filling would happen silently on every encode.
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """An optional JSON object; empty without the file."""
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text("utf-8-sig"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: must hold a JSON object, got {type(content).__name__}")
+    return content
+
+
+def _only_ids(directory: Path) -> dict[str, Any]:
+    """Token ids of `generation_config.json`, without its nulls."""
+    raw = _read_json(directory / "generation_config.json")
+    return {k: v for k, v in raw.items() if k.endswith("_token_id") and v is not None}
+
+
+def _token_text(token: Any) -> str | None:
+    if isinstance(token, dict):
+        token = token.get("content")
+    return token if isinstance(token, str) and token else None
+
+
+def _token_id(backend: Any, text: str | None, directory: Path, name: str) -> int | None:
+    number = backend.token_to_id(text) if text else None
+    if text and number is None and name in ("bos_token", "eos_token"):
+        raise InputError(
+            f"{directory}: {name} is {text!r}, which tokenizer.json does not hold; correct"
+            " tokenizer_config.json"
+        )
+    return number
+
+
+def _id_list(value: Any) -> list[int]:
+    values = value if isinstance(value, list) else [value]
+    return [v for v in values if isinstance(v, int)]
+
+
+def _chat_template(directory: Path, config: Mapping[str, Any]) -> str | None:
+    file = directory / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text("utf-8")
+    template = config.get("chat_template")
+    if isinstance(template, list):
+        by_name = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
+        template = by_name.get("default")
+    return template if isinstance(template, str) else None
+
+
+def _adds_bos(backend: Any, config: Mapping[str, Any], bos_id: int | None) -> bool:
+    """What the config says, or else what the post-processor does."""
+    if bos_id is None:
+        return False
+    if isinstance(config.get("add_bos_token"), bool):
+        return config["add_bos_token"]
+    return backend.encode("a", add_special_tokens=True).ids[:1] == [bos_id]
+
+
+def _parts(node: Any) -> list[dict[str, Any]]:
+    """A normalizer or pre-tokenizer and everything inside its sequences."""
+    if not isinstance(node, dict):
+        return []
+    inner = [*(node.get("normalizers") or []), *(node.get("pretokenizers") or [])]
+    return [node, *(part for child in inner for part in _parts(child))]

@@ -1,0 +1,12 @@
+"""Decoders: their shape, loading, saving and generation."""
+
+from ._bundled import bundled_model as bundled_model
+from ._config import ModelConfig as ModelConfig
+from ._decoder import CausalLM as CausalLM
+from ._decoder import init_cache as init_cache
+from ._generate import generate as generate
+from ._load import Pretrained as Pretrained
+from ._load import abstract_params as abstract_params
+from ._load import load_pretrained as load_pretrained
+from ._load import load_without_weights as load_without_weights
+from ._save import save_pretrained as save_pretrained

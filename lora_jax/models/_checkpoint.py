@@ -1,0 +1,117 @@
+"""What a Hugging Face directory holds: its config and its tensors, found but not read."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from .._errors import InputError
+from .._files import open_tensors
+from ._config import ModelConfig, config_from_hf
+
+DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+"""Types a checkpoint may hold: safetensors' name and numpy's."""
+
+HEAD = "lm_head.weight"
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One tensor of a checkpoint, not read yet."""
+
+    file: Path
+    key: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    def read(self) -> np.ndarray:
+        # Opened anew for each tensor: pages of a file that stays mapped count as used memory.
+        with open_tensors(self.file) as tensors:
+            return tensors.get_tensor(self.key)
+
+
+def read_config(directory: str | Path) -> ModelConfig:
+    """The model's shape from `config.json`; the ids that end a text from `generation_config.json`.
+
+    Raises:
+        InputError: if the directory or the file is missing or broken.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise InputError(
+            f"{directory}: no such directory; give one with config.json and *.safetensors"
+        )
+    path = directory / "config.json"
+    if not path.exists():
+        raise InputError(f"{path}: no such file; give the directory of a Hugging Face model")
+    config = config_from_hf(_json(path), str(path))
+    path = directory / "generation_config.json"
+    if not path.exists():
+        return config
+    # Generation ends where this file says: chat models add their end of turn only here.
+    eos = _json(path).get("eos_token_id")
+    if eos is None:
+        return config
+    return dataclasses.replace(config, eos_token_id=tuple(eos) if isinstance(eos, list) else eos)
+
+
+def _json(path: Path) -> Mapping[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path}: not valid JSON ({error}); copy the file again") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: expected a JSON object, got {type(value).__name__}")
+    return value
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    """The one file, or those the index names."""
+    single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
+    if single.exists():
+        return [single]
+    if not index.exists():
+        pickles = sorted(p.name for s in ("*.bin", "*.pt", "*.pth") for p in directory.glob(s))
+        found = f"only {pickles[0]}, a pickle, which is never opened" if pickles else "no weights"
+        raise InputError(
+            f"{directory}: {found}; save the model as safetensors"
+            " (transformers: model.save_pretrained(directory))"
+        )
+    weight_map = _json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError(f"{index}: weight_map is missing or empty; copy the file again")
+    names = sorted({str(name) for name in weight_map.values()})
+    for name in names:
+        if Path(name).name != name or name in ("", ".", ".."):
+            raise InputError(f"{index}: {name!r} is not the name of a file in this directory")
+    return [directory / name for name in names]
+
+
+def checkpoint_entries(directory: Path) -> dict[str, Entry]:
+    """Every tensor of the checkpoint by its full name."""
+    entries = {}
+    for file in _weight_files(directory):
+        with open_tensors(file) as tensors:
+            names = tensors.keys()
+            for key in names:
+                view = tensors.get_slice(key)
+                entries[key] = Entry(file, key, tuple(view.get_shape()), view.get_dtype())
+    # Saved from the bare decoder, the names lack their first part.
+    if not any(key.startswith("model.") for key in entries):
+        entries = {k if k == HEAD else f"model.{k}": entry for k, entry in entries.items()}
+    return {k: entry for k, entry in entries.items() if not k.endswith("rotary_emb.inv_freq")}
+
+
+def float_dtype(name: str, where: str) -> Any:
+    """A float dtype by name.
+
+    Raises:
+        InputError: for any other name.
+    """
+    if name not in DTYPES.values():
+        raise InputError(f"{where}: {name!r} is not supported; use {', '.join(DTYPES.values())}")
+    return jnp.dtype(name)

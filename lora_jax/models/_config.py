@@ -1,0 +1,125 @@
+"""The shape of a decoder, read from a Hugging Face `config.json`."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from .._errors import InputError, nearest
+
+KNOWN_MODEL_TYPES = ("llama",)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """A Llama-family decoder; the fields carry the names of `config.json`.
+
+    Example:
+        >>> config = ModelConfig(vocab_size=64, hidden_size=32, intermediate_size=64,
+        ...                      num_hidden_layers=2, num_attention_heads=4)
+        >>> config.head_dim, config.num_key_value_heads
+        (8, 4)
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int = 0
+    """Heads of keys and values; 0 means one for each query head."""
+    head_dim: int = 0
+    """Width of a head; 0 means `hidden_size // num_attention_heads`."""
+    max_position_embeddings: int = 2048
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    tie_word_embeddings: bool = False
+    model_type: str = "llama"
+    bos_token_id: int | None = None
+    eos_token_id: int | tuple[int, ...] | None = None
+    pad_token_id: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.num_key_value_heads:
+            object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
+        if not self.head_dim:
+            object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
+        for field in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+                      "num_attention_heads", "head_dim"):  # fmt: skip
+            value = getattr(self, field)
+            if not isinstance(value, int) or value < 1:
+                raise InputError(f"model config: {field} must be a positive integer, got {value!r}")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise InputError(
+                f"model config: num_attention_heads ({self.num_attention_heads}) must be a"
+                f" multiple of num_key_value_heads ({self.num_key_value_heads})"
+            )
+        if self.head_dim % 2:
+            raise InputError(f"model config: head_dim must be even for RoPE, got {self.head_dim}")
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """The ids that end a generation (none, one or several)."""
+        eos = self.eos_token_id
+        return () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
+
+
+def config_from_hf(raw: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
+    """Read the content of a Hugging Face `config.json`, of transformers 4 or 5.
+
+    Args:
+        raw: The parsed JSON object.
+        where: The file's name, for errors.
+
+    Raises:
+        InputError: for an unknown `model_type`, a missing field, or a feature that would
+            change the numbers and is not supported.
+
+    Example:
+        >>> raw = dict(model_type="llama", vocab_size=64, hidden_size=32, intermediate_size=64,
+        ...            num_hidden_layers=2, num_attention_heads=4, rope_theta=5e5)
+        >>> config_from_hf(raw).rope_theta
+        500000.0
+    """
+    model_type = raw.get("model_type")
+    if model_type not in KNOWN_MODEL_TYPES:
+        raise InputError(
+            f"{where}: model_type {model_type!r} is not supported"
+            f"{nearest(str(model_type), KNOWN_MODEL_TYPES)}; known: {', '.join(KNOWN_MODEL_TYPES)}"
+        )
+    # transformers 5 writes rope_parameters, transformers 4 rope_theta and rope_scaling.
+    rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    if rope_type != "default":
+        raise InputError(f"{where}: rope type {rope_type!r} is not supported; known: 'default'")
+    if raw.get("hidden_act", "silu") != "silu":
+        raise InputError(f"{where}: hidden_act must be 'silu', got {raw['hidden_act']!r}")
+    if raw.get("quantization_config"):
+        raise InputError(
+            f"{where}: the checkpoint is already quantized ({raw['quantization_config']});"
+            " give the float checkpoint and set quant instead"
+        )
+    fields = {f.name: f for f in dataclasses.fields(ModelConfig)}
+    values = {k: v for k, v in raw.items() if k in fields and v is not None}
+    if "rope_theta" in rope:
+        values["rope_theta"] = rope["rope_theta"]
+    missing = [n for n, f in fields.items() if f.default is dataclasses.MISSING and n not in values]
+    if missing:
+        raise InputError(f"{where}: missing {', '.join(missing)}")
+    if isinstance(values.get("eos_token_id"), list):
+        values["eos_token_id"] = tuple(values["eos_token_id"])
+    values["rope_theta"] = float(values.get("rope_theta", 10000.0))
+    return ModelConfig(**values)
+
+
+def config_to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
+    """The `config.json` that transformers 4 and 5 read back; `dtype` names the weights' type."""
+    raw = dataclasses.asdict(config)
+    return raw | {
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_act": "silu",
+        "rope_scaling": None,
+        "torch_dtype": dtype,
+        "initializer_range": 0.02,
+    }

@@ -1,0 +1,115 @@
+"""The parts of a decoder block: RMSNorm, rotary positions, attention, gated MLP."""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Bool, Float, Int
+
+from .._typing import Array
+from ._config import ModelConfig
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KVCache:
+    """Keys and values already computed, for all layers.
+
+    `key`, `value`: (layers, batch, capacity, kv_heads, head_dim).  `segment_ids`:
+    (batch, capacity), 0 where a slot is empty or padding.  `length`: slots in use, ().
+    """
+
+    key: Array
+    value: Array
+    segment_ids: Array
+    length: Array
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, in float32 (Zhang & Sennrich 2019, eq. 4)."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
+        weight = self.param("weight", nn.initializers.ones, (x.shape[-1],))
+        x32 = x.astype(jnp.float32)
+        x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
+        return x32.astype(x.dtype) * weight.astype(x.dtype)
+
+
+def rope_angles(
+    positions: Int[Array, "batch seq"], head_dim: int, theta: float
+) -> Float[Array, "batch seq half"]:
+    """Angles p / theta^(2i/d) of rotary embeddings (Su et al. 2021, eq. 15), in radians."""
+    frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    return positions[..., None].astype(jnp.float32) * frequencies
+
+
+def rotate(
+    x: Float[Array, "batch seq heads d"], angles: Float[Array, "batch seq half"]
+) -> Float[Array, "batch seq heads d"]:
+    """Turn the pairs (x_i, x_{i+d/2}) of each head by the angles, as Hugging Face pairs them."""
+    cos, sin = jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x.dtype)
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention with rotary positions."""
+
+    config: ModelConfig
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "batch seq d"],
+        angles: Float[Array, "batch seq half"],
+        mask: Bool[Array, "batch 1 seq keys"] | None,
+        cache: tuple[Array, Array] | None,
+        start: Array | None,
+    ) -> tuple[Float[Array, "batch seq d"], tuple[Array, Array] | None]:
+        """`mask` None means plain causal; `cache` holds this layer's keys and values, and new
+        ones are written from slot `start` on."""
+        c = self.config
+        batch, seq, _ = x.shape
+
+        def project(name: str, heads: int) -> Array:
+            dense = nn.Dense(
+                heads * c.head_dim, use_bias=c.attention_bias, dtype=self.dtype, name=name
+            )
+            return dense(x).reshape(batch, seq, heads, c.head_dim)
+
+        query = rotate(project("q_proj", c.num_attention_heads), angles)
+        key = rotate(project("k_proj", c.num_key_value_heads), angles)
+        value = project("v_proj", c.num_key_value_heads)
+        if cache is not None and start is not None:
+            key = jax.lax.dynamic_update_slice_in_dim(cache[0], key, start, axis=1)
+            value = jax.lax.dynamic_update_slice_in_dim(cache[1], value, start, axis=1)
+            cache = (key, value)
+        out = jax.nn.dot_product_attention(query, key, value, mask=mask, is_causal=mask is None)
+        out = out.reshape(batch, seq, c.num_attention_heads * c.head_dim)
+        o_proj = nn.Dense(c.hidden_size, use_bias=c.attention_bias, dtype=self.dtype, name="o_proj")
+        return o_proj(out), cache
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x)) (Shazeer 2020, eq. 6)."""
+
+    config: ModelConfig
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch seq d"]) -> Float[Array, "batch seq d"]:
+        c = self.config
+
+        def dense(name: str, features: int) -> nn.Dense:
+            return nn.Dense(features, use_bias=c.mlp_bias, dtype=self.dtype, name=name)
+
+        gate = nn.silu(dense("gate_proj", c.intermediate_size)(x))
+        up = dense("up_proj", c.intermediate_size)(x)
+        return dense("down_proj", c.hidden_size)(gate * up)

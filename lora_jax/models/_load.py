@@ -1,0 +1,251 @@
+"""Hugging Face directories read in, a tensor at a time, quantized on the way."""
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .._config import QuantConfig
+from .._errors import InputError
+from .._names import hf_keys, is_kernel, stack_of
+from .._tree import leaves_with_path, map_with_path, tree_from_paths
+from .._typing import Params
+from ..lora import KernelLayout
+from ..quant import quantize
+from ._checkpoint import DTYPES, HEAD, Entry, checkpoint_entries, float_dtype, read_config
+from ._config import ModelConfig
+from ._decoder import STACKED, CausalLM
+
+_EMBEDDING = "model.embed_tokens.weight"
+
+
+@dataclasses.dataclass(frozen=True)
+class Pretrained:
+    """A model read from a directory.
+
+    `tokenizer` is a `lora_jax._tokenizer.Tokenizer`, or None when the directory has no
+    `tokenizer.json`.  `stacked` names the paths whose leaves carry a leading layer axis.
+    """
+
+    module: CausalLM
+    params: dict[str, Any]
+    config: ModelConfig
+    tokenizer: Any
+    directory: Path
+    stacked: tuple[str, ...] = (STACKED,)
+
+    @property
+    def layouts(self) -> dict[str, KernelLayout]:
+        """What `init_adapter`, `merge_adapter` and `save_adapter` need to know of the stacks."""
+        return {stack: KernelLayout(stack=stack) for stack in self.stacked}
+
+
+def load_pretrained(
+    directory: str | Path,
+    *,
+    quant: QuantConfig | None = None,
+    dtype: str = "float32",
+    param_dtype: str | None = None,
+    remat: str = "none",
+) -> Pretrained:
+    """Read a Hugging Face directory: `config.json`, `*.safetensors`, `tokenizer.json`.
+
+    Kernels are stored as `(layers, d_in, d_out)`, the transpose of the file's `weight`.
+
+    Args:
+        directory: The directory; nothing is downloaded.
+        quant: Quantize the linear kernels of the blocks as they are read; embedding, head
+            and norms stay dense.
+        dtype: Type of the activations: `"float32"`, `"bfloat16"` or `"float16"`.
+        param_dtype: Type of the dense parameters; None keeps the file's.
+        remat: What the backward pass keeps of a layer: `"none"`, `"full"` or `"dots"`.
+
+    Returns:
+        The module, its parameters, config and tokenizer.
+
+    Raises:
+        InputError: if a file is missing, broken or a pickle; if tensors are missing,
+            unexpected or do not fit the config; if the tokenizer's vocabulary exceeds the
+            model's.
+
+    Example:
+        >>> import tempfile
+        >>> from lora_jax.models import CausalLM, ModelConfig, save_pretrained
+        >>> config = ModelConfig(vocab_size=64, hidden_size=64, intermediate_size=128,
+        ...                      num_hidden_layers=2, num_attention_heads=4)
+        >>> ids = jnp.ones((1, 8), jnp.int32)
+        >>> params = CausalLM(config).init(jax.random.key(0), ids)["params"]
+        >>> with tempfile.TemporaryDirectory() as directory:
+        ...     save_pretrained(f"{directory}/model", params, config, dtype="bfloat16")
+        ...     pretrained = load_pretrained(f"{directory}/model")
+        >>> pretrained.module.apply({"params": pretrained.params}, ids).shape
+        (1, 8, 64)
+    """
+    directory = Path(directory)
+    config = read_config(directory)
+    module = CausalLM(config, dtype=float_dtype(dtype, "dtype"), remat=remat)
+    if param_dtype is not None:
+        float_dtype(param_dtype, "param_dtype")
+    entries = checkpoint_entries(directory)
+    plan = _checked(directory, config, entries)
+    tokenizer = _tokenizer(directory, config)
+    leaves = {}
+    for path, parts in plan.items():
+        chosen = quant if _quantizable(path) else None
+        leaves[path] = _read_leaf(path, parts, chosen, param_dtype)
+    return Pretrained(module, tree_from_paths(leaves), config, tokenizer, directory)
+
+
+def load_without_weights(directory: str | Path) -> Pretrained:
+    """A directory's config and tokenizer; `params` holds the shapes its config implies.
+
+    Args:
+        directory: Holds `config.json` and, for text, `tokenizer.json`.
+
+    Raises:
+        InputError: if the config or the tokenizer is missing, broken or does not fit.
+    """
+    directory = Path(directory)
+    config = read_config(directory)
+    tokenizer = _tokenizer(directory, config)
+    return Pretrained(CausalLM(config), abstract_params(config), config, tokenizer, directory)
+
+
+def abstract_params(
+    config: ModelConfig, *, quant: QuantConfig | None = None, param_dtype: str = "float32"
+) -> dict[str, Any]:
+    """The shapes and dtypes of a model's parameters, with nothing allocated.
+
+    Example:
+        >>> config = ModelConfig(vocab_size=64, hidden_size=32, intermediate_size=64,
+        ...                      num_hidden_layers=2, num_attention_heads=4)
+        >>> abstract_params(config)["model"]["layers"]["mlp"]["up_proj"]["kernel"].shape
+        (2, 32, 64)
+    """
+    dtype = float_dtype(param_dtype, "param_dtype")
+
+    def leaf(path: str, x: jax.ShapeDtypeStruct) -> Any:
+        x = jax.ShapeDtypeStruct(x.shape, dtype)
+        return _stored(path, x, quant if _quantizable(path) else None)
+
+    return map_with_path(leaf, _shapes(config))
+
+
+@functools.lru_cache(maxsize=16)
+def _shapes(config: ModelConfig) -> Params:
+    """What the module itself asks for."""
+    ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    return jax.eval_shape(CausalLM(config).init, jax.random.key(0), ids)["params"]
+
+
+def _checked(
+    directory: Path, config: ModelConfig, entries: dict[str, Entry]
+) -> dict[str, list[Entry]]:
+    """The tensors of each leaf, once names, shapes and types are known to fit the config."""
+    if config.tie_word_embeddings and HEAD in entries:
+        entries = dict(entries)
+        _check_tied(entries.get(_EMBEDDING), entries.pop(HEAD))
+    shapes = dict(leaves_with_path(abstract_params(config)))
+    keys = {path: hf_keys(path, (STACKED,), config.num_hidden_layers) for path in shapes}
+    expected = {key for names in keys.values() for key in names}
+    _check_names(directory, expected, set(entries))
+    for path, leaf in shapes.items():
+        shape = leaf.shape[1:] if stack_of(path, (STACKED,)) else leaf.shape
+        shape = shape[::-1] if is_kernel(path) else shape
+        for entry in (entries[key] for key in keys[path]):
+            if entry.shape != shape:
+                raise InputError(
+                    f"{entry.file}: {entry.key} has shape {entry.shape}, but config.json"
+                    f" implies {shape}; the two are not of one model"
+                )
+            if entry.dtype not in DTYPES:
+                raise InputError(
+                    f"{entry.file}: {entry.key} has type {entry.dtype}; known:"
+                    f" {', '.join(DTYPES)} (give the float checkpoint)"
+                )
+    return {path: [entries[key] for key in names] for path, names in keys.items()}
+
+
+def _check_names(directory: Path, expected: set[str], found: set[str]) -> None:
+    missing, unexpected = sorted(expected - found), sorted(found - expected)
+    if missing:
+        raise InputError(
+            f"{directory}: {len(missing)} of {len(expected)} tensors are missing, the first is"
+            f" {missing[0]}; check num_hidden_layers, the biases and tie_word_embeddings in"
+            " config.json, or copy the weights again"
+        )
+    if unexpected:
+        raise InputError(
+            f"{directory}: {len(unexpected)} unexpected tensors, the first is {unexpected[0]};"
+            " config.json describes a model without them"
+        )
+
+
+def _check_tied(embedding: Entry | None, head: Entry) -> None:
+    """A file may hold the tied head too, if it says the same."""
+    if embedding is not None and not np.array_equal(embedding.read(), head.read()):
+        raise InputError(
+            f"{head.file}: {head.key} differs from the embedding although config.json says"
+            " tie_word_embeddings; set it to false"
+        )
+
+
+def _tokenizer(directory: Path, config: ModelConfig) -> Any:
+    if not (directory / "tokenizer.json").exists():
+        return None
+    from .._tokenizer import Tokenizer  # pulls in `tokenizers`
+
+    tokenizer = Tokenizer.from_directory(directory)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise InputError(
+            f"{directory / 'tokenizer.json'}: {tokenizer.vocab_size} tokens, but the model knows"
+            f" {config.vocab_size} (vocab_size); give the tokenizer the model was trained with"
+        )
+    return tokenizer
+
+
+def _quantizable(path: str) -> bool:
+    return stack_of(path, (STACKED,)) is not None and is_kernel(path)
+
+
+def _stored(path: str, x: jax.ShapeDtypeStruct, quant: QuantConfig | None) -> Any:
+    """The abstract leaf that an abstract weight becomes."""
+    if quant is None:
+        return x
+    stacked = int(stack_of(path, (STACKED,)) is not None)
+    return jax.eval_shape(functools.partial(quantize, config=quant, stacked=stacked), x)
+
+
+def _read_leaf(
+    path: str, parts: list[Entry], quant: QuantConfig | None, param_dtype: str | None
+) -> Any:
+    """Read one leaf; a stack is allocated once and filled, so one layer at most is twice there."""
+    dtype = param_dtype or jnp.result_type(*(DTYPES[part.dtype] for part in parts))
+    transpose = is_kernel(path)
+    if stack_of(path, (STACKED,)) is None:
+        tensor = parts[0].read()
+        return jnp.array(tensor.T if transpose else tensor, dtype)
+    shape = parts[0].shape[::-1] if transpose else parts[0].shape
+    stack = jax.tree.map(
+        lambda x: jnp.zeros(x.shape, x.dtype),
+        _stored(path, jax.ShapeDtypeStruct((len(parts), *shape), jnp.dtype(dtype)), quant),
+    )
+    for i, part in enumerate(parts):
+        filled = _fill(stack, part.read(), i, transpose=transpose, quant=quant)
+        # Without waiting, many tensors are read before the first is written.
+        stack = jax.block_until_ready(filled)
+    return stack
+
+
+@functools.partial(jax.jit, static_argnames=("transpose", "quant"), donate_argnums=0)
+def _fill(stack: Any, tensor: Any, i: Any, *, transpose: bool, quant: QuantConfig | None) -> Any:
+    """Write one layer into a stack, in place."""
+    layer = tensor.T if transpose else tensor
+    if quant is not None:
+        # From the file's own precision, whatever type it opens to.
+        layer = dataclasses.replace(quantize(layer, quant), dtype=stack.dtype)
+    return jax.tree.map(lambda s, x: s.at[i].set(x.astype(s.dtype)), stack, layer)

@@ -1,0 +1,140 @@
+"""Generation: a batch equals its rows, sampling keeps its promises, calls share a program."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lora_jax import KernelLayout, LoraConfig, combine, init_adapter, lora_linen, merge_adapter
+from lora_jax._errors import InputError
+from lora_jax.models import CausalLM, generate
+from lora_jax.models._decoder import STACKED
+from lora_jax.models._generate import _decode, _prefill, truncate
+
+PROMPTS = [[5, 6, 7, 8, 9], [20], [30, 31, 32]]
+
+
+@pytest.fixture(scope="module")
+def model(config):
+    return CausalLM(config)
+
+
+def by_hand(model, params, prompt, count):
+    """Greedy without cache or padding to the left: the whole text anew for each token."""
+
+    @jax.jit
+    def next_token(ids, length):
+        return jnp.argmax(model.apply({"params": params}, ids)[0, length - 1])
+
+    ids = np.zeros((1, len(prompt) + count), np.int32)
+    ids[0, : len(prompt)] = prompt
+    for length in range(len(prompt), len(prompt) + count):
+        ids[0, length] = next_token(ids, length)
+    return ids[0, len(prompt) :].tolist()
+
+
+def test_greedy_batch_equals_the_uncached_rows(model, params):
+    got = generate(model, params, PROMPTS, max_new_tokens=12, pad_id=7)
+    assert got == [by_hand(model, params, prompt, 12) for prompt in PROMPTS]
+
+
+def test_text_ends_with_its_eos(model, params):
+    free = generate(model, params, PROMPTS, max_new_tokens=12)
+    eos = free[0][4]
+    for text, whole in zip(
+        generate(model, params, PROMPTS, max_new_tokens=12, eos_ids=[eos, 47]), free, strict=True
+    ):
+        ends = [i + 1 for i, token in enumerate(whole) if token in (eos, 47)]
+        assert text == whole[: ends[0] if ends else None]
+
+
+def test_similar_calls_share_one_program(model, params):
+    def sizes():
+        return _prefill._cache_size(), _decode._cache_size()
+
+    generate(model, params, PROMPTS, max_new_tokens=9)
+    before = sizes()
+    generate(CausalLM(model.config), params, [[1] * 14, [2], [3], [4]], max_new_tokens=16)
+    assert sizes() == before
+    options = dict(key=jax.random.key(1), max_new_tokens=9)
+    generate(model, params, PROMPTS, temperature=0.5, **options)
+    before = sizes()
+    generate(model, params, PROMPTS, temperature=0.9, top_k=3, top_p=0.7, **options)
+    assert sizes() == before
+
+
+def test_sampling_depends_on_the_key_alone(model, params):
+    def sample(seed, prompts=PROMPTS):
+        options = dict(temperature=1.0, key=jax.random.key(seed), max_new_tokens=12)
+        return generate(model, params, prompts, **options)
+
+    assert sample(0) == sample(0)
+    assert sample(0) != sample(1)
+    # A row's text does not depend on the rows after it.
+    assert sample(0)[:1] == sample(0, PROMPTS[:1])
+
+
+def test_sampling_narrowed_to_one_token_is_greedy(model, params):
+    greedy = generate(model, params, PROMPTS, max_new_tokens=12)
+    options = dict(temperature=1.5, key=jax.random.key(0), max_new_tokens=12)
+    assert generate(model, params, PROMPTS, top_k=1, **options) == greedy
+    assert generate(model, params, PROMPTS, top_p=1e-6, **options) == greedy
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    logits=st.lists(st.floats(-8, 8, width=32), min_size=12, max_size=12),
+    top_k=st.integers(0, 12),
+    top_p=st.floats(0.01, 1.0),
+)
+def test_truncation_keeps_the_fewest_that_reach_top_p(logits, top_k, top_p):
+    ranked = np.sort(np.array(logits, np.float32))[::-1]
+    kept = np.isfinite(np.asarray(truncate(jnp.asarray(ranked[None]), top_k, top_p))[0])
+    count = kept.sum()
+    assert kept[:count].all() and 1 <= count <= (top_k or 12)
+    allowed = np.exp(ranked.astype(np.float64))[: top_k or 12]
+    share = np.cumsum(allowed / allowed.sum())
+    # One token fewer would not reach top_p; these do, or top_k stopped them.
+    assert count == 1 or share[count - 2] < top_p + 1e-5
+    assert share[count - 1] >= top_p - 1e-5
+
+
+def test_adapted_model_generates_like_the_merged_one(model, params):
+    config = LoraConfig(r=2, lora_alpha=16, target_modules="all-linear", init_lora_weights=False)
+    layouts = {STACKED: KernelLayout(stack=STACKED)}
+    adapter = init_adapter(jax.random.key(3), params, config, layouts=layouts)
+    merged = merge_adapter(params, adapter, layouts=layouts)
+    got = generate(lora_linen(model), combine(params, adapter), PROMPTS, max_new_tokens=12)
+    assert got == generate(model, merged, PROMPTS, max_new_tokens=12)
+    assert got != generate(model, params, PROMPTS, max_new_tokens=12)
+
+
+def test_bfloat16_compute(config, params):
+    model = CausalLM(config, dtype=jnp.bfloat16)
+    got = generate(model, params, PROMPTS, max_new_tokens=4)
+    assert [len(row) for row in got] == [4, 4, 4]
+    assert all(0 <= token < config.vocab_size for row in got for token in row)
+
+
+def test_no_prompts_no_texts(model, params):
+    assert generate(model, params, [], max_new_tokens=4) == []
+
+
+@pytest.mark.parametrize(
+    "prompts, options, message",
+    [
+        ([[1], []], {}, "prompt 1 is empty"),
+        ([[1, 48]], {}, r"prompt 0 holds a token outside of 0\.\.47"),
+        ([[1] * 61], {}, r"has 61 tokens, which with 4 new ones exceeds the model's 64 positions"),
+        ([[1]], dict(max_new_tokens=0), "max_new_tokens must be at least 1"),
+        ([[1]], dict(temperature=0.7), "sampling needs a key"),
+        ([[1]], dict(temperature=-1.0), "temperature and top_k must be at least 0"),
+        ([[1]], dict(top_p=0.0), r"top_p in \(0, 1\]"),
+    ],
+    ids=str,
+)
+def test_bad_arguments(model, params, prompts, options, message):
+    with pytest.raises(InputError, match=message):
+        generate(model, params, prompts, **{"max_new_tokens": 4, **options})
