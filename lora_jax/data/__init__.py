@@ -1,0 +1,30 @@
+"""Rows to tokens: formats, templates, packing, and a resumable pipeline."""
+
+from ._examples import Example as Example
+from ._examples import Examples as Examples
+from ._examples import Report as Report
+from ._examples import build_examples as build_examples
+from ._examples import tokenize as tokenize
+from ._make import Card as Card
+from ._make import make_rows as make_rows
+from ._packing import fill_batch as fill_batch
+from ._packing import pack as pack
+from ._pipeline import BatchIterator as BatchIterator
+from ._pipeline import batch_iterator as batch_iterator
+from ._pipeline import eval_batches as eval_batches
+from ._rows import Message as Message
+from ._rows import Row as Row
+from ._rows import Rows as Rows
+from ._rows import read_rows as read_rows
+from ._show import show_data as show_data
+from ._show import show_data_rich as show_data_rich
+from ._show import show_example as show_example
+from ._show import show_report as show_report
+from ._stdlib import docstring_rows as docstring_rows
+from ._stdlib import is_held_out as is_held_out
+from ._stdlib import natural_prompt as natural_prompt
+from ._stdlib import stdlib_modules as stdlib_modules
+from ._template import choose_template as choose_template
+from ._template import encode_prompt as encode_prompt
+from ._template import prompt_text as prompt_text
+from ._template import stop_ids as stop_ids

@@ -1,0 +1,153 @@
+"""Documents to questions and answers: by heading, by numbered article, by question."""
+
+import csv
+import dataclasses
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from .._errors import InputError
+from ._sources import read_text
+
+SUFFIXES = (".txt", ".md", ".csv")
+_HEADING = re.compile(r"^(#{1,6})\s+(.+?)\s*#*\s*$")
+_FENCE = re.compile(r"^\s*(```|~~~)")
+_FRONT_MATTER = re.compile(r"\A---\n.*?\n---\n", re.DOTALL)
+_QUESTION = re.compile(r"^\W{0,4}(?:Q|Question|Frage)\s*\d*\s*[:.)]\W{0,3}\s*(.+)$", re.I)
+_ANSWER = re.compile(r"^\W{0,4}(?:A|Answer|Antwort)\s*\d*\s*[:.)]\**\s*(.*)$", re.I)
+_ARTICLE = re.compile(
+    r"^((?:Article|Art\.|Artikel|Section|Clause|Rule)\s+(?:\d+[a-z]?|[IVXLC]+)(?![\w])"
+    r"|§+\s*\d+[a-z]?|\d+(?:\.\d+)+(?=\.?\s+[^\W\d_a-z]))[.:)]?(?:\s+(.*))?$"
+)
+_QUESTION_COLUMNS = ("question", "q", "prompt", "query", "instruction", "frage")
+_ANSWER_COLUMNS = ("answer", "a", "response", "reply", "output", "completion", "antwort")
+_LONGEST_TITLE = 100
+
+
+@dataclasses.dataclass(frozen=True)
+class Made:
+    """One instruction row: what was asked, the answer, the rule it came by, and its line."""
+
+    instruction: str
+    output: str
+    rule: str
+    line: int
+
+
+@dataclasses.dataclass(frozen=True)
+class _Section:
+    """Lines below a heading, which stands on line `start` under those of lower level."""
+
+    titles: tuple[tuple[int, str], ...]
+    lines: list[str]
+    start: int
+
+
+def document_rows(path: Path, name: str) -> tuple[list[Made], int]:
+    """The rows of one document, and how many of its lines no rule could use.
+
+    `name` is what the document is called in the questions.
+    """
+    if path.suffix.lower() == ".csv":
+        return _table_rows(path), 0
+    text = read_text(path).replace("\r\n", "\n")
+    rows, unused = [], 0
+    for section in _sections(text, markdown=path.suffix.lower() == ".md"):
+        found = _section_rows(section, name)
+        claimed = found[0].line - section.start - 1 if found else None
+        unused += sum(bool(line.strip()) for line in section.lines[:claimed])
+        rows += found
+    return rows, unused
+
+
+def _section_rows(section: _Section, name: str) -> list[Made]:
+    for rule in (_question_rows, _article_rows):
+        found = list(rule(section, name))
+        if any(row.output for row in found):
+            return found
+    body = "\n".join(section.lines).strip()
+    if not section.titles or not body:
+        return []
+    *above, title = (title for _, title in section.titles)
+    return [Made(_ask(title, " / ".join(above) or name), body, "heading", section.start + 1)]
+
+
+def _ask(title: str, context: str) -> str:
+    """A question that the text under a title answers; a title may be one already."""
+    if title.endswith("?"):
+        return title
+    return f'What does "{context}" say under "{title}"?'
+
+
+def _sections(text: str, *, markdown: bool) -> Iterator[_Section]:
+    """A Markdown text cut at its headings; any other text as a whole."""
+    matter = _FRONT_MATTER.match(text) if markdown else None
+    skipped = matter[0].count("\n") if matter else 0
+    lines = text.split("\n")
+    section, fenced = _Section((), [], skipped), False
+    for number, line in enumerate(lines[skipped:], skipped + 1):
+        fenced ^= _FENCE.match(line) is not None
+        heading = _HEADING.match(line) if markdown and not fenced else None
+        if heading:
+            yield section
+            level = len(heading[1])
+            above = [title for title in section.titles if title[0] < level]
+            section = _Section((*above, (level, heading[2])), [], number)
+        else:
+            section.lines.append(line)
+    yield section
+
+
+def _question_rows(section: _Section, name: str) -> Iterator[Made]:
+    question, answer, start = "", None, 0
+    for number, line in enumerate([*section.lines, "Q: end"], section.start + 1):
+        asked, answered = _QUESTION.match(line), _ANSWER.match(line)
+        if asked:
+            if question:
+                text = "\n".join(answer or []).strip()
+                yield Made(question, text, "question and answer", start)
+            question, answer, start = asked[1].strip("* "), None, number
+        elif question and answer is None and answered:
+            answer = [answered[1]]
+        elif answer is not None:
+            answer.append(line)
+        elif question and line.strip():
+            question = f"{question} {line.strip('* ')}"
+
+
+def _article_rows(section: _Section, name: str) -> Iterator[Made]:
+    label, body, start, after_blank = "", [], 0, True
+    for number, line in enumerate([*section.lines, "", "§ 0"], section.start + 1):
+        # A wrapped sentence may begin with "Article 5" too, but no blank line stands before it.
+        article = _ARTICLE.match(line.strip().strip("*")) if after_blank else None
+        if article:
+            text = "\n".join(body).strip()
+            if label:
+                yield Made(_ask(label, name), text, "numbered article", start)
+            title = (article[2] or "").strip()
+            is_title = len(title) <= _LONGEST_TITLE and not title.endswith((".", ";", ","))
+            label = f"{article[1]} {title}".strip() if is_title else article[1]
+            body, start = [] if is_title else [title], number
+        else:
+            body.append(line)
+        after_blank = not line.strip() or article is not None
+
+
+def _table_rows(path: Path) -> list[Made]:
+    text = read_text(path)
+    header = text.partition("\n")[0]
+    delimiter = max(",;\t", key=header.count)
+    reader = csv.DictReader(text.splitlines(keepends=True), delimiter=delimiter, strict=True)
+    columns = {column.strip().lower(): column for column in reader.fieldnames or []}
+    question = next((columns[c] for c in _QUESTION_COLUMNS if c in columns), None)
+    answer = next((columns[c] for c in _ANSWER_COLUMNS if c in columns), None)
+    if question is None or answer is None:
+        return []
+    rows = []
+    try:
+        for row in reader:
+            asked, answered = (row[question] or "").strip(), (row[answer] or "").strip()
+            rows.append(Made(asked, answered, "table", reader.line_num))
+    except csv.Error as error:
+        raise InputError(f"{path}:{reader.line_num}: not CSV ({error})") from None
+    return rows

@@ -1,0 +1,109 @@
+"""A tokenizer's own chat template, run in a sandbox."""
+
+import datetime
+import functools
+import json
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from .._errors import InputError
+from .._tokenizer import Tokenizer
+from ._rows import Message
+
+# A moving date would make yesterday's run impossible to resume; this one is Llama's own default.
+_TODAY = datetime.datetime(2024, 7, 26)
+_START, _END = "\ue0f0", "\ue0f1"
+_GENERATION_TAG = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+
+
+def render(
+    messages: Sequence[Message], tokenizer: Tokenizer, *, prompt: bool = False
+) -> tuple[str, list[tuple[int, int]]]:
+    """Render a conversation with the tokenizer's chat template.
+
+    Args:
+        messages: The turns.
+        tokenizer: Gives the template and the texts of its special tokens.
+        prompt: Whether to end where the assistant's answer begins.
+
+    Returns:
+        The text, and the spans (start, end) that `{% generation %}` marks in it.
+
+    Raises:
+        InputError: if the template is broken, refuses the conversation, or does anything that
+            the sandbox forbids.
+    """
+    for message in messages:
+        if _START in message.text or _END in message.text:
+            raise InputError("a message holds U+E0F0 or U+E0F1, which mark spans here; remove it")
+    try:
+        template = _compiled(tokenizer.chat_template or "")
+        marked = template.render(
+            messages=[{"role": m.role, "content": m.text} for m in messages],
+            add_generation_prompt=prompt,
+            **tokenizer.special_tokens,
+        )
+    except Exception as error:  # It is foreign code: it may fail in any way.
+        raise InputError(f"chat template: {_one_line(error)}; give template: chatml") from None
+    return _spans(marked)
+
+
+def marks_generation(tokenizer: Tokenizer) -> bool:
+    """Whether the template says itself what the assistant generates."""
+    return _GENERATION_TAG.search(tokenizer.chat_template or "") is not None
+
+
+@functools.lru_cache(maxsize=8)
+def _compiled(source: str) -> Any:
+    from jinja2 import nodes
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """`{% generation %} … {% endgeneration %}`: its output is put between two marks."""
+
+        tags = {"generation"}
+
+        def parse(self, parser: Any) -> list[nodes.Node]:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            start = nodes.Output([nodes.TemplateData(_START)], lineno=line)
+            end = nodes.Output([nodes.TemplateData(_END)], lineno=line)
+            return [start, *body, end]
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _refuse
+    environment.globals["strftime_now"] = _TODAY.strftime
+    return environment.from_string(source)
+
+
+def _to_json(value: Any, **options: Any) -> str:
+    """Jinja's own filter escapes for HTML, which no model has been trained on."""
+    return json.dumps(value, ensure_ascii=False, **options)
+
+
+def _refuse(message: str) -> None:
+    from jinja2 import TemplateError
+
+    raise TemplateError(message)
+
+
+def _spans(marked: str) -> tuple[str, list[tuple[int, int]]]:
+    """Take the marks out of a text and say where they stood."""
+    text, spans, start = "", [], 0
+    for piece in re.split(f"([{_START}{_END}])", marked):
+        if piece == _START:
+            start = len(text)
+        elif piece == _END:
+            spans.append((start, len(text)))
+        else:
+            text += piece
+    return text, [span for span in spans if span[0] < span[1]]
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())

@@ -1,0 +1,206 @@
+"""Documents to instruction rows."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from lora_jax._errors import InputError
+from lora_jax.data import make_rows, read_rows
+
+GUIDE = """---
+title: not text
+---
+# Guide
+Intro text.
+
+## Install
+Run it.
+```
+# not a heading
+```
+### On Linux
+Use apt.
+### On other systems
+Use pip.
+## FAQ
+**Q: What is it?**
+A: A tool.
+Still the answer.
+
+Q2: Why?
+A2: Because.
+## How do I stop?
+Press q.
+## Empty
+"""
+LAW = """A preamble that nothing claims.
+
+Article 1 Scope
+This law applies to cats. As said in
+Article 9 of another law.
+
+Article 2. Every cat shall have a bowl.
+
+§ 3 Dogs
+No dogs.
+
+1.2 Titles too
+Yes.
+
+3.14 is no title, since it goes on in lower case.
+"""
+
+
+def put(folder: Path, **documents: str) -> Path:
+    for name, text in documents.items():
+        path = folder / name.replace("__", "/").replace("_", ".")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, "utf-8")
+    return folder
+
+
+def rows_of(output: Path, name: str = "train") -> list[dict]:
+    return [json.loads(line) for line in (output / f"{name}.jsonl").read_text("utf-8").splitlines()]
+
+
+def made(tmp_path: Path, held_out: float = 0.0, **documents: str):
+    card = make_rows(put(tmp_path / "in", **documents), tmp_path / "out", held_out=held_out)
+    return card, rows_of(tmp_path / "out")
+
+
+def test_headings_and_questions(tmp_path: Path) -> None:
+    card, rows = made(tmp_path, guide_md=GUIDE)
+    assert [(row["instruction"], row["output"]) for row in rows] == [
+        ('What does "guide.md" say under "Guide"?', "Intro text."),
+        ('What does "Guide" say under "Install"?', "Run it.\n```\n# not a heading\n```"),
+        ('What does "Guide / Install" say under "On Linux"?', "Use apt."),
+        ('What does "Guide / Install" say under "On other systems"?', "Use pip."),
+        ("What is it?", "A tool.\nStill the answer."),
+        ("Why?", "Because."),
+        ("How do I stop?", "Press q."),
+    ]
+    assert card.documents == {"guide.md": {"heading": 5, "question and answer": 2}}
+    lines = GUIDE.split("\n")
+    place = rows[4]["source"]
+    assert place.startswith("guide.md:") and "What is it" in lines[int(place[9:]) - 1]
+
+
+def test_articles(tmp_path: Path) -> None:
+    card, rows = made(tmp_path, law_txt=LAW)
+    assert [(row["instruction"], row["output"]) for row in rows] == [
+        (
+            'What does "law.txt" say under "Article 1 Scope"?',
+            "This law applies to cats. As said in\nArticle 9 of another law.",
+        ),
+        ('What does "law.txt" say under "Article 2"?', "Every cat shall have a bowl."),
+        ('What does "law.txt" say under "§ 3 Dogs"?', "No dogs."),
+        (
+            'What does "law.txt" say under "1.2 Titles too"?',
+            "Yes.\n\n3.14 is no title, since it goes on in lower case.",
+        ),
+    ]
+    assert card.unused_lines == {"law.txt": 1}
+    assert rows[0]["rule"] == "numbered article" and rows[0]["source"] == "law.txt:3"
+
+
+@pytest.mark.parametrize(
+    "table", ['Question;Answer\n"Who; me?";You\n', 'id,Q,A\n1,"Who; me?",You\n']
+)
+def test_tables(tmp_path: Path, table: str) -> None:
+    card, rows = made(tmp_path, faq_csv=table, other_csv="a1,b1\n1,2\n")
+    assert [(row["instruction"], row["output"]) for row in rows] == [("Who; me?", "You")]
+    assert card.empty == ("other.csv",)
+
+
+def test_the_rows_are_read_as_training_data(tmp_path: Path) -> None:
+    made(tmp_path, guide_md=GUIDE)
+    rows = read_rows(tmp_path / "out" / "train.jsonl")
+    assert (rows.format, len(rows), rows.unused) == ("alpaca", 7, ("rule", "source"))
+
+
+def test_repeats_are_removed(tmp_path: Path) -> None:
+    long = "The cat shall have a bowl of water, and another one for its food."
+    card, rows = made(
+        tmp_path,
+        a_md=f"# One\n{long}\n# Yes?\nYes.\n",
+        b_md=f"# Two\n{long.upper()}  \n# yes\nYes.\n# Yes?\n yes!\n",
+        c_csv="question,answer\nempty,\n",
+    )
+    assert [row["instruction"] for row in rows] == [
+        'What does "a.md" say under "One"?',
+        "Yes?",
+        'What does "b.md" say under "yes"?',
+    ]
+    assert card.dropped == {"repeats an earlier row": 2, "no question or no answer": 1}
+
+
+def test_split_by_document(tmp_path: Path) -> None:
+    documents = {f"d{n}_md": f"# T{n}\nText {n}.\n# U{n}\nMore {n}.\n" for n in range(10)}
+    card, train = made(tmp_path, held_out=0.3, **documents)
+    held = rows_of(tmp_path / "out", "eval")
+    train_documents, held_documents = (
+        {row["source"].rpartition(":")[0] for row in rows} for rows in (train, held)
+    )
+    assert (len(train), len(held), card.train, card.held_out) == (14, 6, 14, 6)
+    assert not train_documents & held_documents
+    assert set(card.held_out_documents) == held_documents
+    again = make_rows(tmp_path / "in", tmp_path / "again", held_out=0.3)
+    assert again.held_out_documents == card.held_out_documents
+    for name in ("train.jsonl", "eval.jsonl"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
+    other = make_rows(tmp_path / "in", tmp_path / "other", held_out=0.3, seed=1)
+    assert other.held_out_documents != card.held_out_documents
+
+
+def test_one_document_cannot_be_split(tmp_path: Path) -> None:
+    card, _ = made(tmp_path, held_out=0.5, a_md="# A\nText.\n")
+    assert (card.train, card.held_out) == (1, 0)
+    assert "Only one document" in card.notes[0]
+
+
+def test_large_documents_still_leave_something_held_out(tmp_path: Path) -> None:
+    card, _ = made(tmp_path, held_out=0.1, a_md="# A\nText.\n# B\nMore.\n", b_md="# C\nOther.\n")
+    assert card.held_out_documents == ("b.md",)
+
+
+def test_card_says_what_was_done(tmp_path: Path) -> None:
+    made(tmp_path, held_out=0.5, sub__guide_md=GUIDE, law_txt=LAW, none_txt="Just words.\n")
+    text = (tmp_path / "out" / "README.md").read_text("utf-8")
+    assert "| sub/guide.md | heading | 5 | no |" in text
+    assert "| law.txt | numbered article | 4 | yes |" in text
+    assert "- law.txt: 1 lines belong to no heading" in text
+    assert "- none.txt: no heading, article or question found" in text
+
+
+def test_nothing_is_overwritten_and_nothing_half_written(tmp_path: Path) -> None:
+    made(tmp_path, guide_md=GUIDE)
+    before = (tmp_path / "out" / "train.jsonl").read_bytes()
+    with pytest.raises(InputError, match="exists already"):
+        make_rows(tmp_path / "in", tmp_path / "out")
+    assert (tmp_path / "out" / "train.jsonl").read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
+
+
+def test_output_within_the_documents_and_hidden_files_are_not_read(tmp_path: Path) -> None:
+    folder = put(tmp_path / "in", a_md="# A\nText.\n", _hidden__b_md="# B\nSecret.\n")
+    (folder / "out").mkdir()
+    card = make_rows(folder, folder / "out", held_out=0)
+    assert list(card.documents) == ["a.md"]
+
+
+def test_bad_input(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="is not a directory"):
+        make_rows(tmp_path / "none", tmp_path / "out")
+    (tmp_path / "in").mkdir()
+    with pytest.raises(InputError, match="holds no document"):
+        make_rows(tmp_path / "in", tmp_path / "out")
+    put(tmp_path / "in", a_txt="Just words.\n")
+    with pytest.raises(InputError, match="no heading, numbered article or question in 1"):
+        make_rows(tmp_path / "in", tmp_path / "out")
+    with pytest.raises(InputError, match="held_out must be in"):
+        make_rows(tmp_path / "in", tmp_path / "out", held_out=1.0)
+    (tmp_path / "in" / "b.md").write_bytes(b"# \xff\n")
+    with pytest.raises(InputError, match=r"b\.md: not UTF-8"):
+        make_rows(tmp_path / "in", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
