@@ -1,0 +1,5 @@
+"""What a run left, as pictures and words; it reads the run's files and nothing else."""
+
+from ._figures import draw_loss as draw_loss
+from ._markdown import write_report as write_report
+from ._records import read_records as read_records

@@ -1,0 +1,38 @@
+"""A run's `metrics.jsonl`, read back."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from .._errors import InputError
+
+
+def read_records(directory: str | Path) -> list[dict[str, Any]]:
+    """The records of a run, in order.
+
+    Raises:
+        InputError: if there is no such file, or a line is not JSON.
+    """
+    path = Path(directory) / "metrics.jsonl"
+    records = []
+    try:
+        lines = path.read_text("utf-8").splitlines()
+    except OSError:
+        raise InputError(f"{path}: no such file; a run's directory holds one") from None
+    for number, line in enumerate(lines, 1):
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            raise InputError(f"{path}:{number}: not JSON") from None
+    return records
+
+
+def series(records: list[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
+    """(steps, values) of the records that hold `key`.
+
+    Example:
+        >>> series([{"step": 1, "loss": 2.0}, {"step": 2, "eval_loss": 1.0}], "loss")
+        ([1], [2.0])
+    """
+    chosen = [r for r in records if key in r]
+    return [r["step"] for r in chosen], [r[key] for r in chosen]

@@ -1,0 +1,31 @@
+"""Training: configs, the step, the loop, held-out loss, checkpoints."""
+
+from ._config import DataSection as DataSection
+from ._config import ModelSection as ModelSection
+from ._config import RunConfig as RunConfig
+from ._config import TrainSection as TrainSection
+from ._config import config_text as config_text
+from ._config import load_config as load_config
+from ._config import run_config as run_config
+from ._evaluate import Evaluation as Evaluation
+from ._evaluate import evaluate as evaluate
+from ._evaluate import make_eval_step as make_eval_step
+from ._job import Job as Job
+from ._job import examples_of as examples_of
+from ._job import load_base as load_base
+from ._job import load_tokenizer as load_tokenizer
+from ._job import prepare as prepare
+from ._loop import Result as Result
+from ._loop import job_batches as job_batches
+from ._loop import run as run
+from ._loop import steps_of as steps_of
+from ._loop import train as train
+from ._loss import next_token_loss as next_token_loss
+from ._metrics import peak_memory as peak_memory
+from ._notes import adapter_notes as adapter_notes
+from ._optimizer import make_optimizer as make_optimizer
+from ._rundir import next_directory as next_directory
+from ._rundir import with_output as with_output
+from ._step import TrainState as TrainState
+from ._step import init_state as init_state
+from ._step import make_step as make_step

@@ -1,0 +1,189 @@
+"""A run, as its YAML file describes it."""
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from .._config import LoraConfig, QuantConfig
+from .._errors import InputError
+from ._schema import apply_overrides, read_dataclass, read_yaml, to_plain
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSection:
+    """The base: a Hugging Face directory, or `bundled` for the one that comes with us."""
+
+    path: str = "bundled"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Type of the activations."""
+    param_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Type of the dense weights; null keeps the file's, but trains all of them in float32."""
+    remat: Literal["none", "full", "dots"] = "full"
+    """What the backward pass keeps of a layer; `full` keeps its input only."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSection:
+    """Rows to train on and rows to measure on."""
+
+    train: str | list[str]
+    eval: str | list[str] | None = None
+    """Held-out rows; null sets `eval_share` of the training rows aside."""
+    eval_share: float = 0.05
+    format: Literal["auto", "alpaca", "messages", "sharegpt", "prompt_completion", "text"] = "auto"
+    columns: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Our column names to the file's, `{instruction: question, output: answer}`."""
+    template: str = "auto"
+    train_on: Literal["answer", "last", "all"] = "answer"
+    max_length: int = 512
+    """Tokens in a row of a batch, and the longest sequence."""
+    packing: bool = True
+    train_rows: int | None = None
+    """Read at most so many rows."""
+    eval_rows: int | None = None
+    bad_rows: Literal["error", "skip"] = "error"
+
+    def __post_init__(self) -> None:
+        if self.max_length < 2:
+            raise InputError(f"data.max_length: must be at least 2, got {self.max_length}")
+        for name in ("train_rows", "eval_rows"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise InputError(f"data.{name}: must be at least 1, got {getattr(self, name)}")
+        if self.eval is None and not 0 < self.eval_share <= 0.5:
+            raise InputError(
+                f"data.eval_share: must be above 0 and at most 0.5, got {self.eval_share}; or"
+                " give data.eval"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainSection:
+    """How to train."""
+
+    method: Literal["lora", "full"] = "lora"
+    adapter: str | None = None
+    """Directory of an adapter to go on from, whose own config then counts; null starts anew."""
+    steps: int | None = None
+    """Optimizer steps; null takes `epochs`."""
+    epochs: float = 1.0
+    batch_size: int = 8
+    accumulate: int = 1
+    """Batches whose gradients make one step, weighted by their trained tokens."""
+    learning_rate: float = 2e-4
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup: float = 0.03
+    """Share of the steps over which the learning rate rises from 0."""
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    clip_norm: float | None = 1.0
+    seed: int = 0
+    log_every: int = 10
+    eval_every: int | None = None
+    """Steps between measurements; null measures before and after only."""
+    save_every: int | None = None
+    """Steps between checkpoints; null saves at the end only."""
+    keep: int = 2
+    """Checkpoints that stay on disk."""
+    patience: int | None = None
+    """Stop after so many measurements without a better held-out loss, and keep the best."""
+    tensorboard: bool = True
+    loss_chunk: int = 1024
+    """Tokens whose logits exist at one time."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "accumulate", "log_every", "keep", "loss_chunk"):
+            if getattr(self, name) < 1:
+                raise InputError(f"train.{name}: must be at least 1, got {getattr(self, name)}")
+        for name in ("steps", "eval_every", "save_every", "patience"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise InputError(f"train.{name}: must be at least 1, got {getattr(self, name)}")
+        for name in ("learning_rate", "epochs", "clip_norm"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise InputError(f"train.{name}: must be a number above 0, got {value}")
+        for name, end in (
+            ("warmup", 1.0),
+            ("weight_decay", math.inf),
+            ("beta1", 1.0),
+            ("beta2", 1.0),
+        ):
+            if not 0 <= getattr(self, name) < end:
+                got = getattr(self, name)
+                raise InputError(f"train.{name}: must be at least 0 and below {end:g}, got {got}")
+        if self.seed < 0:
+            raise InputError(f"train.seed: must not be negative, got {self.seed}")
+        if self.patience and not self.eval_every:
+            raise InputError("train.patience: needs train.eval_every, the steps between looks")
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """Everything about a run; what `config.yaml` in its directory holds, resolved.
+
+    Example:
+        >>> RunConfig(data=DataSection(train="rows.jsonl"), output="runs/mine").train.method
+        'lora'
+    """
+
+    data: DataSection
+    output: str
+    model: ModelSection = dataclasses.field(default_factory=ModelSection)
+    quant: QuantConfig | None = None
+    lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
+    train: TrainSection = dataclasses.field(default_factory=TrainSection)
+
+    def __post_init__(self) -> None:
+        if self.train.method == "full" and self.quant is not None:
+            raise InputError("quant: full training needs dense weights; leave the section out")
+        if self.train.method == "full" and self.train.adapter is not None:
+            raise InputError("train.adapter: goes with method lora; merge the adapter first")
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
+    """Read a run's YAML file and lay `--section.key value` words over it.
+
+    Raises:
+        InputError: for a missing file, broken YAML, an unknown key or a wrong value.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as directory:
+        ...     path = Path(directory, "run.yaml")
+        ...     _ = path.write_text("data: {train: rows.jsonl}\\noutput: runs/mine\\n")
+        ...     load_config(path, ["--lora.r", "4"]).lora.r
+        4
+    """
+    path = Path(path)
+    try:
+        text = path.read_text("utf-8")
+    except OSError as error:
+        raise InputError(f"{path}: cannot read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: not a text in UTF-8") from None
+    raw = read_yaml(text, str(path))
+    if not isinstance(raw, dict):
+        raise InputError(f"{path}: must hold sections such as `data:` and `train:`")
+    return run_config(raw, overrides or [], str(path))
+
+
+def run_config(raw: dict[str, Any], overrides: list[str], where: str) -> RunConfig:
+    """A config from sections already read, with `--section.key value` words laid over them.
+
+    Example:
+        >>> raw = {"data": {"train": "rows.jsonl"}, "output": "runs/mine"}
+        >>> run_config(raw, ["--model.remat", "none"], "here").model.remat
+        'none'
+    """
+    return read_dataclass(RunConfig, apply_overrides(raw, overrides), where)
+
+
+def config_text(config: RunConfig) -> str:
+    """The resolved config as YAML, which `load_config` reads back."""
+    plain: dict[str, Any] = to_plain(config)
+    if config.quant is None:
+        del plain["quant"]
+    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)

@@ -1,0 +1,63 @@
+"""Held-out loss."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterable
+
+import jax
+import numpy as np
+
+from .._errors import InputError
+from .._typing import Array, Params
+from ..transform import LoraLinen
+from ._step import batch_loss
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """`loss` in nats per trained token, over `tokens` of them."""
+
+    loss: float
+    tokens: int
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss)."""
+        return math.exp(min(self.loss, 700.0))
+
+
+def make_eval_step(
+    model: LoraLinen, *, chunk: int = 1024
+) -> Callable[[Params, Params], tuple[Array, Array]]:
+    """The jitted `(params, batch) -> (summed loss, trained tokens)`; there is no dropout.
+
+    The same model gets the same function again, so that it is compiled once.
+    """
+    try:
+        return _eval_step(model, chunk)
+    except TypeError:  # layouts in a dict have no hash
+        return _eval_step.__wrapped__(model, chunk)
+
+
+@functools.lru_cache(maxsize=8)
+def _eval_step(model: LoraLinen, chunk: int) -> Callable[[Params, Params], tuple[Array, Array]]:
+    return jax.jit(lambda params, batch: batch_loss(model, params, batch, chunk))
+
+
+def evaluate(
+    eval_step: Callable[[Params, Params], tuple[Array, Array]],
+    params: Params,
+    batches: Iterable[Params],
+) -> Evaluation:
+    """Mean loss per trained token over all batches, each token counted once.
+
+    Raises:
+        InputError: if no batch holds a trained token.
+    """
+    sums = [eval_step(params, {k: v for k, v in b.items() if k != "rows"}) for b in batches]
+    loss = float(np.sum([np.float64(loss) for loss, _ in sums]))
+    tokens = int(np.sum([int(count) for _, count in sums]))
+    if not tokens:
+        raise InputError("evaluate: the held-out rows hold no trained token")
+    return Evaluation(loss / tokens, tokens)

@@ -1,0 +1,212 @@
+"""Everything a run needs before its first step: base, adapter, data, and their counts."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from .._config import LoraConfig
+from .._errors import InputError
+from .._tree import combine, leaves_with_path, map_with_path
+from .._typing import Params
+from ..adapters import load_adapter
+from ..data import Examples, Rows, build_examples, read_rows
+from ..lora import (
+    Layouts,
+    Target,
+    find_targets,
+    init_adapter,
+    matched_targets,
+    trainable_mask,
+)
+from ..models import Pretrained, bundled_model, load_pretrained, load_without_weights
+from ..transform import LoraLinen, lora_linen
+from ._config import DataSection, ModelSection, RunConfig
+
+DEFAULT_TARGETS = {"llama": ["q_proj", "v_proj"]}
+"""What `target_modules: null` means for a model family, as in PEFT."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A run made ready: `combine(base, trainable)` are the model's parameters."""
+
+    config: RunConfig
+    pretrained: Pretrained
+    model: LoraLinen
+    base: dict[str, Any]
+    trainable: dict[str, Any]
+    targets: tuple[Target, ...]
+    train: Examples
+    eval: Examples
+    places: Mapping[int, str] = dataclasses.field(default_factory=dict)
+    """Where each training row stands in its file."""
+
+    @property
+    def layouts(self) -> Layouts:
+        return self.pretrained.layouts
+
+    @property
+    def params(self) -> dict[str, Any]:
+        return combine(self.base, self.trainable)
+
+    @property
+    def mask(self) -> Callable[[Params], Params]:
+        """From the trained tree to booleans: what the optimizer may move."""
+        if self.config.train.method == "full":
+            return lambda params: map_with_path(lambda path, _: True, params)
+        return lambda params: trainable_mask(params, self.config.lora)
+
+    def counts(self) -> dict[str, int]:
+        """Parameters and bytes: trainable and frozen (four-bit weights counted unpacked)."""
+        chosen = dict(leaves_with_path(self.mask(self.trainable)))
+        trainable = {path: x for path, x in leaves_with_path(self.trainable) if chosen[path]}
+        frozen = [x for _, x in leaves_with_path(self.base)]
+        # Of stacked layers, the padding to a common rank is no parameter.
+        adapted = sum(sum(t.ranks) * (t.d_in + t.d_out) for t in self.targets)
+        whole = [x.size for path, x in trainable.items() if not path.endswith(("lora_A", "lora_B"))]
+        return {
+            "trainable": adapted + sum(whole),
+            "trainable_bytes": sum(x.nbytes for x in trainable.values()),
+            "frozen": sum(int(np.prod(x.shape)) for x in frozen),
+            "frozen_bytes": sum(x.nbytes for x in frozen),
+        }
+
+
+def load_base(section: ModelSection, quant: Any = None) -> Pretrained:
+    """The base of a run, quantized as it is read if `quant` says so."""
+    if section.dtype == "float16" and jax.default_backend() == "cpu":
+        raise InputError(
+            "model.dtype: JAX has no float16 attention on CPUs; use bfloat16 or float32"
+        )
+    return load_pretrained(
+        _directory(section),
+        quant=quant,
+        dtype=section.dtype,
+        param_dtype=section.param_dtype,
+        remat=section.remat,
+    )
+
+
+def load_tokenizer(section: ModelSection) -> Pretrained:
+    """The base of a run without its weights: enough to turn rows into tokens."""
+    return load_without_weights(_directory(section))
+
+
+def _directory(section: ModelSection) -> Path:
+    return bundled_model() if section.path == "bundled" else Path(section.path)
+
+
+def prepare(config: RunConfig) -> Job:
+    """Load, quantize, attach and tokenize; nothing is written and no step is run.
+
+    Raises:
+        InputError: for whatever in the config does not fit the files it names.
+    """
+    rows, held_out = _rows(config.data)  # first, since it fails fast
+    pretrained = load_base(_model_section(config), config.quant)
+    config = _with_targets(config, pretrained)
+    if config.train.method == "full":
+        base, trainable, targets = {}, pretrained.params, ()
+    else:
+        base = pretrained.params
+        config, trainable = _adapter(config, pretrained)
+        targets = matched_targets(base, config.lora, layouts=pretrained.layouts)
+    return Job(
+        config=config,
+        pretrained=pretrained,
+        model=lora_linen(pretrained.module),
+        base=base,
+        trainable=trainable,
+        targets=targets,
+        train=examples_of(rows, config.data, pretrained),
+        eval=examples_of(held_out, config.data, pretrained),
+        places={row.index: row.where for row in rows},
+    )
+
+
+def examples_of(rows: Rows, section: DataSection, pretrained: Pretrained) -> Examples:
+    """Rows as token ids and masks, by the settings of a data section."""
+    if pretrained.tokenizer is None:
+        raise InputError(f"{pretrained.directory}: no tokenizer.json; training needs one")
+    limit = pretrained.config.max_position_embeddings
+    if section.max_length > limit:
+        raise InputError(
+            f"data.max_length: {section.max_length} exceeds the model's"
+            f" max_position_embeddings {limit}"
+        )
+    return build_examples(
+        rows,
+        pretrained.tokenizer,
+        template=section.template,
+        train_on=section.train_on,
+        max_length=section.max_length,
+    )
+
+
+def _rows(section: DataSection) -> tuple[Rows, Rows]:
+    """Rows to train on and held-out rows; those set aside are every n-th of the file."""
+    rows = _read(section, section.train, section.train_rows)
+    if section.eval is not None:
+        return rows, _read(section, section.eval, section.eval_rows)
+    every = round(1 / section.eval_share)
+    aside = rows.rows[every - 1 :: every][: section.eval_rows]
+    if not aside:
+        raise InputError(
+            f"data.eval_share: {section.eval_share} of {len(rows)} rows leaves none to measure"
+            " on; give data.eval, or a larger share"
+        )
+    chosen = {row.index for row in aside}
+    kept = tuple(row for row in rows if row.index not in chosen)
+    return dataclasses.replace(rows, rows=kept), dataclasses.replace(rows, rows=aside)
+
+
+def _read(section: DataSection, source: str | list[str], limit: int | None) -> Rows:
+    return read_rows(
+        source,
+        format=section.format,
+        columns=section.columns,
+        limit=limit,
+        bad_rows=section.bad_rows,
+    )
+
+
+def _model_section(config: RunConfig) -> ModelSection:
+    """Weights that are all trained take float32: small updates to 16 bits round away."""
+    section = config.model
+    if config.train.method == "full" and section.param_dtype is None:
+        return dataclasses.replace(section, param_dtype="float32")
+    return section
+
+
+def _with_targets(config: RunConfig, pretrained: Pretrained) -> RunConfig:
+    if config.train.method == "full" or config.lora.target_modules is not None:
+        return config
+    targets = DEFAULT_TARGETS[pretrained.config.model_type]
+    return dataclasses.replace(
+        config, lora=dataclasses.replace(config.lora, target_modules=targets)
+    )
+
+
+def _adapter(config: RunConfig, pretrained: Pretrained) -> tuple[RunConfig, dict[str, Any]]:
+    """A new adapter, or the one to go on from (whose own shape then counts)."""
+    layouts = pretrained.layouts
+    if config.train.adapter is None:
+        _refuse_embeddings(config.lora, pretrained)
+        key = jax.random.key(config.train.seed)
+        return config, init_adapter(key, pretrained.params, config.lora, layouts=layouts)
+    adapter, lora = load_adapter(config.train.adapter, pretrained.params, layouts=layouts)
+    lora = dataclasses.replace(lora, lora_dropout=config.lora.lora_dropout)
+    return dataclasses.replace(config, lora=lora), adapter
+
+
+def _refuse_embeddings(lora: LoraConfig, pretrained: Pretrained) -> None:
+    for target in find_targets(pretrained.params, lora, layouts=pretrained.layouts):
+        if target.path.endswith("embedding"):
+            raise InputError(
+                f"lora: target_modules reaches {target.path}; adapters on embeddings cannot be"
+                " saved in PEFT's format, so take it out or list it in modules_to_save"
+            )

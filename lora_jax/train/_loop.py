@@ -1,0 +1,347 @@
+"""The training loop: step, log, measure, save."""
+
+import contextlib
+import dataclasses
+import math
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .._errors import InputError
+from .._files import atomic_directory
+from .._tree import combine
+from ..adapters import save_adapter
+from ..data import BatchIterator, batch_iterator, eval_batches
+from ..models import save_pretrained
+from ._checkpoint import Checkpoints
+from ._config import RunConfig
+from ._evaluate import Evaluation, evaluate, make_eval_step
+from ._interrupt import stop_signals
+from ._job import Job, prepare
+from ._metrics import Listener, MetricsLog, peak_memory
+from ._notes import write_notes
+from ._optimizer import learning_rate, make_optimizer
+from ._rundir import claim_directory, reopen_directory
+from ._step import LOWEST_SCALE, init_state, make_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What a run left: `before` and `after` are held-out, `trainable` the kept weights."""
+
+    directory: Path
+    steps: int
+    before: Evaluation
+    after: Evaluation
+    trainable: dict[str, Any]
+    stopped_early: bool
+
+
+@dataclasses.dataclass
+class _Progress:
+    """What a checkpoint keeps in words: how far, and the held-out losses so far."""
+
+    tokens: int = 0
+    before: Evaluation | None = None
+    last: Evaluation | None = None
+    best: Evaluation | None = None
+    looks_since_best: int = 0
+    stopped: bool = False
+
+    @classmethod
+    def from_json(cls, raw: dict[str, Any]) -> "_Progress":
+        values: dict[str, Any] = {
+            name: Evaluation(**value) if isinstance(value, dict) else value
+            for name, value in raw.items()
+        }
+        return cls(**values)
+
+
+def train(config: RunConfig, *, resume: bool = False, listener: Listener | None = None) -> Result:
+    """Run a config from its files to a saved adapter.
+
+    Args:
+        config: As from `load_config`.
+        resume: Go on from the newest checkpoint in `config.output`, bit for bit.
+        listener: Called with every record of `metrics.jsonl`.
+
+    Returns:
+        The result; on disk `adapter/` in PEFT's format (or `model/`, in full training),
+        `config.yaml`, `metrics.jsonl`, `checkpoints/`.
+
+    Raises:
+        InputError: for anything wrong with the config or its files; if the loss stops being
+            finite (the last good checkpoint stays); if a file cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> from lora_jax import LoraConfig
+        >>> from lora_jax.train import DataSection, RunConfig, TrainSection, train
+        >>> with tempfile.TemporaryDirectory() as directory:
+        ...     result = train(RunConfig(
+        ...         data=DataSection(train="stdlib", train_rows=20, eval_share=0.2, max_length=256),
+        ...         lora=LoraConfig(r=4, target_modules="all-linear"),
+        ...         train=TrainSection(steps=2, batch_size=2, tensorboard=False),
+        ...         output=f"{directory}/run",
+        ...     ))
+        >>> result.steps
+        2
+    """
+    return run(prepare(config), resume=resume, listener=listener)
+
+
+def run(job: Job, *, resume: bool = False, listener: Listener | None = None) -> Result:
+    """Train a job that `prepare` made ready; otherwise as `train`."""
+    loop = _Loop(job, listener)
+    # Nothing is written before the data and the optimizer are known to be right.
+    directory = (reopen_directory if resume else claim_directory)(job.config)
+    with _errors(directory, loop), stop_signals() as stop:
+        loop.open(directory, resume)
+        return loop.run(stop)
+
+
+def steps_of(config: RunConfig, batches: BatchIterator) -> int:
+    """The number of optimizer steps a config asks for."""
+    if config.train.steps is not None:
+        return config.train.steps
+    whole = config.train.epochs * batches.batches_per_epoch / config.train.accumulate
+    return max(math.ceil(whole - 1e-9), 1)
+
+
+def job_batches(job: Job) -> BatchIterator:
+    """The training batches of a job, from their beginning."""
+    c = job.config
+    return batch_iterator(
+        job.train,
+        batch_size=c.train.batch_size,
+        seq_length=c.data.max_length,
+        packing=c.data.packing,
+        seed=c.train.seed,
+        pad_id=job.pretrained.tokenizer.pad_id or 0,
+    )
+
+
+class _Loop:
+    """One run: its compiled functions, its place, its files."""
+
+    def __init__(self, job: Job, listener: Listener | None) -> None:
+        c = job.config
+        self.job, self.listener = job, listener
+        self.batches = job_batches(job)
+        self.steps = steps_of(c, self.batches)
+        self.rate = learning_rate(c.train, self.steps)
+        tx = make_optimizer(c.train, self.steps, job.mask)
+        chunk, dropout = c.train.loss_chunk, c.lora.lora_dropout
+        self.step = make_step(job.model, tx, dropout=dropout, chunk=chunk)
+        self.eval_step = make_eval_step(job.model, chunk=chunk)
+        key = jax.random.key(c.train.seed)
+        self.state = init_state(job.trainable, tx, key, dtype=c.model.dtype)
+        self.best: dict[str, Any] | None = None
+        self.progress = _Progress()
+        self.window: list[dict[str, Any]] = []
+
+    def open(self, directory: Path, resume: bool) -> None:
+        """Open the files, and go to the place of the newest checkpoint."""
+        c = self.job.config.train
+        self.directory = directory
+        self.checkpoints = Checkpoints(directory / "checkpoints", c.keep)
+        step = self.checkpoints.latest() if resume else None
+        if step is not None:
+            place = self.checkpoints.place()
+            self.batches.set_state(place["data"])
+            self.progress = _Progress.from_json(place["progress"])
+            has_best = self.progress.best is not None
+            like = (self.state, self.state.trainable if has_best else None)
+            self.state, self.best = self.checkpoints.restore(like)
+        self.log = MetricsLog(directory, tensorboard=c.tensorboard, resumed_from=step)
+
+    def close(self) -> None:
+        """Close whatever was opened."""
+        for name in ("log", "checkpoints"):
+            if hasattr(self, name):
+                getattr(self, name).close()
+
+    def run(self, stop: threading.Event) -> Result:
+        at = int(self.state.step)
+        if self.progress.before is None:
+            self.progress.before = self._look(0)
+        self.started = time.perf_counter()
+        while at < self.steps and not self.progress.stopped:
+            self._one_step(at)
+            at += 1
+            self._after_step(at, stop.is_set())
+        return self._finish(at)
+
+    def _one_step(self, at: int) -> None:
+        parts = [next(self.batches) for _ in range(self.job.config.train.accumulate)]
+        batch = {name: np.stack([p[name] for p in parts]) for name in parts[0]}
+        rows = batch.pop("rows")
+        tokens = np.count_nonzero(batch["segment_ids"])
+        self.state, metrics = self.step(self.state, self.job.base, batch)
+        self.window.append({"step": at + 1, "rows": rows, "read": tokens, **metrics})
+
+    def _after_step(self, at: int, stopping: bool) -> None:
+        """Log, measure and save where that is due, in this order."""
+        c, last = self.job.config.train, at == self.steps
+        look = last or _due(c.eval_every, at)
+        save = last or stopping or _due(c.save_every, at)
+        if look or save or _due(c.log_every, at):
+            self._log(at)
+        if look:
+            self._judge(self._look(at), last)
+        if save or self.progress.stopped:
+            self._save(at)
+        if stopping and not (last or self.progress.stopped):
+            raise InputError(f"{self.directory}: stopped and saved at step {at}; --resume goes on")
+
+    def _log(self, at: int) -> None:
+        """Fetch the window's metrics from the device, which is waited for here alone."""
+        window, self.window = jax.device_get(self.window), []
+        self._check_finite(window)
+        seconds, self.started = time.perf_counter() - self.started, time.perf_counter()
+        read, trained = (sum(int(w[k]) for w in window) for k in ("read", "tokens"))
+        self.progress.tokens += read
+        self._record(
+            {
+                "step": at,
+                "steps": self.steps,
+                "loss": sum(float(w["loss"]) * int(w["tokens"]) for w in window) / trained,
+                "learning_rate": float(np.asarray(self.rate(at - 1))),
+                "grad_norm": float(window[-1]["grad_norm"]),
+                "tokens": self.progress.tokens,
+                "tokens_per_second": read / seconds,
+                "epoch": round(self.batches.epoch, 4),
+                "peak_memory_bytes": peak_memory(),
+            }
+        )
+
+    def _check_finite(self, window: list[dict[str, Any]]) -> None:
+        bad = next((w for w in window if _diverged(w)), None)
+        if bad is None:
+            return
+        saved = self.checkpoints.latest()
+        kept = (
+            "nothing is saved yet" if saved is None else f"the checkpoint of step {saved} is kept"
+        )
+        raise InputError(
+            f"{self.directory}: the loss, its gradient or the update is not finite at step"
+            f" {bad['step']} (rows {self._places(bad['rows'])}); {kept}; lower train.learning_rate,"
+            " or look at these rows"
+        )
+
+    def _places(self, rows: np.ndarray, shown: int = 6) -> str:
+        """Where the rows of a step stand in their files."""
+        places = [
+            self.job.places.get(row, str(row)) for row in np.unique(rows).tolist() if row >= 0
+        ]
+        more = f" and {len(places) - shown} more" if len(places) > shown else ""
+        return ", ".join(places[:shown]) + more
+
+    def _look(self, at: int) -> Evaluation:
+        """Measure the held-out loss."""
+        c = self.job.config
+        batches = eval_batches(
+            self.job.eval,
+            batch_size=c.train.batch_size,
+            seq_length=c.data.max_length,
+            packing=c.data.packing,
+            pad_id=self.job.pretrained.tokenizer.pad_id or 0,
+        )
+        found = evaluate(self.eval_step, combine(self.job.base, self.state.trainable), batches)
+        if not math.isfinite(found.loss):
+            cause = (
+                f"look at train.learning_rate {c.train.learning_rate:g}"
+                if at
+                else (f"look at the weights of {c.model.path}, and at model.dtype {c.model.dtype}")
+            )
+            raise InputError(
+                f"{self.directory}: the held-out loss after step {at} is not finite; {cause}"
+            )
+        self._record({"step": at, "eval_loss": found.loss, "eval_tokens": found.tokens})
+        self.progress.last, self.started = found, time.perf_counter()
+        return found
+
+    def _judge(self, found: Evaluation, last: bool) -> None:
+        """Keep the best weights and stop where none came for a while, if `patience` says so."""
+        progress, patience = self.progress, self.job.config.train.patience
+        if patience is None:
+            return
+        if progress.best is None or found.loss < progress.best.loss:
+            progress.best, progress.looks_since_best = found, 0
+            # A copy: the next step donates the arrays.
+            self.best = jax.tree.map(jnp.copy, self.state.trainable)
+        else:
+            progress.looks_since_best += 1
+            progress.stopped = progress.looks_since_best >= patience and not last
+
+    def _save(self, at: int) -> None:
+        progress = dataclasses.asdict(self.progress)
+        place = {"data": self.batches.get_state(), "progress": progress}
+        self.checkpoints.save(at, (self.state, self.best), place)
+
+    def _record(self, record: dict[str, Any]) -> None:
+        self.log(record)
+        if self.listener is not None:
+            self.listener(record)
+
+    def _finish(self, at: int) -> Result:
+        progress = self.progress
+        trainable: dict[str, Any] = self.state.trainable if self.best is None else self.best
+        (_save_adapter if self.job.config.train.method == "lora" else _save_model)(
+            self.job, self.directory, trainable
+        )
+        after = progress.best or progress.last
+        assert progress.before is not None and after is not None
+        return Result(self.directory, at, progress.before, after, trainable, progress.stopped)
+
+
+def _due(every: int | None, at: int) -> bool:
+    return every is not None and at % every == 0
+
+
+def _diverged(metrics: dict[str, Any]) -> bool:
+    """Not finite, and no matter of the loss scale: that is found by overflowing now and then."""
+    scaled_down = float(metrics["loss_scale"]) <= LOWEST_SCALE
+    return not (np.isfinite(metrics["loss"]) and (metrics["finite"] or not scaled_down))
+
+
+def _save_adapter(job: Job, directory: Path, adapter: dict[str, Any]) -> None:
+    with atomic_directory(directory / "adapter") as temporary:
+        save_adapter(
+            temporary,
+            adapter,
+            job.config.lora,
+            layouts=job.layouts,
+            base_model=job.config.model.path,
+        )
+        write_notes(temporary, template=job.train.template)
+
+
+def _save_model(job: Job, directory: Path, params: dict[str, Any]) -> None:
+    save_pretrained(
+        directory / "model",
+        params,
+        job.pretrained.config,
+        dtype=str(jax.tree.leaves(params)[0].dtype),
+        tokenizer=job.pretrained.tokenizer,
+    )
+
+
+@contextlib.contextmanager
+def _errors(directory: Path, loop: _Loop) -> Iterator[None]:
+    """A full disk or an interruption in one line; the files are closed either way."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{directory}: cannot write: {error.strerror or error}") from error
+    except KeyboardInterrupt:
+        message = f"{directory}: interrupted; --resume goes on from the newest checkpoint"
+        raise InputError(message) from None
+    finally:
+        loop.close()

@@ -1,0 +1,69 @@
+"""`LoraConfig` against PEFT's: the same fields, defaults, ranks, alphas and scalings."""
+
+import dataclasses
+import json
+
+import pytest
+
+torch = pytest.importorskip("torch")
+peft = pytest.importorskip("peft")
+
+from lora_jax import LoraConfig  # noqa: E402
+from lora_jax._config import PEFT_DEFAULTS  # noqa: E402
+
+pytestmark = pytest.mark.oracle
+
+
+def plain(value):
+    """Enumerations as what a file holds; what PEFT keeps as an empty mapping or None is empty."""
+    return getattr(value, "value", value) or None
+
+
+def test_every_field_of_peft_is_taken_at_its_default():
+    fields = json.loads(json.dumps(peft.LoraConfig().to_dict(), default=str))
+    assert LoraConfig.from_dict({**fields, "peft_type": "LORA"}) == LoraConfig()
+
+
+def test_defaults_are_those_of_peft():
+    theirs = vars(peft.LoraConfig())
+    ours = dataclasses.asdict(LoraConfig()) | PEFT_DEFAULTS
+    both = theirs.keys() & ours.keys()
+    assert len(both) >= 20
+    assert {k: plain(ours[k]) for k in both} == {k: plain(theirs[k]) for k in both}
+
+
+class Block(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.q_proj = torch.nn.Linear(4, 4)
+        self.up_proj = torch.nn.Linear(4, 4)
+
+
+class Model(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.ModuleList([Block() for _ in range(12)])
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {},
+        {"use_rslora": True},
+        {"rank_pattern": {"q_proj": 2, "layers.1.up_proj": 4}},
+        {"rank_pattern": {r"layers\.(0|1)\..*": 3}, "alpha_pattern": {"up_proj": 64}},
+        {"alpha_pattern": {"1.q_proj": 5, "up_proj": 7}, "use_rslora": True},
+        {"rank_pattern": {r"^layers\.1\.q_proj": 5}},
+    ],
+)
+def test_rank_and_scaling_at_every_path(extra):
+    fields = {"r": 8, "lora_alpha": 24, "target_modules": ["q_proj", "up_proj"], **extra}
+    model = peft.get_peft_model(Model(), peft.LoraConfig(**fields))
+    ours = LoraConfig(**fields)
+    seen = 0
+    for name, module in model.base_model.model.named_modules():
+        if hasattr(module, "scaling"):
+            seen += 1
+            assert ours.rank(name.replace(".", "/")) == module.r["default"], name
+            assert ours.scaling(name.replace(".", "/")) == module.scaling["default"], name
+    assert seen == 24

@@ -1,0 +1,80 @@
+"""The loss against numpy in float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lora_jax.train import next_token_loss
+
+BATCH, SEQ, WIDTH, VOCAB = 3, 9, 8, 17
+
+
+def draw(seed: int):
+    generator = np.random.default_rng(seed)
+    hidden = generator.normal(size=(BATCH, SEQ, WIDTH)).astype(np.float32)
+    head = 3 * generator.normal(size=(WIDTH, VOCAB)).astype(np.float32)
+    ids = generator.integers(0, VOCAB, (BATCH, SEQ)).astype(np.int32)
+    mask = generator.random((BATCH, SEQ)) < 0.4
+    return jnp.asarray(hidden), jnp.asarray(head), jnp.asarray(ids), jnp.asarray(mask)
+
+
+def reference(hidden, head, ids, mask):
+    """-log p of every trained token, one after the other."""
+    hidden, head, ids, mask = (np.asarray(x) for x in (hidden, head, ids, mask))
+    total = 0.0
+    for b, t in zip(*np.nonzero(mask), strict=True):
+        if t:
+            logits = hidden[b, t - 1].astype(np.float64) @ head.astype(np.float64)
+            shifted = logits - logits.max()
+            total += np.log(np.exp(shifted).sum()) - shifted[ids[b, t]]
+    return total, int(mask[:, 1:].sum())
+
+
+@settings(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 10_000), chunk=st.sampled_from([1, 5, 24, 4096]))
+def test_equals_numpy(seed, chunk):
+    hidden, head, ids, mask = draw(seed)
+    loss, count = next_token_loss(lambda h: h @ head, hidden, ids, mask, chunk=chunk)
+    expected, expected_count = reference(hidden, head, ids, mask)
+    np.testing.assert_allclose(float(loss), expected, rtol=2e-6)
+    assert int(count) == expected_count
+
+
+@pytest.mark.parametrize("chunk", [5, 4096])
+def test_gradient_equals_plain_autodiff(chunk):
+    hidden, head, ids, mask = draw(0)
+
+    def chunked(hidden, head):
+        return next_token_loss(lambda h: h @ head, hidden, ids, mask, chunk=chunk)[0]
+
+    def plain(hidden, head):
+        logs = jax.nn.log_softmax(hidden[:, :-1] @ head)
+        picked = jnp.take_along_axis(logs, ids[:, 1:, None], axis=-1)[..., 0]
+        return -jnp.sum(picked * mask[:, 1:])
+
+    found = jax.grad(chunked, argnums=(0, 1))(hidden, head)
+    expected = jax.grad(plain, argnums=(0, 1))(hidden, head)
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6 * np.abs(other).max())
+
+
+def test_untrained_targets_do_not_matter():
+    hidden, head, ids, mask = draw(1)
+    changed = jnp.where(mask, ids, (ids + 1) % VOCAB)
+
+    def value_and_grad(ids):
+        return jax.value_and_grad(
+            lambda h: next_token_loss(lambda x: x @ head, h, ids, mask, chunk=7)[0]
+        )(hidden)
+
+    for one, other in zip(value_and_grad(ids), value_and_grad(changed), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_nothing_trained_is_zero_of_zero():
+    hidden, head, ids, _ = draw(2)
+    loss, count = next_token_loss(lambda h: h @ head, hidden, ids, jnp.zeros_like(ids, bool))
+    assert (float(loss), int(count)) == (0.0, 0)

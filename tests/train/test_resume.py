@@ -1,0 +1,192 @@
+"""A run that was cut off ends as if it had not been, byte for byte."""
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lora_jax.train import config_text, load_config, prepare, run
+from lora_jax.train._checkpoint import Checkpoints
+
+SLOWLY = """
+import sys, time
+from lora_jax.train import load_config, train
+train(load_config(sys.argv[1]), listener=lambda record: time.sleep(float(sys.argv[2])))
+"""
+
+
+class Dies(Exception):
+    """What cuts a run off here."""
+
+
+def dies_at(step):
+    def listener(record):
+        if record["step"] == step and "loss" in record:
+            raise Dies
+
+    return listener
+
+
+@pytest.fixture
+def job(make_config):
+    """Everything that a checkpoint must carry: dropout, accumulation, early stopping, a pace."""
+    return prepare(
+        make_config(
+            lora={"lora_dropout": 0.2},
+            train={
+                "steps": 8,
+                "accumulate": 2,
+                "save_every": 3,
+                "eval_every": 2,
+                "patience": 5,
+                "log_every": 2,
+            },
+        )
+    )
+
+
+def at(job, directory):
+    return dataclasses.replace(job, config=dataclasses.replace(job.config, output=str(directory)))
+
+
+def files(directory):
+    return {p.name: p.read_bytes() for p in (directory / "adapter").iterdir()}
+
+
+def assert_same_run(one, other, records):
+    assert files(one) == files(other)
+    assert records(one) == records(other)
+
+
+@pytest.fixture
+def uninterrupted(job, tmp_path):
+    return run(at(job, tmp_path / "whole")).directory
+
+
+def test_resumed_run_is_the_same(job, tmp_path, records, uninterrupted):
+    with pytest.raises(Dies):
+        run(job, listener=dies_at(6))
+    directory = Path(job.config.output)
+    assert records(directory)[-1]["step"] > 3  # beyond the checkpoint: to be dropped
+    with open(directory / "metrics.jsonl", "a") as file:
+        file.write('{"step": 6, "lo')  # cut off within a line
+    # A checkpoint that was being written when the process died.
+    half = directory / "checkpoints" / "6.orbax-checkpoint-tmp"
+    half.mkdir()
+    (half / "state").mkdir()
+    run(job, resume=True)
+    assert_same_run(directory, uninterrupted, records)
+    assert not half.exists()
+
+
+def test_resumes_without_any_checkpoint(job, records, uninterrupted):
+    with pytest.raises(Dies):
+        run(job, listener=dies_at(2))
+    run(job, resume=True)
+    assert_same_run(Path(job.config.output), uninterrupted, records)
+
+
+def test_resumes_between_the_last_checkpoint_and_the_adapter(
+    job, records, uninterrupted, monkeypatch
+):
+    def die(*args):
+        raise Dies
+
+    with monkeypatch.context() as patch, pytest.raises(Dies):
+        patch.setattr("lora_jax.train._loop._save_adapter", die)
+        run(job)
+    result = run(job, resume=True)
+    assert_same_run(result.directory, uninterrupted, records)
+    assert result.before.loss > result.after.loss > 0
+
+
+def test_killed_process(make_config, tmp_path, records):
+    config = make_config(train={"steps": 30, "save_every": 5, "eval_every": 10, "log_every": 1})
+    (tmp_path / "run.yaml").write_text(config_text(config))
+    directory = Path(config.output)
+    with subprocess.Popen(
+        [sys.executable, "-c", SLOWLY, str(tmp_path / "run.yaml"), "0.1"],
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        deadline = time.monotonic() + 240
+        while not (last_step(records, directory) >= 7 and saved(directory)):
+            assert process.poll() is None, process.stderr.read()  # type: ignore[union-attr]
+            assert time.monotonic() < deadline, "no checkpoint in time"
+            time.sleep(0.02)
+        os.kill(process.pid, signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    assert not (directory / "adapter").exists() and last_step(records, directory) < 30
+    job = prepare(load_config(tmp_path / "run.yaml"))
+    run(job, resume=True)
+    whole = run(at(job, tmp_path / "whole")).directory
+    assert_same_run(directory, whole, records)
+
+
+def last_step(records, directory):
+    try:
+        return max((r["step"] for r in records(directory)), default=-1)
+    except (OSError, ValueError):
+        return -1
+
+
+def saved(directory):
+    folder = directory / "checkpoints"
+    return folder.exists() and any(p.name.isdigit() for p in folder.iterdir())
+
+
+def test_refuses_to_resume(job, message_of, tmp_path):
+    assert "no run to resume here; leave --resume out" in message_of(run, job, resume=True)
+    with pytest.raises(Dies):
+        run(job, listener=dies_at(4))
+    train = dataclasses.replace(job.config.train, learning_rate=0.5)
+    other = dataclasses.replace(job, config=dataclasses.replace(job.config, train=train))
+    found = message_of(run, other, resume=True)
+    assert "was started with train.learning_rate 0.01, now it is 0.5" in found
+    changed = dataclasses.replace(job.train, examples=job.train.examples[:-1])
+    found = message_of(run, dataclasses.replace(job, train=changed), resume=True)
+    assert "the checkpoint was made with other rows" in found
+    assert "holds another run" in message_of(run, job)
+    # A finished run, under another name for the same directory.
+    directory = os.path.relpath(job.config.output)
+    run(at(job, directory), resume=True)
+    assert "this run is finished" in message_of(run, job, resume=True)
+
+
+def test_broken_checkpoint_is_named(job, message_of):
+    with pytest.raises(Dies):
+        run(job, listener=dies_at(4))
+    directory = Path(job.config.output) / "checkpoints" / "3"
+    for file in (directory / "state").rglob("*"):
+        if file.is_file():
+            file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    found = message_of(run, job, resume=True)
+    assert f"{directory}: not a whole checkpoint of this run" in found
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_checkpoint_keeps_every_type_to_the_bit(tmp_path, dtype):
+    tree = {
+        "weights": jax.random.normal(jax.random.key(0), (3, 5)).astype(dtype),
+        "count": jnp.int32(7),
+        "key": jax.random.key(3),
+        "none": None,
+    }
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=2)
+    for step in (1, 2, 3):
+        checkpoints.save(step, tree, {"at": step})
+    assert checkpoints.latest() == 3 and checkpoints.place() == {"at": 3}
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["2", "3"]
+    found = checkpoints.restore(jax.tree.map(jnp.zeros_like, tree))
+    checkpoints.close()
+    assert found["weights"].dtype == dtype and found["count"].dtype == jnp.int32
+    np.testing.assert_array_equal(found["weights"], tree["weights"])
+    assert (jax.random.key_data(found["key"]) == jax.random.key_data(tree["key"])).all()
