@@ -1,0 +1,165 @@
+"""The figures of the main job: time, memory, held-out loss, merge, import, compile, set-up.
+
+    python experiments/quickstart/run.py             # all but the set-up
+    python experiments/quickstart/run.py --setup     # also a first set-up in a fresh clone
+
+Prints a Markdown table and writes it into this directory's README.md, between two marks.
+"""
+
+import argparse
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax import LoraConfig, init_adapter, lora_linen
+from lora_jax.lora import KernelLayout, trainable_mask
+from lora_jax.models import CausalLM, ModelConfig
+from lora_jax.train import (
+    TrainSection,
+    init_state,
+    make_optimizer,
+    make_step,
+)
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
+LAYOUTS = {"model/layers": KernelLayout(stack="model/layers")}
+
+
+def main_job(output: Path) -> list[tuple[str, str, str]]:
+    """Run the quickstart as a user does, in a process of its own."""
+    started = time.perf_counter()
+    subprocess.run(
+        [sys.executable, "-m", "lora_jax", "quickstart", "--output", str(output)],
+        check=True,
+        cwd=ROOT,
+    )
+    seconds = time.perf_counter() - started
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+    summary = json.loads((output / "summary.json").read_text())
+    fair, merge = summary["fair"], summary["merge"]
+    change = 100 * (fair["after"] / fair["before"] - 1)
+    return [
+        ("main job, set-up aside", f"{seconds:.0f} s", "≤ 120 s"),
+        ("its peak memory", f"{peak / 1e9:.2f} GB", "≤ 1.5 GB"),
+        (
+            "held-out loss, fairly scored",
+            f"{fair['before']:.3f} → {fair['after']:.3f} ({change:+.1f} %)",
+            "≤ -25 %",
+        ),
+        (
+            "`merged/` read back against unmerged logits",
+            f"{merge['largest_difference']:.1e}",
+            "≤ 1e-4",
+        ),
+    ]
+
+
+def import_time(repeats: int = 7) -> tuple[str, str, str]:
+    """Seconds of `import lora_jax` in a fresh process, once its files are cached."""
+
+    def once(code: str) -> float:
+        started = time.perf_counter()
+        subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+        return time.perf_counter() - started
+
+    once("import lora_jax")
+    pairs = [(once("import lora_jax"), once("pass")) for _ in range(repeats)]
+    times = [loaded - bare for loaded, bare in pairs]
+    spread = f"{statistics.median(times):.2f} s ({min(times):.2f}–{max(times):.2f})"
+    return "`import lora_jax`", spread, "≤ 1.5 s"
+
+
+def compile_time(layers: int) -> float:
+    """Seconds to trace, lower and compile the train step of a model of so many layers."""
+    config = ModelConfig(
+        vocab_size=256,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+    )
+    model = CausalLM(config, remat="full")
+    ids = jnp.zeros((2, 32), jnp.int32)
+    base = model.init(jax.random.key(0), ids)["params"]
+    lora = LoraConfig(r=4, target_modules="all-linear")
+    adapter = init_adapter(jax.random.key(1), base, lora, layouts=LAYOUTS)
+    tx = make_optimizer(TrainSection(), 10, trainable_mask)
+    state = init_state(adapter, tx, jax.random.key(2))
+    batch = {
+        "input_ids": np.zeros((1, 2, 32), np.int32),
+        "positions": np.zeros((1, 2, 32), np.int32),
+        "segment_ids": np.ones((1, 2, 32), np.int32),
+        "loss_mask": np.ones((1, 2, 32), bool),
+    }
+    step = make_step(lora_linen(model), tx)
+    started = time.perf_counter()
+    step.lower(state, base, batch).compile()  # type: ignore[attr-defined]
+    return time.perf_counter() - started
+
+
+def compile_ratio(repeats: int = 3) -> tuple[str, str, str]:
+    """Compile time at 32 layers over that at 4, interleaved."""
+    compile_time(4)
+    ratios, times = [], []
+    for _ in range(repeats):
+        few, many = compile_time(4), compile_time(32)
+        ratios.append(many / few)
+        times.append((few, many))
+    few, many = (statistics.median(t) for t in zip(*times, strict=True))
+    spread = f"{min(ratios):.2f}–{max(ratios):.2f}; {few:.1f} s, {many:.1f} s"
+    words = f"{statistics.median(ratios):.2f} ({spread})"
+    return "compile time at 32 layers over that at 4", words, "≤ 1.2"
+
+
+def first_setup() -> tuple[str, str, str]:
+    """Seconds of the first command in a fresh clone without any cache."""
+    with tempfile.TemporaryDirectory() as directory:
+        clone = Path(directory, "clone")
+        subprocess.run(["git", "clone", "-q", str(ROOT), str(clone)], check=True)
+        fresh = {"PATH": os.environ["PATH"], "HOME": directory, "UV_CACHE_DIR": f"{directory}/uv"}
+        started = time.perf_counter()
+        subprocess.run(["./lora", "train", "--help"], check=True, cwd=clone, env=fresh, stdout=-3)
+        return "first set-up", f"{time.perf_counter() - started:.0f} s", "≤ 180 s"
+
+
+def table(rows: list[tuple[str, str, str]]) -> str:
+    lines = ["| figure | measured | target |", "|---|---|---|"]
+    lines += [f"| {name} | {value} | {target} |" for name, value, target in rows]
+    hardware = f"{os.cpu_count()} CPU cores ({platform.machine()}), {time.strftime('%Y-%m-%d')}"
+    versions = f"Python {platform.python_version()}, jax {jax.__version__}"
+    return "\n".join([*lines, "", f"{hardware}, {versions}."])
+
+
+def into_readme(text: str) -> None:
+    readme = HERE / "README.md"
+    head, rest = readme.read_text().split("<!-- figures -->\n", 1)
+    tail = rest.split("<!-- end -->", 1)[1]
+    readme.write_text(f"{head}<!-- figures -->\n{text}\n<!-- end -->{tail}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--setup", action="store_true", help="also measure a first set-up")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as directory:
+        rows = main_job(Path(directory, "run"))
+    rows += [import_time(), compile_ratio()]
+    rows += [first_setup()] if arguments.setup else []
+    print(table(rows))
+    into_readme(table(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,5 @@
+"""`python -m lora_jax` is the command line."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,150 @@
+"""What the smaller commands do: evaluate, merge, generate, look at rows."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ._config import QuantConfig
+from ._errors import InputError
+from ._tree import combine
+from ._typing import Params
+from .adapters import load_adapter
+from .data import (
+    Examples,
+    Message,
+    Rows,
+    choose_template,
+    encode_prompt,
+    eval_batches,
+    read_rows,
+    stop_ids,
+)
+from .lora import merge_adapter
+from .models import Pretrained, generate, load_pretrained, save_pretrained
+from .train import (
+    Evaluation,
+    RunConfig,
+    adapter_notes,
+    evaluate,
+    examples_of,
+    load_base,
+    make_eval_step,
+    run_config,
+)
+from .transform import LoraLinen, lora_linen
+
+
+def evaluate_rows(raw: dict[str, Any], overrides: list[str], adapter: str | None) -> Evaluation:
+    """Loss of a model, with or without an adapter, on the rows of `data.train`."""
+    config = run_config(raw, overrides, "evaluate")
+    pretrained = load_base(config.model, config.quant)
+    params = with_adapter(pretrained, adapter)
+    if adapter is not None and config.data.template == "auto":
+        template = adapter_notes(adapter).get("template", "auto")
+        data = dataclasses.replace(config.data, template=template)
+        config = dataclasses.replace(config, data=data)
+    examples = examples_of(_rows(config), config.data, pretrained)
+    batches = eval_batches(
+        examples,
+        batch_size=config.train.batch_size,
+        seq_length=config.data.max_length,
+        packing=config.data.packing,
+    )
+    step = make_eval_step(lora_linen(pretrained.module), chunk=config.train.loss_chunk)
+    return evaluate(step, params, batches)
+
+
+def rows_and_examples(config: RunConfig) -> tuple[Rows, Examples, Any]:
+    """The rows of `data.train`, their tokens, and the tokenizer; no weights are read."""
+    from .train import load_tokenizer
+
+    rows = _rows(config)
+    pretrained = load_tokenizer(config.model)
+    return rows, examples_of(rows, config.data, pretrained), pretrained.tokenizer
+
+
+def with_adapter(pretrained: Pretrained, adapter: str | None) -> Params:
+    """The base's parameters, with the adapter of a directory laid over them."""
+    if adapter is None:
+        return pretrained.params
+    loaded, _ = load_adapter(adapter, pretrained.params, layouts=pretrained.layouts)
+    return combine(pretrained.params, loaded)
+
+
+def merge_directories(model: str, adapter: str, output: str, dtype: str, quant: str | None) -> str:
+    """Merge, save, read back and compare; gives a line that says by how much they differ.
+
+    Raises:
+        InputError: if the output holds something, or the adapter is of another base.
+    """
+    if Path(output).exists() and any(Path(output).iterdir()):
+        raise InputError(f"{output}: holds something already; give an empty directory")
+    config = QuantConfig(format=quant) if quant else None  # type: ignore[arg-type]
+    base = load_pretrained(model, quant=config)
+    loaded, _ = load_adapter(adapter, base.params, layouts=base.layouts)
+    merged = merge_adapter(base.params, loaded, layouts=base.layouts, dtype=jnp.float32)
+    save_pretrained(output, merged, base.config, dtype=dtype, tokenizer=base.tokenizer)
+    again = load_pretrained(output)
+    probe = jnp.asarray(np.arange(64)[None] % base.config.vocab_size)
+    wrapped = lora_linen(base.module)
+    expected = wrapped.apply({"params": combine(base.params, loaded)}, probe)
+    found = again.module.apply({"params": again.params}, probe)
+    difference = float(jnp.abs(expected - found).max() / jnp.abs(expected).max())
+    return (
+        f"{output}: merged in {dtype}; read back, its logits differ from base and adapter by"
+        f" {difference:.1e} of the largest"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Speaker:
+    """A model ready to answer prompts."""
+
+    pretrained: Pretrained
+    model: LoraLinen
+    params: Params
+    template: str
+
+    @classmethod
+    def load(cls, model: str, adapter: str | None, template: str | None) -> "Speaker":
+        """Read a model; the template is the one given, the adapter's, the tokenizer's, or plain."""
+        pretrained = load_pretrained(model)
+        if pretrained.tokenizer is None:
+            raise InputError(f"{model}: no tokenizer.json; generating text needs one")
+        notes = adapter_notes(adapter) if adapter else {}
+        own = "tokenizer" if pretrained.tokenizer.chat_template else "plain"
+        chosen = template or notes.get("template") or own
+        chosen = choose_template(chosen, None, pretrained.tokenizer)
+        params = with_adapter(pretrained, adapter)
+        return cls(pretrained, lora_linen(pretrained.module), params, chosen)
+
+    def answer(self, prompt: str, *, seed: int = 0, **sampling: Any) -> str:
+        """The model's continuation of one prompt; `sampling` as in `models.generate`."""
+        tokenizer = self.pretrained.tokenizer
+        ids = encode_prompt([Message("user", prompt)], self.template, tokenizer)
+        ends = {*stop_ids(self.template, tokenizer), *self.pretrained.config.eos_token_ids}
+        new = generate(
+            self.model,
+            self.params,
+            [ids],
+            key=jax.random.key(seed),
+            eos_ids=sorted(ends),
+            pad_id=tokenizer.pad_id or 0,
+            **sampling,
+        )
+        return tokenizer.decode(new[0])
+
+
+def _rows(config: RunConfig) -> Rows:
+    data = config.data
+    return read_rows(
+        data.train,
+        format=data.format,
+        columns=data.columns,
+        limit=data.train_rows,
+        bad_rows=data.bad_rows,
+    )

@@ -1,0 +1,242 @@
+"""The quickstart: train, measure fairly, merge, compare, and show it in plain words."""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ._files import atomic_file
+from ._tree import combine
+from ._typing import Array, Params
+from .data import (
+    Example,
+    docstring_rows,
+    encode_prompt,
+    eval_batches,
+    natural_prompt,
+    read_rows,
+    stop_ids,
+)
+from .lora import merge_adapter
+from .models import generate, load_pretrained, save_pretrained
+from .report import draw_loss, write_report
+from .train import (
+    Job,
+    Result,
+    RunConfig,
+    evaluate,
+    make_eval_step,
+    next_directory,
+    prepare,
+    run,
+    with_output,
+)
+
+SAMPLES = 4
+NEW_TOKENS = 40
+Say = Callable[[str], None]
+
+
+def quickstart(config: RunConfig, say: Say, listener: Any = None) -> Path:
+    """Run a config and what follows it; gives the directory of everything it left.
+
+    Args:
+        config: A run on rows of the standard library (`data.train: stdlib`).
+        say: Called with a line of text for the reader.
+        listener: Watches the training, as in `train`.
+
+    Returns:
+        The run's directory: `base/`, `adapter/`, `merged/`, `metrics.jsonl`, `loss.png`,
+        `report.md`, `config.yaml`, `summary.json`.
+    """
+    config = with_output(config, next_directory(config.output))
+    job = prepare(config)
+    counts = job.counts()
+    say(_introduction(job, counts))
+    scorer = _SentenceLoss(job)
+    fair = {"instruction": scorer.instruction(job.params), "natural": scorer.natural(job.params)}
+    fair["before"] = min(fair.values())
+    say(
+        f"Before training: {fair['instruction']:.3f} nats per token when asked,"
+        f" {fair['natural']:.3f} where a docstring naturally stands; the better one counts."
+    )
+    shown = _rows_to_show(job)
+    answers_before = _answers(job, job.params, shown)
+
+    result = run(job, listener=listener)
+    params = combine(job.base, result.trainable)
+    fair["after"] = scorer.instruction(params)
+    say(
+        f"After training: {fair['after']:.3f} nats per token on modules it has never seen"
+        f" ({100 * (fair['after'] / fair['before'] - 1):+.1f} %)."
+    )
+    answers_after = _answers(job, params, shown)
+    merge = _merge_and_compare(job, result, params)
+    say(
+        f"Merged, saved and read back: logits differ by {merge['largest_difference']:.1e} of the"
+        " largest."
+    )
+    samples = [
+        {"input": row["input"], "expected": row["output"], "before": before, "after": after}
+        for row, before, after in zip(shown, answers_before, answers_after, strict=True)
+    ]
+    for sample in samples:
+        say(_in_words(sample))
+    _write_summary(result.directory, job, counts, fair, merge, samples)
+    draw_loss(result.directory)
+    write_report(result.directory)
+    return result.directory
+
+
+class _SentenceLoss:
+    """Mean loss of the held-out sentences' own tokens, asked for in two ways."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.step = make_eval_step(job.model, chunk=job.config.train.loss_chunk)
+        self.rows = _held_out(job)
+
+    def instruction(self, params: Params) -> float:
+        """Asked for by the instruction prompt, as in training."""
+        return self._loss(params, [_without_end(e) for e in self.job.eval])
+
+    def natural(self, params: Params) -> float:
+        """As the docstring of the function, right below its header."""
+        tokenizer, examples = self.job.pretrained.tokenizer, []
+        for asked in self.job.eval:
+            row = self.rows[asked.row]
+            answer = asked.input_ids[asked.loss_mask][:-1]
+            bos = [tokenizer.bos_id] if tokenizer.add_bos else []
+            prompt = [*bos, *tokenizer.encode(natural_prompt(row["input"]))]
+            ids = np.concatenate([np.asarray(prompt, np.int32), answer])
+            mask = np.arange(len(ids)) >= len(prompt)
+            if len(ids) <= self.job.config.data.max_length:
+                examples.append(Example(ids, mask, asked.row))
+        return self._loss(params, examples)
+
+    def _loss(self, params: Params, examples: Sequence[Example]) -> float:
+        c = self.job.config
+        batches = eval_batches(
+            dataclasses.replace(self.job.eval, examples=tuple(examples)),
+            batch_size=c.train.batch_size,
+            seq_length=c.data.max_length,
+        )
+        return evaluate(self.step, params, batches).loss
+
+
+def _without_end(example: Example) -> Example:
+    """The end of turn is learnt too, but has no counterpart in a docstring: not scored."""
+    mask = example.loss_mask.copy()
+    mask[np.flatnonzero(mask)[-1]] = False
+    return dataclasses.replace(example, loss_mask=mask)
+
+
+def _held_out(job: Job) -> list[dict[str, str]]:
+    return docstring_rows(held_out=True)
+
+
+def _rows_to_show(job: Job) -> list[dict[str, str]]:
+    """Evenly spaced held-out rows that are short enough to read."""
+    rows = _held_out(job)
+    short = [rows[e.row] for e in job.eval if len(rows[e.row]["input"]) < 300]
+    return short[:: max(len(short) // SAMPLES, 1)][:SAMPLES]
+
+
+def _answers(job: Job, params: Params, shown: Sequence[dict[str, str]]) -> list[str]:
+    tokenizer = job.pretrained.tokenizer
+    rows = read_rows("stdlib-heldout").rows
+    by_input = {row.messages[0].input: row.messages[:-1] for row in rows}
+    prompts = [encode_prompt(by_input[row["input"]], job.eval.template, tokenizer) for row in shown]
+    ids = generate(
+        job.model,
+        params,
+        prompts,
+        max_new_tokens=NEW_TOKENS,
+        eos_ids=stop_ids(job.eval.template, tokenizer),
+        pad_id=tokenizer.pad_id or 0,
+    )
+    return [tokenizer.decode(new).strip() for new in ids]
+
+
+def _merge_and_compare(job: Job, result: Result, params: Params) -> dict[str, Any]:
+    """Write `base/` and `merged/`, read `merged/` back, and compare the logits of both."""
+    source, directory = job.pretrained, result.directory
+    if not (directory / "base").exists():
+        shutil.copytree(source.directory, directory / "base")
+    # Into the dequantized base: quantizing a merged weight again would round the adapter away.
+    merged = merge_adapter(job.base, result.trainable, layouts=job.layouts, dtype=jnp.float32)
+    save_pretrained(
+        directory / "merged", merged, source.config, dtype="float32", tokenizer=source.tokenizer
+    )
+    reloaded = load_pretrained(directory / "merged")
+    batch = next(
+        eval_batches(
+            job.eval,
+            batch_size=job.config.train.batch_size,
+            seq_length=job.config.data.max_length,
+        )
+    )
+    inputs = [jnp.asarray(batch[name]) for name in ("input_ids", "positions", "segment_ids")]
+    unmerged = jax.jit(lambda p: job.model.apply({"params": p}, *inputs))(params)
+    again = jax.jit(lambda p: reloaded.module.apply({"params": p}, *inputs))(reloaded.params)
+    return _compare(unmerged, again, batch["segment_ids"] > 0)
+
+
+def _compare(expected: Array, found: Array, real: np.ndarray) -> dict[str, Any]:
+    """The largest difference of logits at real tokens, over the largest logit."""
+    expected, found = np.asarray(expected)[real], np.asarray(found)[real]
+    largest = float(np.abs(expected).max())
+    difference = float(np.abs(expected - found).max())
+    return {
+        "largest_difference": difference / largest,
+        "largest_logit": largest,
+        "tokens": int(real.sum()),
+    }
+
+
+def _introduction(job: Job, counts: dict[str, int]) -> str:
+    c, report = job.config, job.train.report
+    ranks = sorted({rank for target in job.targets for rank in target.ranks if rank})
+    return (
+        f"Base {c.model.path}: {counts['frozen']:,} frozen parameters in"
+        f" {counts['frozen_bytes'] / 1e6:.1f} MB ({c.quant.format if c.quant else 'dense'}).\n"
+        f"Adapter of rank {', '.join(map(str, ranks))}: {counts['trainable']:,} trainable"
+        f" parameters, {100 * counts['trainable'] / counts['frozen']:.1f} % of the base.\n"
+        f"{report.rows:,} rows to train on ({report.tokens:,} tokens, {report.trained_tokens:,}"
+        f" of them trained on), {job.eval.report.rows} held-out rows to measure on."
+    )
+
+
+def _in_words(sample: dict[str, str]) -> str:
+    header = next((x for x in sample["input"].split("\n") if "def " in x), sample["input"])
+    return (
+        f"\n{header.strip()}\n"
+        f"  before:   {' '.join(sample['before'].split()) or '(nothing)'}\n"
+        f"  after:    {' '.join(sample['after'].split()) or '(nothing)'}\n"
+        f"  expected: {sample['expected']}"
+    )
+
+
+def _write_summary(
+    directory: Path,
+    job: Job,
+    counts: dict[str, int],
+    fair: dict[str, float],
+    merge: dict[str, Any],
+    samples: list[dict[str, str]],
+) -> None:
+    described = {
+        "trainable parameters": f"{counts['trainable']:,}",
+        "frozen parameters": f"{counts['frozen']:,} in {counts['frozen_bytes']:,} bytes",
+        "training rows": f"{job.train.report.rows:,}",
+        "held-out rows": f"{job.eval.report.rows:,}",
+    }
+    summary = {"counts": described, "fair": fair, "merge": merge, "samples": samples}
+    with atomic_file(directory / "summary.json") as temporary:
+        temporary.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")

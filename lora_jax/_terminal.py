@@ -1,0 +1,92 @@
+"""What a command shows: a live progress bar on a terminal, plain lines elsewhere."""
+
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from .train import Job, config_text, job_batches, steps_of
+
+
+class TrainingProgress:
+    """A listener that shows step, loss, tokens/s, time left and peak memory of a run."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.bar = Progress(
+            TextColumn("step {task.completed}/{task.total}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.fields[words]}"),
+            TextColumn("ETA"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+            transient=True,
+        )
+        self.task: Any = None
+
+    def __enter__(self) -> "TrainingProgress":
+        self.bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.bar.stop()
+
+    def __call__(self, record: dict[str, Any]) -> None:
+        if "eval_loss" in record:
+            self.console.print(f"step {record['step']}: held-out loss {record['eval_loss']:.4f}")
+        if "loss" not in record:
+            return
+        words = (
+            f"loss {record['loss']:.4f}  {record['tokens_per_second']:,.0f} tokens/s "
+            f" peak {record['peak_memory_bytes'] / 1e9:.2f} GB"
+        )
+        if self.task is None:
+            self.task = self.bar.add_task("train", total=record["steps"], words=words)
+        self.bar.update(self.task, completed=record["step"], words=words)
+        if not self.console.is_terminal:
+            left = self.bar.tasks[0].time_remaining
+            eta = f"  ETA {left:.0f} s" if left else ""
+            self.console.print(f"step {record['step']}/{record['steps']}  {words}{eta}")
+
+
+def human_bytes(count: float) -> str:
+    """A count of bytes in powers of 1000.
+
+    Example:
+        >>> human_bytes(7_610_880)
+        '7.61 MB'
+    """
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            break
+        count /= 1000
+    return f"{count:.3g} {unit}" if unit != "B" else f"{count:.0f} B"
+
+
+def describe_job(job: Job) -> str:
+    """What a dry run prints: config, matched modules, counts, bytes, data, steps."""
+    counts, batches = job.counts(), job_batches(job)
+    lines = [config_text(job.config).rstrip(), "", "adapted modules:"]
+    for target in job.targets:
+        adapted = [rank for rank in target.ranks if rank]
+        ranks = "/".join(map(str, sorted(set(adapted))))
+        lines.append(
+            f"  {target.path}: {len(adapted)} of {len(target.ranks)}, rank {ranks},"
+            f" {target.d_in} -> {target.d_out}"
+        )
+    lines += [
+        "",
+        f"trainable: {counts['trainable']:,} parameters, {human_bytes(counts['trainable_bytes'])}",
+        f"frozen: {counts['frozen']:,} parameters, {human_bytes(counts['frozen_bytes'])}",
+    ]
+    for name, examples in (("training", job.train), ("held-out", job.eval)):
+        report = examples.report
+        lines.append(
+            f"{name} rows: {report.rows:,}, {report.tokens:,} tokens, {report.trained_tokens:,}"
+            f" trained on, {report.truncated} truncated, {sum(report.dropped.values())} dropped"
+        )
+    lines.append(
+        f"steps: {steps_of(job.config, batches):,} ({batches.batches_per_epoch:,} batches an epoch)"
+    )
+    return "\n".join(lines)

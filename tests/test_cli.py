@@ -1,0 +1,194 @@
+"""The command line as a person meets it: what it prints, writes and refuses."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from lora_jax.cli import _parsers, main
+
+
+@pytest.fixture
+def run_file(base_dir: Path, rows_file: Path, tmp_path: Path) -> Path:
+    path = tmp_path / "run.yaml"
+    config = {
+        "model": {"path": str(base_dir), "remat": "none"},
+        "quant": {"format": "nf4"},
+        "lora": {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"},
+        "data": {"train": str(rows_file), "eval_share": 0.2, "max_length": 64},
+        "train": {"steps": 2, "batch_size": 2, "learning_rate": 1e-2, "tensorboard": False},
+        "output": str(tmp_path / "run"),
+    }
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+@pytest.fixture
+def trained(run_file: Path, tmp_path: Path) -> Path:
+    main(["train", str(run_file)])
+    return tmp_path / "run"
+
+
+def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    """The one line that a command refuses with."""
+    with pytest.raises(SystemExit) as stop:
+        main(list(words))
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2
+    assert out == "" and err.count("\n") == 1 and err.startswith("error: ")
+    assert "usage" not in err and "Traceback" not in err
+    return err
+
+
+def test_train_leaves_what_it_promises(trained: Path, capsys):
+    assert {p.name for p in trained.iterdir()} >= {
+        "adapter", "metrics.jsonl", "loss.png", "report.md", "config.yaml", "checkpoints",
+    }  # fmt: skip
+    losses = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in losses if "eval_loss" in r] == [0, 2]
+    assert (trained / "loss.png").read_bytes().startswith(b"\x89PNG")
+    report = (trained / "report.md").read_text()
+    assert "| held-out loss |" in report and "nf4" in report
+    assert "held-out loss" in capsys.readouterr().out
+
+
+def test_the_resolved_config_repeats_the_run(trained: Path, tmp_path: Path):
+    again = tmp_path / "again"
+    main(["train", str(trained / "config.yaml"), "--output", str(again)])
+    name = "adapter/adapter_model.safetensors"
+    assert (again / name).read_bytes() == (trained / name).read_bytes()
+
+
+def test_dry_run_shows_targets_and_counts_and_writes_nothing(run_file: Path, tmp_path, capsys):
+    main(["train", str(run_file), "--dry-run", "--lora.r", "2"])
+    out = capsys.readouterr().out
+    assert "model/layers/self_attn/q_proj/kernel: 2 of 2, rank 2, 64 -> 64" in out
+    assert re.search(r"trainable: [\d,]+ parameters", out) and "frozen:" in out
+    assert "steps: 2" in out
+    assert not (tmp_path / "run").exists()
+
+
+def test_evaluate_merge_and_generate_agree(trained: Path, base_dir, rows_file, tmp_path, capsys):
+    adapter, merged = str(trained / "adapter"), str(tmp_path / "merged")
+    main(["merge", "--model", str(base_dir), "--adapter", adapter, "--output", merged])
+    difference = float(re.findall(r"by ([\d.e+-]+) of the largest", capsys.readouterr().out)[-1])
+    assert difference < 1e-5
+
+    def loss(*words: str) -> float:
+        main(["evaluate", "--data", str(rows_file), "--data.max_length", "64", *words])
+        return float(re.findall(r"loss ([\d.]+)", capsys.readouterr().out)[0])
+
+    adapted = loss("--model", str(base_dir), "--adapter", adapter)
+    assert adapted == pytest.approx(loss("--model", merged), abs=2e-4)
+    assert adapted < loss("--model", str(base_dir))
+
+    def answer(*words: str) -> str:
+        main(["generate", "--prompt", "one 1", "--max-new-tokens", "8", *words])
+        return capsys.readouterr().out
+
+    template = ["--template", "plain"]
+    with_adapter = answer("--model", str(base_dir), "--adapter", adapter)
+    assert with_adapter == answer("--model", merged, *template)
+
+
+def test_generate_talks_until_an_empty_line(base_dir: Path, monkeypatch, capsys):
+    lines = iter(["one 1", ""])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    main(["generate", "--model", str(base_dir), "--max-new-tokens", "4"])
+    assert capsys.readouterr().out.count("\n") >= 1
+
+
+def test_data_show_tells_trained_from_masked(base_dir: Path, rows_file: Path, capsys):
+    main(["data", "show", str(rows_file), "--model", str(base_dir), "--count", "2"])
+    out = capsys.readouterr().out
+    assert "⟦one</s>⟧" in out and "prompt_completion" in out
+
+
+def test_data_make_then_show(tmp_path: Path, capsys):
+    documents = tmp_path / "documents"
+    documents.mkdir()
+    for i in range(4):
+        (documents / f"{i}.md").write_text(f"# Topic {i}\n\nThe answer to topic {i} is {i * 7}.\n")
+    main(["data", "make", str(documents), "--output", str(tmp_path / "rows"), "--held-out", "0.3"])
+    assert (tmp_path / "rows" / "README.md").exists()
+    main(["data", "show", str(tmp_path / "rows" / "train.jsonl")])
+    assert "Topic" in capsys.readouterr().out
+
+
+def test_wrong_words_get_one_line_with_the_nearest(run_file: Path, base_dir, capsys):
+    assert "did you mean 'train'" in refused(capsys, "trian", "x.yaml")
+    assert "did you mean '--resume'" in refused(capsys, "train", str(run_file), "--resum")
+    assert "did you mean 'steps'" in refused(capsys, "train", str(run_file), "--train.stesp", "3")
+    assert "did you mean 'lora'" in refused(capsys, "train", str(run_file), "--lorra.r", "3")
+    assert "--prompt" in refused(capsys, "generate", "--model", str(base_dir), "--promt", "x")
+    assert "--data" in refused(capsys, "evaluate", "--model", str(base_dir))
+    assert "value is missing" in refused(capsys, "train", str(run_file), "--lora.r")
+
+
+def test_bad_input_names_the_place_and_leaves_nothing(
+    run_file: Path, base_dir: Path, tmp_path: Path, capsys
+):
+    output = tmp_path / "run"
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": \n')
+    train = ("train", str(run_file))
+    assert "broken.jsonl:2" in refused(capsys, *train, "--data.train", str(broken))
+    assert "q_porj" in refused(capsys, *train, "--lora.target_modules", "[q_porj]")
+    assert "no such" in refused(capsys, *train, "--model.path", str(tmp_path / "none"))
+    assert "use_dora" in refused(capsys, *train, "--lora.use_dora", "true")
+    assert not output.exists()
+
+
+def test_a_pickle_is_never_opened(base_dir: Path, tmp_path: Path, capsys):
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_model.bin").write_bytes(b"\x80\x04 not to be opened")
+    config = {"peft_type": "LORA", "r": 4, "target_modules": ["q_proj"]}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    words = ("merge", "--model", str(base_dir), "--adapter", str(adapter))
+    assert "pickle" in refused(capsys, *words, "--output", str(tmp_path / "merged"))
+    assert not (tmp_path / "merged").exists()
+
+
+def test_an_adapter_of_another_base_is_refused(trained: Path, data_dir: Path, capsys):
+    other = str(data_dir / "stories260K-hf")
+    words = ("generate", "--model", other, "--adapter", str(trained / "adapter"), "--prompt", "a")
+    assert "another base" in refused(capsys, *words)
+
+
+def test_a_second_run_does_not_overwrite_the_first(trained: Path, run_file: Path, capsys):
+    capsys.readouterr()
+    before = (trained / "metrics.jsonl").read_bytes()
+    message = refused(capsys, "train", str(run_file))
+    assert "--resume" in message and "run-2" in message
+    assert (trained / "metrics.jsonl").read_bytes() == before
+
+
+def test_every_command_has_help_with_examples(capsys):
+    _, commands = _parsers()
+    for name in [*commands, "data show", "data make"]:
+        with pytest.raises(SystemExit) as stop:
+            main([*name.split(), "--help"])
+        assert stop.value.code == 0
+        assert "./lora" in capsys.readouterr().out
+
+
+def test_quickstart_leaves_everything_and_takes_the_next_number(tmp_path: Path, capsys):
+    words = ["--train.steps", "2", "--data.eval_rows", "6", "--data.train_rows", "24"]
+    words += ["--data.max_length", "128", "--train.batch_size", "2", "--train.tensorboard", "false"]
+    for name in ("quickstart", "quickstart-2"):
+        main(["quickstart", "--output", str(tmp_path / "quickstart"), *words])
+        found = {p.name for p in (tmp_path / name).iterdir()}
+        assert found >= {
+            "base", "adapter", "merged", "metrics.jsonl", "loss.png", "report.md", "config.yaml",
+        }  # fmt: skip
+    out = capsys.readouterr().out
+    assert "before:" in out and "after:" in out
+    summary = json.loads((tmp_path / "quickstart" / "summary.json").read_text())
+    assert summary["merge"]["largest_difference"] < 1e-4
+    fair = summary["fair"]
+    assert fair["before"] == min(fair["instruction"], fair["natural"])
+    assert np.isfinite(fair["after"])
