@@ -19,6 +19,17 @@ if [ "$1" = venv ]; then
     chmod +x "$last/bin/python"
 fi
 """
+# What unpacking Debian's package of pip leaves: one that "installs" the fake above.
+FAKE_DPKG = """#!/bin/sh
+mkdir -p usr/lib/python3/dist-packages/pip
+cat >usr/lib/python3/dist-packages/pip/__main__.py <<'END'
+import os, shutil, sys
+if "--target" in sys.argv:
+    target = sys.argv[sys.argv.index("--target") + 1]
+    os.mkdir(f"{target}/bin")
+    shutil.copy(os.environ["UV"], f"{target}/bin/uv")
+END
+"""
 
 
 @pytest.fixture
@@ -111,6 +122,28 @@ def test_test_command_installs_the_test_groups_and_runs_pytest(checkout):
     assert "-r requirements/oracle.txt" in calls(checkout)
     lora(checkout, "test")
     assert calls(checkout) == ""
+
+
+@pytest.mark.parametrize("fetched", [True, False])
+def test_a_python_without_pip_borrows_debian_s(checkout, fetched):
+    tools = checkout.parent / "tools"
+    (tools / "uv").rename(checkout.parent / "uv")
+    (tools / "python3").unlink()
+    scripts = {
+        "python3": f'#!/bin/sh\nexec "{sys.executable}" -S "$@"\n',
+        "apt-get": f"#!/bin/sh\n{'touch python3-pip_23.deb' if fetched else 'exit 100'}\n",
+        "dpkg-deb": FAKE_DPKG,
+    }
+    for name, text in scripts.items():
+        (tools / name).write_text(text)
+        (tools / name).chmod(0o755)
+    run = lora(checkout, "train", UV=str(checkout.parent / "uv"))
+    if fetched:
+        assert run.stdout == "ran -P -m lora_jax train\n"
+        assert "venv" in calls(checkout).split()
+    else:
+        assert (run.returncode, run.stdout) == (1, "")
+        assert "has no pip" in run.stderr
 
 
 @pytest.mark.parametrize(
