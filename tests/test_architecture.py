@@ -22,7 +22,6 @@ HEAVY = {
     "starlette",
     "tensorboardX",
     "tokenizers",
-    "tyro",
     "uvicorn",
     "wandb",
 }
