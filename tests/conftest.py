@@ -1,5 +1,6 @@
-"""What every test runs under: shapes checked, warnings are errors, one compilation cache."""
+"""What every test runs under, and what many of them share: a tiny base and rows to train it on."""
 
+import json
 import os
 from pathlib import Path
 
@@ -20,6 +21,27 @@ import jaxtyping  # noqa: E402
 jaxtyping.install_import_hook(
     "lora_jax", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
 )
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+from tokenizers import Tokenizer as Backend  # noqa: E402
+from tokenizers import decoders, models, pre_tokenizers, trainers  # noqa: E402
+
+from lora_jax.models import CausalLM, ModelConfig, save_pretrained  # noqa: E402
+
+CONFIG = ModelConfig(
+    vocab_size=320,
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=128,
+    bos_token_id=0,
+    eos_token_id=1,
+    pad_token_id=2,
+)
+WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -45,3 +67,36 @@ def data_dir() -> Path:
     if not folder.is_dir():
         pytest.fail(f"LORA_JAX_TEST_DATA={name} is not a folder")
     return folder
+
+
+@pytest.fixture(scope="session")
+def base_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama of two layers with a byte-level tokenizer, in Hugging Face layout."""
+    directory = tmp_path_factory.mktemp("base") / "base"
+    shapes = CausalLM(CONFIG).init(jax.random.key(0), jnp.ones((1, 4), jnp.int32))["params"]
+    save_pretrained(directory, shapes, CONFIG, dtype="float32")
+    backend = Backend(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<s>", "</s>", "<pad>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator([" ".join(WORDS), "Say hello.", "### Response:"], trainer)
+    backend.save(str(directory / "tokenizer.json"))
+    names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    (directory / "tokenizer_config.json").write_text(json.dumps(names))
+    return directory
+
+
+def row(i: int) -> dict[str, str]:
+    return {"prompt": f"{WORDS[i % 10]} {i}", "completion": " ".join(WORDS[: 1 + i % 4])}
+
+
+@pytest.fixture(scope="session")
+def rows_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    path.write_text("".join(json.dumps(row(i)) + "\n" for i in range(40)))
+    return path

@@ -43,7 +43,7 @@ def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     return err
 
 
-def test_train_leaves_what_it_promises(trained: Path, capsys):
+def test_train_leaves_what_it_promises(capsys, trained: Path):
     assert {p.name for p in trained.iterdir()} >= {
         "adapter", "metrics.jsonl", "loss.png", "report.md", "config.yaml", "checkpoints",
     }  # fmt: skip
