@@ -73,7 +73,8 @@ class Tokenizer:
         path = Path(path)
         backend = _open_backend(path)
         config = _read_json(path / "tokenizer_config.json")
-        named = {**_read_json(path / "special_tokens_map.json"), **config}
+        given = {name: token for name, token in config.items() if token is not None}
+        named = {**_read_json(path / "special_tokens_map.json"), **given}
         special = {n: text for n in _NAMED if (text := _token_text(named.get(n))) is not None}
         generation = {**_read_json(path / "config.json"), **_only_ids(path)}
         ids, stops = {}, set()
@@ -82,7 +83,9 @@ class Tokenizer:
             ids[name] = _token_id(backend, special.get(name), path, name)
             if ids[name] is None and fallback:
                 ids[name] = fallback[0]
-                special[name] = backend.id_to_token(fallback[0]) or ""
+                # A template writes what ends a turn, but no BOS that the tokenizer does not name.
+                if name == "eos_token":
+                    special[name] = backend.id_to_token(fallback[0]) or ""
             if name == "eos_token":
                 stops.update(fallback)
         if ids["eos_token"] is not None:
@@ -108,7 +111,10 @@ class Tokenizer:
     def special_ids(self) -> frozenset[int]:
         """Ids of the tokens that are marks rather than text."""
         added = self.backend.get_added_tokens_decoder()
-        return frozenset(number for number, token in added.items() if token.special)
+        marked = {number for number, token in added.items() if token.special}
+        # A file may call a token plain that its config gives this part to play.
+        named = {number for number in (self.bos_id, self.eos_id, *self.stop_ids) if number in added}
+        return frozenset(marked | named)
 
     @cached_property
     def special_texts(self) -> tuple[str, ...]:
@@ -125,7 +131,8 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[SupportsInt], *, special: bool = False) -> str:
         """Text of token ids; marks are left out unless `special` asks for them."""
-        return self.backend.decode([int(i) for i in ids], skip_special_tokens=not special)
+        kept = [int(i) for i in ids if special or int(i) not in self.special_ids]
+        return self.backend.decode(kept, skip_special_tokens=not special)
 
     def encode_segments(self, texts: Sequence[Sequence[str]]) -> list[list[list[int]]]:
         """Token ids of many texts, each given in segments that are encoded on their own.
@@ -232,7 +239,10 @@ def _id_list(value: Any) -> list[int]:
 def _chat_template(directory: Path, config: Mapping[str, Any]) -> str | None:
     file = directory / "chat_template.jinja"
     if file.is_file():
-        return file.read_text("utf-8")
+        try:
+            return file.read_text("utf-8")
+        except UnicodeDecodeError:
+            raise InputError(f"{file}: not UTF-8; save the file as UTF-8") from None
     template = config.get("chat_template")
     if isinstance(template, list):
         by_name = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}

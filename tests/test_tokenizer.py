@@ -74,6 +74,27 @@ def test_ids_of_generation_config(directory: Path) -> None:
     assert tokenizer.special_tokens["eos_token"] == "</s>"
 
 
+def test_null_in_the_config_leaves_the_map_its_say(directory: Path) -> None:
+    write(directory / "tokenizer_config.json", {"eos_token": None})
+    write(directory / "special_tokens_map.json", {"eos_token": "</s>"})
+    assert Tokenizer.from_directory(directory).eos_id == 1
+
+
+def test_a_bos_that_no_file_of_the_tokenizer_names_stays_out_of_templates(directory: Path) -> None:
+    write(directory / "config.json", {"bos_token_id": 0, "eos_token_id": 1})
+    tokenizer = Tokenizer.from_directory(directory)
+    assert (tokenizer.bos_id, tokenizer.special_tokens) == (0, {"eos_token": "</s>"})
+
+
+def test_an_end_of_sequence_is_a_mark_even_if_the_file_calls_it_plain(tmp_path: Path) -> None:
+    backend = Backend(models.WordLevel({"yes": 0}, unk_token="yes"))
+    backend.add_tokens([AddedToken("</s>", special=False)])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    write(tmp_path / "tokenizer_config.json", {"eos_token": "</s>"})
+    tokenizer = Tokenizer.from_directory(tmp_path)
+    assert (tokenizer.special_texts, tokenizer.decode([0, 1])) == (("</s>",), "yes")
+
+
 def test_pad_that_is_not_in_the_vocabulary_is_no_pad(directory: Path) -> None:
     write(directory / "tokenizer_config.json", {"eos_token": "</s>", "pad_token": "[PAD]"})
     assert Tokenizer.from_directory(directory).pad_id is None
@@ -158,6 +179,12 @@ def test_broken_tokenizer(tmp_path: Path, content: str) -> None:
 def test_broken_config(directory: Path, content: str, word: str) -> None:
     (directory / "tokenizer_config.json").write_text(content)
     with pytest.raises(InputError, match=f"tokenizer_config.json: .*{word}"):
+        Tokenizer.from_directory(directory)
+
+
+def test_template_that_is_no_text(directory: Path) -> None:
+    (directory / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(InputError, match=r"chat_template\.jinja: not UTF-8"):
         Tokenizer.from_directory(directory)
 
 

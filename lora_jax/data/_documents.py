@@ -1,17 +1,16 @@
 """Documents to questions and answers: by heading, by numbered article, by question."""
 
-import csv
 import dataclasses
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from .._errors import InputError
-from ._sources import read_text
+from ._sources import read_text, table_rows
 
 SUFFIXES = (".txt", ".md", ".csv")
-_HEADING = re.compile(r"^(#{1,6})\s+(.+?)\s*#*\s*$")
-_FENCE = re.compile(r"^\s*(```|~~~)")
+_HEADING = re.compile(r"(#{1,6})\s+(\S.*)")
+# Backticks that close again on their line are code within a text.
+_FENCE = re.compile(r"\s*(`{3,}(?!.*`)|~{3,})(.*)")
 _FRONT_MATTER = re.compile(r"\A---\n.*?\n---\n", re.DOTALL)
 _QUESTION = re.compile(r"^\W{0,4}(?:Q|Question|Frage)\s*\d*\s*[:.)]\W{0,3}\s*(.+)$", re.I)
 _ANSWER = re.compile(r"^\W{0,4}(?:A|Answer|Antwort)\s*\d*\s*[:.)]\**\s*(.*)$", re.I)
@@ -84,18 +83,29 @@ def _sections(text: str, *, markdown: bool) -> Iterator[_Section]:
     matter = _FRONT_MATTER.match(text) if markdown else None
     skipped = matter[0].count("\n") if matter else 0
     lines = text.split("\n")
-    section, fenced = _Section((), [], skipped), False
+    section, fence = _Section((), [], skipped), ""
     for number, line in enumerate(lines[skipped:], skipped + 1):
-        fenced ^= _FENCE.match(line) is not None
-        heading = _HEADING.match(line) if markdown and not fenced else None
+        fence = _open_fence(line, fence)
+        heading = _HEADING.match(line) if markdown and not fence else None
         if heading:
             yield section
-            level = len(heading[1])
+            level, title = len(heading[1]), heading[2].rstrip().rstrip("#").rstrip()
             above = [title for title in section.titles if title[0] < level]
-            section = _Section((*above, (level, heading[2])), [], number)
+            section = _Section((*above, (level, title)), [], number)
         else:
             section.lines.append(line)
     yield section
+
+
+def _open_fence(line: str, fence: str) -> str:
+    """The fence of the code block that goes on after this line, if any."""
+    found = _FENCE.match(line)
+    if not found:
+        return fence
+    if not fence:
+        return found[1]
+    closes = found[1].startswith(fence) and not found[2].strip()
+    return "" if closes else fence
 
 
 def _question_rows(section: _Section, name: str) -> Iterator[Made]:
@@ -134,20 +144,11 @@ def _article_rows(section: _Section, name: str) -> Iterator[Made]:
 
 
 def _table_rows(path: Path) -> list[Made]:
-    text = read_text(path)
-    header = text.partition("\n")[0]
-    delimiter = max(",;\t", key=header.count)
-    reader = csv.DictReader(text.splitlines(keepends=True), delimiter=delimiter, strict=True)
-    columns = {column.strip().lower(): column for column in reader.fieldnames or []}
-    question = next((columns[c] for c in _QUESTION_COLUMNS if c in columns), None)
-    answer = next((columns[c] for c in _ANSWER_COLUMNS if c in columns), None)
-    if question is None or answer is None:
-        return []
     rows = []
-    try:
-        for row in reader:
-            asked, answered = (row[question] or "").strip(), (row[answer] or "").strip()
-            rows.append(Made(asked, answered, "table", reader.line_num))
-    except csv.Error as error:
-        raise InputError(f"{path}:{reader.line_num}: not CSV ({error})") from None
+    for line, row in table_rows(path):
+        cells = {column.lower(): (cell or "").strip() for column, cell in row.items()}
+        question = next((cells[c] for c in _QUESTION_COLUMNS if c in cells), None)
+        answer = next((cells[c] for c in _ANSWER_COLUMNS if c in cells), None)
+        if question is not None and answer is not None:
+            rows.append(Made(question, answer, "table", line))
     return rows

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Int32
 
 from .._errors import InputError, nearest
 from .._tokenizer import Tokenizer
-from ._rows import Row, Rows
+from ._rows import Message, Row, Rows
 from ._template import Segment, choose_template, segments, text_segments, with_bos
 
 TRAIN_ON = ("answer", "last", "all")
@@ -194,15 +194,21 @@ def _laid_out(row: Row, tokenizer: Tokenizer, template: str, train_on: str) -> l
     try:
         if not row.messages:
             return text_segments(row.text, tokenizer)
-        parts = segments(row.messages, template, tokenizer)
+        parts = segments(_counted(row.messages, train_on), template, tokenizer)
     except InputError as error:
         raise InputError(f"{row.where}: {error}") from None
     if train_on == "all":
         return [Segment(part.text, True) for part in parts]
-    if train_on == "last":
-        last = max((n for n, part in enumerate(parts) if part.trained), default=-1)
-        return [Segment(part.text, n == last) for n, part in enumerate(parts)]
     return parts
+
+
+def _counted(messages: Sequence[Message], train_on: str) -> list[Message]:
+    """The turns, of which `train_on: last` trains no answer but the last."""
+    last = max((n for n, m in enumerate(messages) if m.role == "assistant"), default=-1)
+    return [
+        dataclasses.replace(message, trained=message.trained and (train_on != "last" or n == last))
+        for n, message in enumerate(messages)
+    ]
 
 
 def _example(
@@ -221,7 +227,8 @@ def _fitted(example: Example, max_length: int | None, *, cut: bool) -> list[Exam
     """The example within `max_length`: cut off, or for a plain text in consecutive pieces."""
     if max_length is None or len(example) <= max_length:
         return [example]
-    starts = [0] if cut else range(0, len(example), max_length)
+    # Pieces share a token: what begins one is the target that ends the piece before.
+    starts = [0] if cut else range(0, len(example) - 1, max_length - 1)
     return [_piece(example, start, start + max_length) for start in starts]
 
 

@@ -42,6 +42,8 @@ def render(
         marked = template.render(
             messages=[{"role": m.role, "content": m.text} for m in messages],
             add_generation_prompt=prompt,
+            tools=None,
+            documents=None,
             **tokenizer.special_tokens,
         )
     except Exception as error:  # It is foreign code: it may fail in any way.
@@ -81,9 +83,21 @@ def _compiled(source: str) -> Any:
     return environment.from_string(source)
 
 
-def _to_json(value: Any, **options: Any) -> str:
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
     """Jinja's own filter escapes for HTML, which no model has been trained on."""
-    return json.dumps(value, ensure_ascii=False, **options)
+    return json.dumps(
+        value,
+        ensure_ascii=ensure_ascii,
+        indent=indent,
+        separators=separators,
+        sort_keys=sort_keys,
+    )
 
 
 def _refuse(message: str) -> None:

@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import json
-import re
 import unicodedata
 from collections import Counter
 from collections.abc import Mapping
@@ -90,19 +89,25 @@ def make_rows(
 
     Raises:
         InputError: if there are no documents, none gives a row, one cannot be read, or
-            `output` exists.
+            `output` exists or lies in `directory`.
 
     Example:
         >>> import tempfile
-        >>> folder = Path(tempfile.mkdtemp())
-        >>> _ = (folder / "guide.md").write_text("# How do I stop?\\nPress q.\\n")
-        >>> make_rows(folder, folder / "rows").documents
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     (Path(folder) / "docs").mkdir()
+        ...     _ = (Path(folder) / "docs/guide.md").write_text("# How do I stop?\\nPress q.\\n")
+        ...     make_rows(f"{folder}/docs", f"{folder}/rows").documents
         {'guide.md': {'heading': 1}}
     """
     directory, output = Path(directory), Path(output)
     if not 0.0 <= held_out < 1.0:
         raise InputError(f"data make: held_out must be in [0, 1), got {held_out}")
-    read = {name: document_rows(path, name) for path, name in _documents(directory, output)}
+    if directory.resolve() in output.resolve().parents:
+        raise InputError(
+            f"{output}: lies in {directory}, so its card would be read as a document next time;"
+            " give an output elsewhere"
+        )
+    read = {name: document_rows(path, name) for path, name in _documents(directory)}
     documents = {name: rows for name, (rows, _) in read.items()}
     kept, dropped = _without_repeats(documents)
     if not kept:
@@ -133,7 +138,7 @@ def make_rows(
     return card
 
 
-def _documents(directory: Path, output: Path) -> list[tuple[Path, str]]:
+def _documents(directory: Path) -> list[tuple[Path, str]]:
     if not directory.is_dir():
         raise InputError(f"{directory}: is not a directory; give a folder of documents")
     found = []
@@ -142,7 +147,6 @@ def _documents(directory: Path, output: Path) -> list[tuple[Path, str]]:
         hidden = any(part.startswith(".") for part in Path(name).parts)
         if path.suffix.lower() in SUFFIXES and path.is_file() and not hidden:
             found.append((path, name))
-    found = [(path, name) for path, name in found if output not in path.parents]
     if not found:
         raise InputError(f"{directory}: holds no document; put {', '.join(SUFFIXES)} files there")
     return found
@@ -158,8 +162,10 @@ def _without_repeats(
     dropped: Counter[str] = Counter()
     for name, rows in documents.items():
         for row in rows:
-            question, answer = _normalised(row.instruction), _normalised(row.output)
-            if not question or not answer:
+            # Without the document's name: a copy under another name says nothing new.
+            question = _normalised(row.instruction.replace(name, ""))
+            answer = _normalised(row.output)
+            if not row.instruction.strip() or not row.output.strip():
                 dropped["no question or no answer"] += 1
             elif (question, answer) in pairs or answer in answers:
                 dropped["repeats an earlier row"] += 1
@@ -172,8 +178,10 @@ def _without_repeats(
 
 
 def _normalised(text: str) -> str:
+    """Case, spacing and punctuation aside, unless there is nothing else."""
     plain = unicodedata.normalize("NFKC", text).casefold()
-    return " ".join(re.sub(r"[\W_]+", " ", plain).split())
+    words = "".join(" " if unicodedata.category(c).startswith("P") else c for c in plain).split()
+    return " ".join(words or plain.split())
 
 
 def _held_out(sizes: Mapping[str, int], share: float, seed: int) -> set[str]:

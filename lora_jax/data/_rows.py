@@ -43,6 +43,7 @@ _ROLES = {
     "developer": "system",
 }
 _KNOWN_ROLES = ("system", "user", "assistant", "tool")
+_TURN_KEYS = {"role", "from", "content", "value", "weight", "train", "tool_calls", "function_call"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +123,7 @@ def read_rows(
     """Read rows of instructions, conversations or plain text.
 
     Args:
-        source: A file (`.json .jsonl .csv .parquet .txt .md`), several, or the word `stdlib`
+        source: A file (`.json .jsonl .csv .tsv .parquet .txt .md`), several, or the word `stdlib`
             or `stdlib-heldout`: rows made from the running Python's own standard library.
         format: One of `FORMATS`; `"auto"` tells it from the columns.
         columns: Our column names to the file's, for instance
@@ -167,8 +168,9 @@ def read_rows(
     if not rows:
         raise InputError(f"{name}: every row was dropped ({_counts(dropped)})")
     kind = "messages" if _is_conversational(format_name, records, used) else format_name
-    unused = tuple(column for column in present if column not in used.values())
-    return Rows(tuple(rows), kind, name, used, unused, dict(dropped))
+    unused = [column for column in present if column not in used.values()]
+    unused += _unused_in_turns(records, used)
+    return Rows(tuple(rows), kind, name, used, tuple(unused), dict(dropped))
 
 
 def _records(source: Any, limit: int | None) -> Iterator[Record]:
@@ -262,6 +264,21 @@ def _is_conversational(format: str, records: list[Record], used: Mapping[str, st
     return format == "prompt_completion" and isinstance(records[0].values.get(used["prompt"]), list)
 
 
+def _unused_in_turns(records: list[Record], used: Mapping[str, str]) -> list[str]:
+    """What turns hold beyond their role and text, `messages.reasoning_content` say."""
+    columns = [used[name] for name in ("messages", "conversations") if name in used]
+    found = {
+        f"{column}.{key}": None
+        for column in columns
+        for record in records
+        for turn in record.values.get(column) or []
+        if isinstance(turn, dict)
+        for key, value in turn.items()
+        if key not in _TURN_KEYS and value
+    }
+    return list(found)
+
+
 def _alpaca(values: Mapping[str, Any]) -> tuple[tuple[Message, ...], str]:
     messages = [*_system(values)]
     for pair in values.get("history") or []:
@@ -330,17 +347,22 @@ def _turn(turn: Any, number: int) -> Message:
     if not isinstance(turn, dict):
         raise _BadRow(f"turn {number} is not an object", "write {role, content}")
     said = str(turn.get("role", turn.get("from", "")))
-    role = _ROLES.get(said, said)
+    role = _ROLES.get(said.lower(), said.lower())
     if role not in _KNOWN_ROLES:
         raise _BadRow(
             f"turn {number} has the role {said!r}{nearest(said, [*_KNOWN_ROLES, *_ROLES])}",
             f"use {', '.join(_KNOWN_ROLES)}",
         )
+    for key in ("tool_calls", "function_call"):
+        if turn.get(key):
+            raise _BadRow(f"turn {number} has {key}", "write the call out as the turn's text")
     content = turn.get("content", turn.get("value"))
     if isinstance(content, list):
         content = "".join(_part(part, number) for part in content)
     if not isinstance(content, str):
         raise _BadRow(f"turn {number} has no text", "give its content as a string")
+    if role == "assistant" and not content.strip():
+        raise _BadRow(f"turn {number} is an empty answer", "give the answer, or remove the row")
     weight = turn.get("weight", turn.get("train"))
     return Message(role, _text(content, f"turn {number}"), trained=weight is None or bool(weight))
 
@@ -353,7 +375,7 @@ def _part(part: Any, number: int) -> str:
 
 def _text(value: Any, column: str) -> str:
     """A cell as text: nothing is "", a number is written out, anything else is refused."""
-    if value is None:
+    if value is None or value != value:  # NaN, which tables hold where nothing is
         return ""
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise _BadRow(f"{column} is a {type(value).__name__}", "it must be a string")

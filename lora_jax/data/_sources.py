@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import importlib
+import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -57,7 +58,7 @@ def _parse_lines(path: Path, text: str) -> Iterator[Record]:
         if line.strip():
             try:
                 value = json.loads(line)
-            except (json.JSONDecodeError, RecursionError) as error:
+            except (ValueError, RecursionError) as error:
                 raise InputError(
                     f"{path}:{number}: not JSON ({_reason(error)}); write one object a line"
                 ) from None
@@ -70,7 +71,7 @@ def _json(path: Path) -> Iterator[Record]:
         return
     try:
         content = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         if getattr(error, "msg", "") == "Extra data" and text.lstrip().startswith("{"):
             yield from _parse_lines(path, text)
             return
@@ -82,21 +83,33 @@ def _json(path: Path) -> Iterator[Record]:
         yield _record(value, f"{path}[{number}]")
 
 
-def _csv(path: Path) -> Iterator[Record]:
-    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+def table_rows(path: Path) -> Iterator[tuple[int, dict[str, str | None]]]:
+    """(line, cells by column) of a table; its header shows whether , ; or tab parts the cells."""
+    text = read_text(path)
+    delimiter = max(",;\t", key=text.partition("\n")[0].count)
     # A cell may hold a whole document.
     csv.field_size_limit(2**31 - 1)
-    reader = csv.DictReader(
-        read_text(path).splitlines(keepends=True), delimiter=delimiter, strict=True
-    )
+    # Not splitlines(): it breaks cells at characters that end no line of a table.
+    lines = io.StringIO(text, newline="")
+    reader = csv.DictReader(lines, delimiter=delimiter, strict=True, skipinitialspace=True)
     try:
+        header = [column.strip() for column in reader.fieldnames or []]
+        if repeated := sorted({column for column in header if header.count(column) > 1}):
+            raise InputError(f"{path}:1: the column {repeated[0]!r} stands twice; rename one")
+        reader.fieldnames = header
         for row in reader:
-            where = f"{path}:{reader.line_num}"
             if None in row:
-                raise InputError(f"{where}: more cells than the header has columns")
-            yield Record(dict(row), where)
+                raise InputError(
+                    f"{path}:{reader.line_num}: more cells than the header has columns"
+                )
+            yield reader.line_num, dict(row)
     except csv.Error as error:
-        raise InputError(f"{path}:{reader.line_num}: not CSV ({error})") from None
+        raise InputError(f"{path}:{reader.line_num + 1}: not CSV ({error})") from None
+
+
+def _csv(path: Path) -> Iterator[Record]:
+    for line, row in table_rows(path):
+        yield Record(dict(row), f"{path}:{line}")
 
 
 def _parquet(path: Path) -> Iterator[Record]:
@@ -140,4 +153,4 @@ def _record(value: Any, where: str) -> Record:
 def _reason(error: Exception) -> str:
     if isinstance(error, json.JSONDecodeError):
         return f"{error.msg} at column {error.colno}"
-    return "nested too deeply"
+    return "nested too deeply" if isinstance(error, RecursionError) else str(error)

@@ -5,6 +5,7 @@ docstring's first sentence out.  Nothing is imported or run: the files are parse
 """
 
 import ast
+import functools
 import hashlib
 import re
 import sysconfig
@@ -50,6 +51,9 @@ def docstring_rows(
 ) -> list[dict[str, str]]:
     """Rows of `instruction`, `input`, `output` (and `module`), without repeats.
 
+    Their order is drawn by a hash, so that the first few are a fair sample.  Modules copy from
+    each other: a held-out row whose function or sentence stands in any other module is left out.
+
     Args:
         held_out: Rows of the held-out modules, or of all the others.
         max_source: Longest function source kept, in characters.
@@ -60,18 +64,19 @@ def docstring_rows(
         >>> sorted(row), row["instruction"] == INSTRUCTION
         (['input', 'instruction', 'module', 'output'], True)
     """
-    rows, seen = [], set()
-    for module, source in stdlib_modules():
+    seen, rows = set(), []
+    if held_out:
+        seen = {text for name, *texts in _documented() if not is_held_out(name) for text in texts}
+    for module, code, summary in _documented():
         if is_held_out(module) != held_out:
             continue
-        for code, summary in _documented_functions(source):
-            repeated = summary in seen
-            seen.add(summary)
-            if not repeated and len(code) <= max_source and len(summary) <= max_summary:
-                rows.append(
-                    {"instruction": INSTRUCTION, "input": code, "output": summary, "module": module}
-                )
-    return rows
+        repeated = code in seen or summary in seen
+        seen |= {code, summary}
+        if not repeated and len(code) <= max_source and len(summary) <= max_summary:
+            rows.append(
+                {"instruction": INSTRUCTION, "input": code, "output": summary, "module": module}
+            )
+    return sorted(rows, key=lambda row: hashlib.sha256(row["input"].encode()).digest())
 
 
 def natural_prompt(source: str) -> str:
@@ -86,6 +91,16 @@ def natural_prompt(source: str) -> str:
     header = "\n".join(source.split("\n")[: body.lineno - 1])
     header = header or source[: body.col_offset].rstrip()
     return f'{header}\n    """'
+
+
+@functools.cache
+def _documented() -> tuple[tuple[str, str, str], ...]:
+    """(module, source without docstring, first sentence) of every documented function."""
+    return tuple(
+        (module, *found)
+        for module, source in stdlib_modules()
+        for found in _documented_functions(source)
+    )
 
 
 def _documented_functions(source: str) -> Iterator[tuple[str, str]]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from .._errors import InputError
 from .._files import open_tensors
-from ._config import ModelConfig, config_from_hf
+from ._config import ModelConfig, config_from_hf, read_eos
 
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 """Types a checkpoint may hold: safetensors' name and numpy's."""
@@ -56,7 +56,7 @@ def read_config(directory: str | Path) -> ModelConfig:
     eos = _json(path).get("eos_token_id")
     if eos is None:
         return config
-    return dataclasses.replace(config, eos_token_id=tuple(eos) if isinstance(eos, list) else eos)
+    return dataclasses.replace(config, eos_token_id=read_eos(eos, str(path)))
 
 
 def _json(path: Path) -> Mapping[str, Any]:

@@ -1,6 +1,7 @@
 """The shape of a decoder, read from a Hugging Face `config.json`."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -41,21 +42,22 @@ class ModelConfig:
     pad_token_id: int | None = None
 
     def __post_init__(self) -> None:
+        derived = ("num_key_value_heads", "head_dim")
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+                     "num_attention_heads", *derived, "rms_norm_eps", "rope_theta"):  # fmt: skip
+            value = getattr(self, name)
+            if not (value > 0 or (name in derived and value == 0)) or value == math.inf:
+                raise InputError(f"model config: {name} must be above 0, got {value!r}")
         if not self.num_key_value_heads:
             object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
         if not self.head_dim:
             object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
-        for field in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-                      "num_attention_heads", "head_dim"):  # fmt: skip
-            value = getattr(self, field)
-            if not isinstance(value, int) or value < 1:
-                raise InputError(f"model config: {field} must be a positive integer, got {value!r}")
         if self.num_attention_heads % self.num_key_value_heads:
             raise InputError(
                 f"model config: num_attention_heads ({self.num_attention_heads}) must be a"
                 f" multiple of num_key_value_heads ({self.num_key_value_heads})"
             )
-        if self.head_dim % 2:
+        if self.head_dim < 2 or self.head_dim % 2:
             raise InputError(f"model config: head_dim must be even for RoPE, got {self.head_dim}")
 
     @property
@@ -89,7 +91,9 @@ def config_from_hf(raw: Mapping[str, Any], where: str = "config.json") -> ModelC
             f"{nearest(str(model_type), KNOWN_MODEL_TYPES)}; known: {', '.join(KNOWN_MODEL_TYPES)}"
         )
     # transformers 5 writes rope_parameters, transformers 4 rope_theta and rope_scaling.
-    rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    if not isinstance(rope, Mapping):
+        raise InputError(f"{where}: rope_parameters must be an object, got {rope!r}")
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type != "default":
         raise InputError(f"{where}: rope type {rope_type!r} is not supported; known: 'default'")
@@ -102,15 +106,44 @@ def config_from_hf(raw: Mapping[str, Any], where: str = "config.json") -> ModelC
         )
     fields = {f.name: f for f in dataclasses.fields(ModelConfig)}
     values = {k: v for k, v in raw.items() if k in fields and v is not None}
-    if "rope_theta" in rope:
+    if rope.get("rope_theta") is not None:
         values["rope_theta"] = rope["rope_theta"]
     missing = [n for n, f in fields.items() if f.default is dataclasses.MISSING and n not in values]
     if missing:
         raise InputError(f"{where}: missing {', '.join(missing)}")
-    if isinstance(values.get("eos_token_id"), list):
-        values["eos_token_id"] = tuple(values["eos_token_id"])
+    if "eos_token_id" in values:
+        values["eos_token_id"] = read_eos(values["eos_token_id"], where)
+    for name in values.keys() - {"eos_token_id"}:
+        default = fields[name].default
+        kind = int if default in (None, dataclasses.MISSING) else type(default)
+        if type(values[name]) is not kind and not (kind is float and type(values[name]) is int):
+            raise InputError(
+                f"{where}: {name} must be of type {kind.__name__}, got {values[name]!r}"
+            )
     values["rope_theta"] = float(values.get("rope_theta", 10000.0))
-    return ModelConfig(**values)
+    try:
+        return ModelConfig(**values)
+    except InputError as error:
+        raise InputError(str(error).replace("model config", where, 1)) from None
+
+
+def read_eos(value: Any, where: str) -> int | tuple[int, ...]:
+    """The id or ids that end a text.
+
+    Raises:
+        InputError: if it is neither a whole number nor a list of them.
+
+    Example:
+        >>> read_eos([1, 2], "config.json")
+        (1, 2)
+    """
+    several = isinstance(value, list | tuple)
+    ids = tuple(value) if several else (value,)
+    if not all(type(number) is int for number in ids):
+        raise InputError(
+            f"{where}: eos_token_id must be a token id or a list of them, got {value!r}"
+        )
+    return ids if several else ids[0]
 
 
 def config_to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:

@@ -94,7 +94,7 @@ def _model(module: Any) -> CausalLM:
 def _check(config, prompts, max_new_tokens, temperature, top_k, top_p, key) -> None:
     if max_new_tokens < 1:
         raise InputError(f"generate: max_new_tokens must be at least 1, got {max_new_tokens}")
-    if temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
+    if not temperature >= 0 or top_k < 0 or not 0 < top_p <= 1:
         raise InputError(
             "generate: temperature and top_k must be at least 0 and top_p in (0, 1], got"
             f" {temperature}, {top_k} and {top_p}"
@@ -102,7 +102,7 @@ def _check(config, prompts, max_new_tokens, temperature, top_k, top_p, key) -> N
     if temperature > 0 and key is None:
         raise InputError("generate: sampling needs a key; give key=jax.random.key(0), say")
     for i, prompt in enumerate(prompts):
-        if not prompt:
+        if len(prompt) == 0:
             raise InputError(f"generate: prompt {i} is empty; start it with the bos token")
         if not 0 <= min(prompt) <= max(prompt) < config.vocab_size:
             raise InputError(

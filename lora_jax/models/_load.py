@@ -70,7 +70,7 @@ def load_pretrained(
     Raises:
         InputError: if a file is missing, broken or a pickle; if tensors are missing,
             unexpected or do not fit the config; if the tokenizer's vocabulary exceeds the
-            model's.
+            model's; if the device cannot compute in `dtype`.
 
     Example:
         >>> import tempfile
@@ -87,6 +87,8 @@ def load_pretrained(
     """
     directory = Path(directory)
     config = read_config(directory)
+    if dtype == "float16" and jax.default_backend() == "cpu":
+        raise InputError("dtype: JAX has no float16 attention on CPUs; use bfloat16 or float32")
     module = CausalLM(config, dtype=float_dtype(dtype, "dtype"), remat=remat)
     if param_dtype is not None:
         float_dtype(param_dtype, "param_dtype")
@@ -149,6 +151,11 @@ def _checked(
     if config.tie_word_embeddings and HEAD in entries:
         entries = dict(entries)
         _check_tied(entries.get(_EMBEDDING), entries.pop(HEAD))
+    if config.num_hidden_layers > len(entries):  # names of so many layers may fill the memory
+        raise InputError(
+            f"{directory / 'config.json'}: num_hidden_layers is {config.num_hidden_layers}, but the"
+            f" weights are {len(entries)} tensors in all"
+        )
     shapes = dict(leaves_with_path(abstract_params(config)))
     keys = {path: hf_keys(path, (STACKED,), config.num_hidden_layers) for path in shapes}
     expected = {key for names in keys.values() for key in names}

@@ -55,8 +55,8 @@ def save_pretrained(
             file's tensors are in memory together.
 
     Raises:
-        InputError: if the directory holds something, the disk is full, or the tree is not
-            that of the config.
+        InputError: if the directory holds something, the disk is full, the tree is not that
+            of the config, or a weight is not finite in `dtype`.
 
     Example:
         See `load_pretrained`.
@@ -106,7 +106,13 @@ def _tensors(path: str, leaf: Any, dtype: Any) -> list[_Tensor]:
             part = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, 0, False), leaf)
         if isinstance(part, QuantizedTensor):
             part = dequantize(part, dtype)
-        array = np.asarray(part).astype(dtype)
+        with np.errstate(over="ignore"):  # said below, with the tensor's name
+            array = np.asarray(part).astype(dtype)
+        if not np.isfinite(array).all():
+            raise InputError(
+                f"params: {path} holds values that are not finite in {dtype}; save as bfloat16 or"
+                " float32, or look at the weights"
+            )
         return np.ascontiguousarray(array.T if is_kernel(path) else array)
 
     nbytes = int(np.prod(leaf.shape)) // layers * np.dtype(dtype).itemsize

@@ -78,10 +78,6 @@ class Job:
 
 def load_base(section: ModelSection, quant: Any = None) -> Pretrained:
     """The base of a run, quantized as it is read if `quant` says so."""
-    if section.dtype == "float16" and jax.default_backend() == "cpu":
-        raise InputError(
-            "model.dtype: JAX has no float16 attention on CPUs; use bfloat16 or float32"
-        )
     return load_pretrained(
         _directory(section),
         quant=quant,

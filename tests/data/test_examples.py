@@ -100,14 +100,31 @@ def test_no_trained_token_at_all(tokenizer, rows, tmp_path) -> None:
 
 @pytest.mark.parametrize("add_bos", [True, False])
 def test_long_texts_are_split_not_cut(tmp_path, make_tokenizer, add_bos) -> None:
+    """Consecutive pieces share a token, so that all but the first token are targets once."""
     text = "the cat sat on the mat, " * 20
     (tmp_path / "a.txt").write_text(text)
-    tokenizer = make_tokenizer(add_bos_token=add_bos)
-    examples = build_examples(read_rows(tmp_path / "a.txt"), tokenizer, max_length=16)
-    ids = [int(i) for e in examples for i in e.input_ids]
-    assert tokenizer.decode(ids, special=True) == "<s>" * add_bos + text + "</s>"
-    assert all(len(e) <= 16 and not e.loss_mask[0] and e.loss_mask[1:].all() for e in examples)
-    assert (examples.report.split, examples.report.truncated) == (1, 0)
+    tokenizer, rows = make_tokenizer(add_bos_token=add_bos), read_rows(tmp_path / "a.txt")
+    [whole] = build_examples(rows, tokenizer)
+    for length in (16, len(whole) - 1):
+        examples = build_examples(rows, tokenizer, max_length=length)
+        first, *later = [e.input_ids.tolist() for e in examples]
+        ids = [*first, *(i for piece in later for i in piece[1:])]
+        assert ids == whole.input_ids.tolist()
+        assert tokenizer.decode(ids, special=True) == "<s>" * add_bos + text + "</s>"
+        assert all(not e.loss_mask[0] and e.loss_mask[1:].all() for e in examples)
+        assert max(map(len, examples)) == length
+        assert (examples.report.split, examples.report.truncated) == (1, 0)
+
+
+def test_an_unweighted_last_answer_does_not_train_the_one_before(tokenizer, tmp_path) -> None:
+    talk = [
+        {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "one"},
+        {"role": "user", "content": "And?"}, {"role": "assistant", "content": "two", "weight": 0},
+    ]  # fmt: skip
+    rows = read_rows(write(tmp_path / "rows.jsonl", [{"messages": talk}]))
+    assert build_examples(rows, tokenizer).report.trained_tokens > 0
+    with pytest.raises(InputError, match="nothing to train on in it: 1"):
+        build_examples(rows, tokenizer, train_on="last")
 
 
 def test_the_note_on_turns_that_never_end(make_tokenizer, turns) -> None:

@@ -7,6 +7,7 @@ import pytest
 
 from lora_jax._errors import InputError
 from lora_jax.data import make_rows, read_rows
+from lora_jax.data._documents import document_rows
 
 GUIDE = """---
 title: not text
@@ -182,11 +183,53 @@ def test_nothing_is_overwritten_and_nothing_half_written(tmp_path: Path) -> None
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
 
 
-def test_output_within_the_documents_and_hidden_files_are_not_read(tmp_path: Path) -> None:
+def test_hidden_files_are_not_read(tmp_path: Path) -> None:
     folder = put(tmp_path / "in", a_md="# A\nText.\n", _hidden__b_md="# B\nSecret.\n")
-    (folder / "out").mkdir()
-    card = make_rows(folder, folder / "out", held_out=0)
+    card = make_rows(folder, tmp_path / "out", held_out=0)
     assert list(card.documents) == ["a.md"]
+
+
+def test_output_within_the_documents_is_refused(tmp_path: Path) -> None:
+    folder = put(tmp_path / "in", a_md="# A\nText.\n")
+    with pytest.raises(InputError, match="would be read as a document next time"):
+        make_rows(folder, folder / "below" / "out")
+    assert not (folder / "below").exists()
+
+
+def test_code_blocks_end_where_they_end(tmp_path: Path) -> None:
+    text = (
+        "# One\n```pip install x```\n# Two\n~~~\n```\n# no heading\n~~~\n"
+        "# Three\n````md\n```\n# no heading either\n````\n"
+    )
+    rows, _ = document_rows(put(tmp_path / "in", a_md=text) / "a.md", "a.md")
+    assert [row.instruction.split('"')[-2] for row in rows] == ["One", "Two", "Three"]
+
+
+def test_a_long_line_of_spaces_is_no_trouble(tmp_path: Path) -> None:
+    folder = put(tmp_path / "in", a_md="# a" + " " * 100_000 + "b #\nText.\n")
+    [row], _ = document_rows(folder / "a.md", "a.md")
+    assert row.instruction.endswith(' b"?')
+
+
+def test_a_copy_under_another_name_is_a_repeat(tmp_path: Path) -> None:
+    text = "# Scope\nAll.\n\n# Start\nNow.\n"
+    card = make_rows(put(tmp_path / "in", a_md=text, b_md=text), tmp_path / "out", held_out=0.5)
+    assert card.dropped == {"repeats an earlier row": 2}
+
+
+def test_what_differs_in_symbols_or_vowel_signs_is_no_repeat(tmp_path: Path) -> None:
+    table = "question,answer\nx++,x++;\nx--,x--;\nकि,हाँ\nकी,हूँ\nWhich key?,/\n"
+    card = make_rows(put(tmp_path / "in", a_csv=table), tmp_path / "out", held_out=0)
+    assert (card.train, card.dropped) == (5, {})
+
+
+def test_tables_keep_odd_line_breaks_and_large_cells(tmp_path: Path) -> None:
+    table = f"question;answer\none;a\u2028b\x0cc\ntwo;{'x' * 200_000}\n"
+    rows, _ = document_rows(put(tmp_path / "in", a_csv=table) / "a.csv", "a.csv")
+    assert [len(row.output) for row in rows] == [5, 200_000]
+    put(tmp_path / "bad", a_csv='"question"x,answer\na,b\n')
+    with pytest.raises(InputError, match=r"a\.csv:1: not CSV"):
+        make_rows(tmp_path / "bad", tmp_path / "out")
 
 
 def test_bad_input(tmp_path: Path) -> None:

@@ -106,6 +106,24 @@ def test_csv_with_line_breaks_says_where(tmp_path: Path) -> None:
         read_rows(tmp_path / "rows.csv")
 
 
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+def test_cells_hold_any_character_but_their_own_delimiter(tmp_path: Path, delimiter: str) -> None:
+    text = f"instruction{delimiter} output\nHi{delimiter}a\u2028b\x0cc\x85d\n"
+    (tmp_path / "rows.csv").write_text(text, "utf-8")
+    [row] = read_rows(tmp_path / "rows.csv")
+    assert row.messages == (USER, Message("assistant", "a\u2028b\x0cc\x85d"))
+
+
+def test_what_turns_hold_beside_their_text_is_reported(tmp_path: Path) -> None:
+    turns = [
+        {"from": "Human", "value": "Hi"},
+        {"from": "GPT", "value": "Hello", "reasoning_content": "Greet."},
+    ]
+    rows = read_rows(write(tmp_path / "rows.jsonl", [{"conversations": turns}]))
+    assert rows.rows[0].messages == (USER, ASSISTANT)
+    assert rows.unused == ("conversations.reasoning_content",)
+
+
 def test_parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
@@ -182,6 +200,12 @@ def test_bad_rows_can_be_skipped_and_are_counted(tmp_path: Path) -> None:
         ({"messages": [{"role": "user", "content": "Hi"}]}, "no answer to learn from"),
         ({"messages": [{"role": "assistent", "content": "Hi"}]}, "did you mean 'assistant'"),
         ({"messages": [{"role": "assistant", "content": None}]}, "turn 1 has no text"),
+        ({"messages": [{"role": "assistant", "content": " "}]}, "turn 1 is an empty answer"),
+        (
+            {"messages": [{"role": "assistant", "content": "", "tool_calls": [{"name": "f"}]}]},
+            "turn 1 has tool_calls; write the call out",
+        ),
+        ({"instruction": "Hi", "output": float("nan")}, "no output"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
             "turn 1 holds something other than text",
@@ -206,7 +230,9 @@ def test_bad_row(tmp_path: Path, row: dict, says: str) -> None:
         ("a.json", b"", "holds no rows"),
         ("a.csv", b"", "holds no rows"),
         ("a.txt", b" \n", "holds no rows"),
-        ("a.csv", b"text\na,b\n", r"a\.csv:2: more cells than the header"),
+        ("a.csv", b"text,x\na,b,c\n", r"a\.csv:2: more cells than the header"),
+        ("a.csv", b"text, text\na,b\n", r"a\.csv:1: the column 'text' stands twice"),
+        ("a.jsonl", b"9" * 5000, r"a\.jsonl:1: not JSON"),
         ("a.csv", b'text\n"a\n', r"a\.csv:\d: not CSV"),
         ("a.xlsx", b"", r"unknown kind of file; give one of \.json"),
         ("a.jsonl", b'{"question": "x", "answer": "y"}', "columns question, answer; map them"),
@@ -245,6 +271,11 @@ def test_stdlib_rows_hold_modules_out() -> None:
     assert rows.format == "alpaca" and rows.unused == ("module",)
     raw = docstring_rows(held_out=True)
     assert all(is_held_out(row["module"]) for row in raw)
+    others = docstring_rows(held_out=False)
+    assert not {row["input"] for row in raw} & {row["input"] for row in others}
+    assert not {row["output"] for row in raw} & {row["output"] for row in others}
+    # The first few stand for all.
+    assert len({row["module"] for row in raw[:50]}) > 10
     assert rows.rows[0].messages[0].input == raw[0]["input"]
 
 

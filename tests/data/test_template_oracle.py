@@ -24,6 +24,8 @@ BRACKETS = (
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %}"
     "{% generation %}{{ m.content }}{{ eos_token }}{% endgeneration %}"
     "{% elif m.role == 'user' %}[INST]{{ m.content | tojson }}[/INST]"
+    "{{ [m.content] | tojson(ensure_ascii=True, indent=2) }}"
+    "{% if tools is not none or documents is not none %}none were given{% endif %}"
     "{% else %}{% set ns = namespace(x=m.content) %}<<{{ ns.x }}>>{% endif %}"
     "{% if loop.index > 9 %}{% break %}{% endif %}{% endfor %}"
 )

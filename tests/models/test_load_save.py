@@ -171,6 +171,30 @@ def odd_rope(directory):
     edit_json(directory / "config.json", rope_scaling={"rope_type": "yarn", "factor": 2.0})
 
 
+def rope_in_words(directory):
+    edit_json(directory / "config.json", rope_parameters="default")
+
+
+def heads_in_words(directory):
+    edit_json(directory / "config.json", num_key_value_heads="2")
+
+
+def negative_heads(directory):
+    edit_json(directory / "config.json", num_key_value_heads=-2)
+
+
+def negative_eps(directory):
+    edit_json(directory / "config.json", rms_norm_eps=-1)
+
+
+def eos_in_words(directory):
+    edit_json(directory / "generation_config.json", eos_token_id="2")
+
+
+def a_billion_layers(directory):
+    edit_json(directory / "config.json", num_hidden_layers=10**9)
+
+
 def no_weights(directory):
     (directory / "model.safetensors").unlink()
 
@@ -234,6 +258,12 @@ def empty_index(directory):
         (other_model, r"model_type 'lama' is not supported \(did you mean 'llama'\?\)"),
         (no_vocab, r"config\.json: missing vocab_size"),
         (odd_rope, r"rope type 'yarn' is not supported"),
+        (rope_in_words, r"config\.json: rope_parameters must be an object, got 'default'"),
+        (heads_in_words, r"config\.json: num_key_value_heads must be of type int, got '2'"),
+        (negative_heads, r"config\.json: num_key_value_heads must be above 0, got -2"),
+        (negative_eps, r"config\.json: rms_norm_eps must be above 0, got -1"),
+        (eos_in_words, r"generation_config\.json: eos_token_id must be a token id or a list"),
+        (a_billion_layers, r"num_hidden_layers is 1000000000, but the weights are 21 tensors"),
         (no_weights, r"model: no weights; save the model as safetensors"),
         (only_a_pickle, r"only pytorch_model\.bin, a pickle, which is never opened"),
         (truncated, r"model\.safetensors: not a whole safetensors file"),
@@ -283,6 +313,13 @@ def test_a_tree_that_does_not_fit_is_not_saved(tmp_path, config, params):
         save({"model": params["model"]})
     with pytest.raises(InputError, match=r"lm_head/kernel has shape \(2,\), .* \(64, 48\)"):
         save(params | {"lm_head": {"kernel": jnp.ones(2)}})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_weight_too_large_for_its_type_is_not_saved(tmp_path, config, params):
+    large = jax.tree.map(lambda x: x * 1e6, params)
+    with pytest.raises(InputError, match="not finite in float16; save as bfloat16 or float32"):
+        save_pretrained(tmp_path / "m", large, config, dtype="float16")
     assert not list(tmp_path.iterdir())
 
 

@@ -96,7 +96,7 @@ def test_adapter_to_go_on_from_brings_its_config(make_config, data_dir):
         ),
         ({"data": {"max_length": 3}}, "no token is left to train on"),
         ({"model": {"path": "nowhere"}}, "nowhere"),
-        ({"model": {"dtype": "float16"}}, "model.dtype: JAX has no float16 attention on CPUs"),
+        ({"model": {"dtype": "float16"}}, "dtype: JAX has no float16 attention on CPUs"),
         ({"lora": {"target_modules": ["q_prj"]}}, "matches nothing (did you mean 'q_proj'?)"),
         ({"lora": {"target_modules": ["embed_tokens"]}}, "adapters on embeddings cannot be"),
         ({"train": {"adapter": "nowhere"}}, "nowhere/adapter_config.json: no such file"),
