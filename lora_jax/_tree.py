@@ -3,6 +3,8 @@
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import chex
+
 from ._typing import Params
 
 Mask = Mapping[str, Any] | Callable[[str], bool]
@@ -62,12 +64,21 @@ def partition(tree: Params, mask: Mask) -> tuple[dict[str, Any], dict[str, Any]]
         (selected, rest): nested dicts that hold only their own leaves; `combine(rest,
         selected)` is the tree again.
 
+    Raises:
+        AssertionError: if a mask of booleans has another structure.
+
     Example:
         >>> partition({"a": {"kernel": 1, "lora_A": 2}}, lambda path: path.endswith("lora_A"))
         ({'a': {'lora_A': 2}}, {'a': {'kernel': 1}})
     """
-    chosen = mask if callable(mask) else dict(leaves_with_path(mask)).__getitem__
     leaves = dict(leaves_with_path(tree))
+    if callable(mask):
+        chosen = mask
+    else:
+        chosen = dict(leaves_with_path(mask)).__getitem__
+        # Whatever is no mapping is one leaf here, a quantized tensor too.
+        bare = [tree_from_paths(dict.fromkeys(dict(leaves_with_path(t)), 0)) for t in (tree, mask)]
+        chex.assert_trees_all_equal_structs(*bare)
     selected = {path: leaf for path, leaf in leaves.items() if chosen(path)}
     rest = {path: leaf for path, leaf in leaves.items() if path not in selected}
     return tree_from_paths(selected), tree_from_paths(rest)

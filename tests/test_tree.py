@@ -65,3 +65,9 @@ def test_layer_paths_number_the_stack():
     assert layer_paths("layers/mlp/up", "layers", 2) == ["layers/0/mlp/up", "layers/1/mlp/up"]
     assert layer_paths("a/blocks/mlp", "a/blocks", 1) == ["a/blocks/0/mlp"]
     assert layer_paths("lm_head", None, 1) == ["lm_head"]
+
+
+@pytest.mark.parametrize("mask", [{"a": {"x": True}}, {"a": {"x": True, "y": True, "z": False}}])
+def test_a_mask_of_another_structure_is_refused(mask):
+    with pytest.raises(AssertionError):
+        partition({"a": {"x": 1, "y": 2}}, mask)
