@@ -24,7 +24,7 @@ import numpy as np
 import optax
 from optax.contrib import MuonDimensionNumbers, muon
 from safetensors.numpy import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from lora_jax.data._stdlib import is_held_out, stdlib_modules
 from lora_jax.models import CausalLM, ModelConfig
@@ -64,13 +64,16 @@ def train_tokenizer(texts: list[str]) -> Tokenizer:
             show_progress=False,
         ),
     )
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{END} $A", special_tokens=[(END, tokenizer.token_to_id(END))]
+    )
     return tokenizer
 
 
 def token_stream(tokenizer: Tokenizer, texts: list[str]) -> np.ndarray:
     """All texts as one row of ids, each preceded by the end-of-text token."""
     end = tokenizer.token_to_id(END)
-    encoded = tokenizer.encode_batch(texts)
+    encoded = tokenizer.encode_batch(texts, add_special_tokens=False)
     return np.concatenate([np.array([end, *e.ids], np.uint16) for e in encoded])
 
 
@@ -222,7 +225,7 @@ def sample(directory: Path, prompt: str, new: int = 120, temperature: float = 0.
     """Continue a prompt with the saved model (no cache: the model is tiny)."""
     tokenizer, params = load_tokenizer(directory), load_params(directory)
     model = CausalLM(CONFIG)
-    ids = [tokenizer.token_to_id(END), *tokenizer.encode(prompt).ids]
+    ids = tokenizer.encode(prompt).ids
     forward = jax.jit(lambda p, x: model.apply({"params": p}, x))
     rng, size = np.random.default_rng(0), len(ids) + new
     for _ in range(new):
