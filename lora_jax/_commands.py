@@ -34,6 +34,7 @@ from .train import (
     load_base,
     make_eval_step,
     run_config,
+    with_length,
 )
 from .transform import LoraLinen, lora_linen
 
@@ -47,12 +48,13 @@ def evaluate_rows(raw: dict[str, Any], overrides: list[str], adapter: str | None
         template = adapter_notes(adapter).get("template", "auto")
         data = dataclasses.replace(config.data, template=template)
         config = dataclasses.replace(config, data=data)
-    examples = examples_of(_rows(config), config.data, pretrained)
+    data = with_length(config.data, pretrained)
+    examples = examples_of(_rows(config), data, pretrained)
     batches = eval_batches(
         examples,
         batch_size=config.train.batch_size,
-        seq_length=config.data.max_length,
-        packing=config.data.packing,
+        seq_length=data.seq_length,
+        packing=data.packing,
     )
     step = make_eval_step(lora_linen(pretrained.module), chunk=config.train.loss_chunk)
     return evaluate(step, params, batches)
@@ -64,7 +66,8 @@ def rows_and_examples(config: RunConfig) -> tuple[Rows, Examples, Any]:
 
     rows = _rows(config)
     pretrained = load_tokenizer(config.model)
-    return rows, examples_of(rows, config.data, pretrained), pretrained.tokenizer
+    data = with_length(config.data, pretrained)
+    return rows, examples_of(rows, data, pretrained), pretrained.tokenizer
 
 
 def with_adapter(pretrained: Pretrained, adapter: str | None) -> Params:

@@ -116,7 +116,7 @@ class _SentenceLoss:
             prompt = [*bos, *tokenizer.encode(natural_prompt(row["input"]))]
             ids = np.concatenate([np.asarray(prompt, np.int32), answer])
             mask = np.arange(len(ids)) >= len(prompt)
-            if len(ids) <= self.job.config.data.max_length:
+            if len(ids) <= self.job.config.data.seq_length:
                 examples.append(Example(ids, mask, asked.row))
         return self._loss(params, examples)
 
@@ -125,7 +125,7 @@ class _SentenceLoss:
         batches = eval_batches(
             dataclasses.replace(self.job.eval, examples=tuple(examples)),
             batch_size=c.train.batch_size,
-            seq_length=c.data.max_length,
+            seq_length=c.data.seq_length,
         )
         return evaluate(self.step, params, batches).loss
 
@@ -179,7 +179,7 @@ def _merge_and_compare(job: Job, result: Result, params: Params) -> dict[str, An
         eval_batches(
             job.eval,
             batch_size=job.config.train.batch_size,
-            seq_length=job.config.data.max_length,
+            seq_length=job.config.data.seq_length,
         )
     )
     inputs = [jnp.asarray(batch[name]) for name in ("input_ids", "positions", "segment_ids")]

@@ -202,11 +202,12 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
         "make",
         _data_make,
         "Turn text, Markdown and CSV files below a directory into instruction rows.",
-        "example:\n  ./lora data make documents --output rows --held-out 0.1\n",
+        "examples:\n  ./lora data make documents\n"
+        "  ./lora data make documents --output rows --held-out 0.1\n",
         False,
     )
     p.add_argument("directory", metavar="DIR")
-    p.add_argument("--output", required=True, metavar="DIR")
+    p.add_argument("--output", metavar="DIR", help="where to write (default DIR-rows)")
     p.add_argument("--held-out", type=float, default=0.1, metavar="SHARE")
     p.add_argument("--seed", type=int, default=0, metavar="N")
     return parser, commands
@@ -305,9 +306,9 @@ def _data_show(options: argparse.Namespace, overrides: list[str]) -> None:
 def _data_make(options: argparse.Namespace, overrides: list[str]) -> None:
     from .data import make_rows
 
-    card = make_rows(
-        options.directory, options.output, held_out=options.held_out, seed=options.seed
-    )
+    directory = Path(options.directory)
+    output = options.output or f"{directory.resolve()}-rows"
+    card = make_rows(directory, output, held_out=options.held_out, seed=options.seed)
     print(card.markdown())
 
 

@@ -112,9 +112,9 @@ def test_data_make_then_show(tmp_path: Path, capsys):
     documents.mkdir()
     for i in range(4):
         (documents / f"{i}.md").write_text(f"# Topic {i}\n\nThe answer to topic {i} is {i * 7}.\n")
-    main(["data", "make", str(documents), "--output", str(tmp_path / "rows"), "--held-out", "0.3"])
-    assert (tmp_path / "rows" / "README.md").exists()
-    main(["data", "show", str(tmp_path / "rows" / "train.jsonl")])
+    main(["data", "make", str(documents), "--held-out", "0.3"])
+    assert f"in `{tmp_path / 'documents-rows'}`" in capsys.readouterr().out
+    main(["data", "show", str(tmp_path / "documents-rows" / "train.jsonl")])
     assert "Topic" in capsys.readouterr().out
 
 

@@ -47,9 +47,9 @@ class Card:
         lines = [
             "# Instruction rows",
             "",
-            f"Made from the documents in `{self.directory}`: {self.train} rows in `train.jsonl`,"
-            f" {self.held_out} in `eval.jsonl`. Each row has `instruction`, `output`, the `rule`"
-            " it came by, and its `source`.",
+            f"Made from the documents in `{self.directory}`, kept in `{self.output}`:"
+            f" {self.train} rows in `train.jsonl`, {self.held_out} in `eval.jsonl`. Each row has"
+            " `instruction`, `output`, the `rule` it came by, and its `source`.",
             "",
             "Rules: the text under a Markdown heading or a numbered article answers what it says;"
             " a question is answered by the answer beside it, in a text or a table.",

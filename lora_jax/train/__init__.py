@@ -15,6 +15,7 @@ from ._job import examples_of as examples_of
 from ._job import load_base as load_base
 from ._job import load_tokenizer as load_tokenizer
 from ._job import prepare as prepare
+from ._job import with_length as with_length
 from ._loop import Result as Result
 from ._loop import job_batches as job_batches
 from ._loop import run as run

@@ -38,8 +38,9 @@ class DataSection:
     """Our column names to the file's, `{instruction: question, output: answer}`."""
     template: str = "auto"
     train_on: Literal["answer", "last", "all"] = "answer"
-    max_length: int = 512
-    """Tokens in a row of a batch, and the longest sequence."""
+    max_length: int | None = None
+    """Tokens in a row of a batch, and the longest sequence; null is 512, or what the model has
+    positions for where that is less."""
     packing: bool = True
     train_rows: int | None = None
     """Read at most so many rows."""
@@ -47,7 +48,7 @@ class DataSection:
     bad_rows: Literal["error", "skip"] = "error"
 
     def __post_init__(self) -> None:
-        if self.max_length < 2:
+        if self.max_length is not None and self.max_length < 2:
             raise InputError(f"data.max_length: must be at least 2, got {self.max_length}")
         for name in ("train_rows", "eval_rows"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
@@ -57,6 +58,12 @@ class DataSection:
                 f"data.eval_share: must be above 0 and at most 0.5, got {self.eval_share}; or"
                 " give data.eval"
             )
+
+    @property
+    def seq_length(self) -> int:
+        """`max_length` of a section that the model is known to."""
+        assert self.max_length is not None
+        return self.max_length
 
 
 @dataclasses.dataclass(frozen=True)

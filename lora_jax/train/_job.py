@@ -26,6 +26,7 @@ from ..models import Pretrained, bundled_model, load_pretrained, load_without_we
 from ..transform import LoraLinen, lora_linen
 from ._config import DataSection, ModelSection, RunConfig
 
+DEFAULT_LENGTH = 512
 DEFAULT_TARGETS = {"llama": ["q_proj", "v_proj"]}
 """What `target_modules: null` means for a model family, as in PEFT."""
 
@@ -105,6 +106,7 @@ def prepare(config: RunConfig) -> Job:
     rows, held_out = _rows(config.data)  # first, since it fails fast
     pretrained = load_base(_model_section(config), config.quant)
     config = _with_targets(config, pretrained)
+    config = dataclasses.replace(config, data=with_length(config.data, pretrained))
     if config.train.method == "full":
         base, trainable, targets = {}, pretrained.params, ()
     else:
@@ -124,16 +126,25 @@ def prepare(config: RunConfig) -> Job:
     )
 
 
+def with_length(section: DataSection, pretrained: Pretrained) -> DataSection:
+    """The section with a `max_length` that the model has positions for.
+
+    Raises:
+        InputError: if the one given is larger.
+    """
+    limit = pretrained.config.max_position_embeddings
+    length = min(DEFAULT_LENGTH, limit) if section.max_length is None else section.max_length
+    if length > limit:
+        raise InputError(
+            f"data.max_length: {length} exceeds the model's max_position_embeddings {limit}"
+        )
+    return dataclasses.replace(section, max_length=length)
+
+
 def examples_of(rows: Rows, section: DataSection, pretrained: Pretrained) -> Examples:
     """Rows as token ids and masks, by the settings of a data section."""
     if pretrained.tokenizer is None:
         raise InputError(f"{pretrained.directory}: no tokenizer.json; training needs one")
-    limit = pretrained.config.max_position_embeddings
-    if section.max_length > limit:
-        raise InputError(
-            f"data.max_length: {section.max_length} exceeds the model's"
-            f" max_position_embeddings {limit}"
-        )
     return build_examples(
         rows,
         pretrained.tokenizer,

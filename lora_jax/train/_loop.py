@@ -120,7 +120,7 @@ def job_batches(job: Job) -> BatchIterator:
     return batch_iterator(
         job.train,
         batch_size=c.train.batch_size,
-        seq_length=c.data.max_length,
+        seq_length=c.data.seq_length,
         packing=c.data.packing,
         seed=c.train.seed,
         pad_id=job.pretrained.tokenizer.pad_id or 0,
@@ -249,7 +249,7 @@ class _Loop:
         batches = eval_batches(
             self.job.eval,
             batch_size=c.train.batch_size,
-            seq_length=c.data.max_length,
+            seq_length=c.data.seq_length,
             packing=c.data.packing,
             pad_id=self.job.pretrained.tokenizer.pad_id or 0,
         )
