@@ -14,7 +14,7 @@ class TrainingProgress:
     def __init__(self, console: Console) -> None:
         self.console = console
         self.bar = Progress(
-            TextColumn("step {task.completed}/{task.total}"),
+            TextColumn("{task.description}"),
             BarColumn(bar_width=24),
             TextColumn("{task.fields[words]}"),
             TextColumn("ETA"),
@@ -23,7 +23,8 @@ class TrainingProgress:
             disable=not console.is_terminal,
             transient=True,
         )
-        self.task: Any = None
+        # Without a total the bar moves to and fro: measuring and compiling come first.
+        self.task = self.bar.add_task("getting ready", total=None, words="")
 
     def __enter__(self) -> "TrainingProgress":
         self.bar.start()
@@ -41,13 +42,18 @@ class TrainingProgress:
             f"loss {record['loss']:.4f}  {record['tokens_per_second']:,.0f} tokens/s "
             f" peak {record['peak_memory_bytes'] / 1e9:.2f} GB"
         )
-        if self.task is None:
-            self.task = self.bar.add_task("train", total=record["steps"], words=words)
-        self.bar.update(self.task, completed=record["step"], words=words)
+        step = f"step {record['step']}/{record['steps']}"
+        self.bar.update(
+            self.task,
+            description=step,
+            total=record["steps"],
+            completed=record["step"],
+            words=words,
+        )
         if not self.console.is_terminal:
             left = self.bar.tasks[0].time_remaining
             eta = f"  ETA {left:.0f} s" if left else ""
-            self.console.print(f"step {record['step']}/{record['steps']}  {words}{eta}")
+            self.console.print(f"{step}  {words}{eta}")
 
 
 def human_bytes(count: float) -> str:

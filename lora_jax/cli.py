@@ -334,7 +334,10 @@ def _ask() -> str | None:
 def _console() -> Any:
     from rich.console import Console
 
-    return Console(soft_wrap=True)
+    console = Console()
+    # Lines stay whole in a file or a pipe, and break between words on a terminal.
+    console.soft_wrap = not console.is_terminal
+    return console
 
 
 def _say(console: Any) -> Any:
