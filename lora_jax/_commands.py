@@ -27,6 +27,7 @@ from .lora import merge_adapter
 from .models import Pretrained, generate, load_pretrained, save_pretrained
 from .train import (
     Evaluation,
+    ModelSection,
     RunConfig,
     adapter_notes,
     evaluate,
@@ -84,10 +85,11 @@ def merge_directories(model: str, adapter: str, output: str, dtype: str, quant: 
     Raises:
         InputError: if the output holds something, or the adapter is of another base.
     """
-    if Path(output).exists() and any(Path(output).iterdir()):
+    place = Path(output)
+    if place.exists() and (not place.is_dir() or any(place.iterdir())):
         raise InputError(f"{output}: holds something already; give an empty directory")
     config = QuantConfig(format=quant) if quant else None  # type: ignore[arg-type]
-    base = load_pretrained(model, quant=config)
+    base = load_base(ModelSection(path=model), config)
     loaded, _ = load_adapter(adapter, base.params, layouts=base.layouts)
     merged = merge_adapter(base.params, loaded, layouts=base.layouts, dtype=jnp.float32)
     save_pretrained(output, merged, base.config, dtype=dtype, tokenizer=base.tokenizer)
@@ -115,7 +117,7 @@ class Speaker:
     @classmethod
     def load(cls, model: str, adapter: str | None, template: str | None) -> "Speaker":
         """Read a model; the template is the one given, the adapter's, the tokenizer's, or plain."""
-        pretrained = load_pretrained(model)
+        pretrained = load_base(ModelSection(path=model))
         if pretrained.tokenizer is None:
             raise InputError(f"{model}: no tokenizer.json; generating text needs one")
         notes = adapter_notes(adapter) if adapter else {}
@@ -128,6 +130,12 @@ class Speaker:
     def answer(self, prompt: str, *, seed: int = 0, **sampling: Any) -> str:
         """The model's continuation of one prompt; `sampling` as in `models.generate`."""
         tokenizer = self.pretrained.tokenizer
+        if not 0 <= seed < 2**63:
+            raise InputError(f"seed: must be from 0 to 2^63 - 1, got {seed}")
+        try:
+            prompt.encode()
+        except UnicodeEncodeError:
+            raise InputError("the prompt holds bytes that are not UTF-8; remove them") from None
         ids = encode_prompt([Message("user", prompt)], self.template, tokenizer)
         ends = {*stop_ids(self.template, tokenizer), *self.pretrained.config.eos_token_ids}
         new = generate(

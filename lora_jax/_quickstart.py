@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ._files import atomic_file
+from ._errors import InputError
+from ._files import atomic_directory, atomic_file
 from ._tree import combine
 from ._typing import Array, Params
 from .data import (
@@ -55,6 +56,13 @@ def quickstart(config: RunConfig, say: Say, listener: Any = None) -> Path:
         The run's directory: `base/`, `adapter/`, `merged/`, `metrics.jsonl`, `loss.png`,
         `report.md`, `config.yaml`, `summary.json`.
     """
+    if (config.data.train, config.data.eval) != ("stdlib", "stdlib-heldout"):
+        raise InputError(
+            "quickstart: compares with the docstrings of the standard library, so data.train must"
+            " be stdlib and data.eval stdlib-heldout; use ./lora train for other rows"
+        )
+    if config.train.method != "lora":
+        raise InputError("quickstart: shows an adapter; use ./lora train for train.method full")
     config = with_output(config, next_directory(config.output))
     job = prepare(config)
     counts = job.counts()
@@ -100,7 +108,7 @@ class _SentenceLoss:
     def __init__(self, job: Job) -> None:
         self.job = job
         self.step = make_eval_step(job.model, chunk=job.config.train.loss_chunk)
-        self.rows = _held_out(job)
+        self.rows = docstring_rows(held_out=True)
 
     def instruction(self, params: Params) -> float:
         """Asked for by the instruction prompt, as in training."""
@@ -137,13 +145,9 @@ def _without_end(example: Example) -> Example:
     return dataclasses.replace(example, loss_mask=mask)
 
 
-def _held_out(job: Job) -> list[dict[str, str]]:
-    return docstring_rows(held_out=True)
-
-
 def _rows_to_show(job: Job) -> list[dict[str, str]]:
     """Evenly spaced held-out rows that are short enough to read."""
-    rows = _held_out(job)
+    rows = docstring_rows(held_out=True)
     short = [rows[e.row] for e in job.eval if len(rows[e.row]["input"]) < 300]
     return short[:: max(len(short) // SAMPLES, 1)][:SAMPLES]
 
@@ -167,8 +171,8 @@ def _answers(job: Job, params: Params, shown: Sequence[dict[str, str]]) -> list[
 def _merge_and_compare(job: Job, result: Result, params: Params) -> dict[str, Any]:
     """Write `base/` and `merged/`, read `merged/` back, and compare the logits of both."""
     source, directory = job.pretrained, result.directory
-    if not (directory / "base").exists():
-        shutil.copytree(source.directory, directory / "base")
+    with atomic_directory(directory / "base") as temporary:
+        shutil.copytree(source.directory, temporary, dirs_exist_ok=True)
     # Into the dequantized base: quantizing a merged weight again would round the adapter away.
     merged = merge_adapter(job.base, result.trainable, layouts=job.layouts, dtype=jnp.float32)
     save_pretrained(

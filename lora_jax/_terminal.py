@@ -5,6 +5,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from .lora import pattern_counts
 from .train import Job, config_text, job_batches, steps_of
 
 
@@ -74,6 +75,9 @@ def describe_job(job: Job) -> str:
     """What a dry run prints: config, matched modules, counts, bytes, data, steps."""
     counts, batches = job.counts(), job_batches(job)
     lines = [config_text(job.config).rstrip(), "", "adapted modules:"]
+    if job.targets:
+        found = pattern_counts(job.base, job.config.lora, layouts=job.layouts)
+        lines += [f"  {field} {pattern!r} matches {n}" for (field, pattern), n in found.items()]
     for target in job.targets:
         adapted = [rank for rank in target.ranks if rank]
         ranks = "/".join(map(str, sorted(set(adapted))))

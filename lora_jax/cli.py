@@ -1,6 +1,7 @@
 """The command line: parse, call, print."""
 
 import argparse
+import difflib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,6 +42,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        sys.exit(130)
     except BrokenPipeError:
         sys.exit(1)
 
@@ -52,7 +56,7 @@ def _run(arguments: list[str]) -> None:
     overrides = _overrides(command, rest)
     if overrides and not options.takes_overrides:
         raise InputError(
-            f"{command.prog}: takes no {overrides[0]}{_nearest_flag(command, rest[0])}"
+            f"{command.prog}: takes no {overrides[0]}{nearest(rest[0], command.flags())}"
         )
     options.run(options, overrides)
 
@@ -61,15 +65,14 @@ def _overrides(command: _Parser, rest: list[str]) -> list[str]:
     """The words that set config keys; anything else is a mistake to name."""
     for word in rest:
         if word.startswith("--") and word[2:].split(".")[0].split("=")[0] not in SECTIONS:
-            known = nearest(word, command.flags()) or nearest(word[2:].split(".")[0], SECTIONS)
+            section, dot, key = word[2:].partition(".")
+            known = nearest(word, command.flags())
+            if likely := difflib.get_close_matches(section, SECTIONS, n=1):
+                known = f" (did you mean '--{likely[0]}{dot}{key}'?)"
             raise InputError(f"{command.prog}: unknown flag {word}{known}")
         if not word.startswith("--") and word == rest[0]:
             raise InputError(f"{command.prog}: {word!r} is one word too many")
     return rest
-
-
-def _nearest_flag(command: _Parser, word: str) -> str:
-    return nearest(word, command.flags())
 
 
 def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
@@ -222,7 +225,7 @@ def _quickstart(options: argparse.Namespace, overrides: list[str]) -> None:
     console = _console()
     with TrainingProgress(console) as progress:
         directory = quickstart(config, _say(console), progress)
-    console.print(f"\nEverything is in {directory}; begin with {directory / 'report.md'}")
+    _say(console)(f"\nEverything is in {directory}; begin with {directory / 'report.md'}")
 
 
 def _train(options: argparse.Namespace, overrides: list[str]) -> None:
@@ -240,7 +243,7 @@ def _train(options: argparse.Namespace, overrides: list[str]) -> None:
         result = run(job, resume=options.resume, listener=progress)
     draw_loss(result.directory)
     write_report(result.directory)
-    console.print(
+    _say(console)(
         f"held-out loss {result.before.loss:.4f} before, {result.after.loss:.4f} after"
         f"{' (stopped early, best kept)' if result.stopped_early else ''}; {result.directory}"
     )
@@ -281,7 +284,11 @@ def _generate(options: argparse.Namespace, overrides: list[str]) -> None:
         print(speaker.answer(options.prompt, **sampling))
         return
     while (prompt := _ask()) is not None:
-        print(speaker.answer(prompt, **sampling))
+        try:
+            print(speaker.answer(prompt, **sampling))
+        except InputError as error:  # too long a prompt, say: the next one may be better
+            print(f"error: {error}", file=sys.stderr)
+        sampling["seed"] += 1
 
 
 def _data_show(options: argparse.Namespace, overrides: list[str]) -> None:
@@ -326,7 +333,7 @@ def _config_path(name: str) -> Path:
 def _ask() -> str | None:
     """A line from the person, or None at its end."""
     try:
-        return input("> ") or None
+        return input("> " if sys.stdin.isatty() else "") or None
     except EOFError:
         return None
 

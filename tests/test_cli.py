@@ -1,7 +1,10 @@
 """The command line as a person meets it: what it prints, writes and refuses."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -122,7 +125,7 @@ def test_wrong_words_get_one_line_with_the_nearest(run_file: Path, base_dir, cap
     assert "did you mean 'train'" in refused(capsys, "trian", "x.yaml")
     assert "did you mean '--resume'" in refused(capsys, "train", str(run_file), "--resum")
     assert "did you mean 'steps'" in refused(capsys, "train", str(run_file), "--train.stesp", "3")
-    assert "did you mean 'lora'" in refused(capsys, "train", str(run_file), "--lorra.r", "3")
+    assert "did you mean '--lora.r'" in refused(capsys, "train", str(run_file), "--lorra.r", "3")
     assert "--prompt" in refused(capsys, "generate", "--model", str(base_dir), "--promt", "x")
     assert "--data" in refused(capsys, "evaluate", "--model", str(base_dir))
     assert "value is missing" in refused(capsys, "train", str(run_file), "--lora.r")
@@ -163,8 +166,57 @@ def test_a_second_run_does_not_overwrite_the_first(trained: Path, run_file: Path
     capsys.readouterr()
     before = (trained / "metrics.jsonl").read_bytes()
     message = refused(capsys, "train", str(run_file))
-    assert "--resume" in message and "run-2" in message
+    assert "nothing to resume" in message and "run-2" in message
     assert (trained / "metrics.jsonl").read_bytes() == before
+
+
+def test_quickstart_refuses_what_it_cannot_compare(capsys):
+    line = refused(capsys, "quickstart", "--data.eval", "rows.jsonl")
+    assert "data.train must be stdlib and data.eval stdlib-heldout; use ./lora train" in line
+    line = refused(capsys, "quickstart", "--train.method", "full", "--quant", "null")
+    assert "use ./lora train for train.method full" in line
+
+
+def test_merge_onto_a_file(base_dir: Path, rows_file: Path, capsys):
+    words = ("--model", str(base_dir), "--adapter", "x", "--output", str(rows_file))
+    assert f"{rows_file}: holds something already" in refused(capsys, "merge", *words)
+
+
+def test_generate_goes_on_after_a_prompt_that_is_too_long(base_dir: Path, monkeypatch, capsys):
+    lines = iter(["one " * 500, "one 1", ""])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    main(["generate", "--model", str(base_dir), "--max-new-tokens", "4"])
+    out, err = capsys.readouterr()
+    assert err.startswith("error: generate: prompt 0 has") and out
+
+
+def test_ctrl_c_gets_one_line(monkeypatch, base_dir: Path, capsys):
+    def interrupted(prompt):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("builtins.input", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        main(["generate", "--model", str(base_dir)])
+    assert (stop.value.code, capsys.readouterr().err) == (130, "error: interrupted\n")
+
+
+def test_full_disk_gets_one_line_to_the_end_of_the_process(run_file: Path, tmp_path: Path):
+    """No file may grow beyond 40 kB, which stops the first checkpoint half way."""
+    code = (
+        "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000));"
+        "from lora_jax.cli import main; main()"
+    )
+    words = ["train", str(run_file), "--train.save_every", "1", "--train.tensorboard", "true"]
+    run = subprocess.run(
+        [sys.executable, "-c", code, *words],
+        env={**os.environ, "JAX_ENABLE_COMPILATION_CACHE": "false"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 2 and run.stderr.count("\n") == 1, run.stderr
+    assert "cannot write" in run.stderr and not (tmp_path / "run" / "adapter").exists()
 
 
 def test_every_command_has_help_with_examples(capsys):

@@ -22,5 +22,6 @@ from ._targets import is_embedding as is_embedding
 from ._targets import is_within as is_within
 from ._targets import leaf_shape as leaf_shape
 from ._targets import matched_targets as matched_targets
+from ._targets import pattern_counts as pattern_counts
 from ._targets import saved_modules as saved_modules
 from ._targets import trainable_mask as trainable_mask

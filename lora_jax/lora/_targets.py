@@ -79,6 +79,21 @@ def find_targets(
     return targets
 
 
+def pattern_counts(
+    params: Params, config: LoraConfig, *, layouts: Layouts | None = None
+) -> dict[tuple[str, str], int]:
+    """(field, pattern) to the number of single modules it matches, taken out again or not.
+
+    Example:
+        >>> params = {"q_proj": {"kernel": np.zeros((4, 6))}, "norm": {"scale": np.zeros(4)}}
+        >>> pattern_counts(params, LoraConfig(target_modules=["q_proj"]))
+        {('target_modules', 'q_proj'): 1}
+    """
+    wanted = _Matcher(config)
+    _matched(params, wanted, layouts)
+    return wanted.counts
+
+
 def matched_targets(
     params: Params, config: LoraConfig, *, layouts: Layouts | None = None
 ) -> tuple[Target, ...]:
@@ -227,7 +242,11 @@ class _Matcher:
         there = f"There is: {_summary(params, layouts)}"
         for (field, pattern), count in self.counts.items():
             if not count and (adapted or field in ("target_modules", "exclude_modules")):
-                hint = nearest(pattern, {part for name in names for part in name.split("/")})
+                parts = {part for name in names for part in name.split("/")}
+                hint = nearest(pattern, parts)
+                if pattern in parts:  # a string where a list was meant
+                    hint = f" whole: a string is one regular expression for paths; [{pattern}]"
+                    hint += " means every module of that name"
                 raise InputError(f"lora: {field} {pattern!r} matches nothing{hint}. {there}")
         if not adapted:
             raise InputError(

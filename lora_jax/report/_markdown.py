@@ -38,7 +38,7 @@ def write_report(directory: str | Path) -> Path:
         summary = _read(directory / "summary.json", json.loads)
     parts = [
         f"# {directory.name}",
-        _outcome(records, summary),
+        _outcome(records, summary, keeps_best=config["train"]["patience"] is not None),
         "![Training and held-out loss over the steps](loss.png)",
         _trained_on(config, summary),
         _checks(summary),
@@ -51,8 +51,10 @@ def write_report(directory: str | Path) -> Path:
     return path
 
 
-def _outcome(records: list[dict[str, Any]], summary: dict[str, Any]) -> str:
+def _outcome(records: list[dict[str, Any]], summary: dict[str, Any], *, keeps_best: bool) -> str:
     looks = [r for r in records if "eval_loss" in r]
+    if keeps_best:
+        looks = [*looks[:1], min(looks, key=lambda look: look["eval_loss"])] if looks else []
     steps = [r for r in records if "loss" in r]
     rows = [("held-out loss", looks[0]["eval_loss"], looks[-1]["eval_loss"])] if looks else []
     if "fair" in summary:
@@ -63,6 +65,8 @@ def _outcome(records: list[dict[str, Any]], summary: dict[str, Any]) -> str:
         lines.append(
             f"| {name} | {before:.4f} | {after:.4f} | {100 * (after / before - 1):+.1f} % |"
         )
+    if keeps_best and looks:
+        lines += ["", f"The weights of step {looks[-1]['step']} were the best, and are kept."]
     if steps:
         last = steps[-1]
         lines += [

@@ -2,8 +2,10 @@
 
 import contextlib
 import errno
+import functools
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -65,7 +67,7 @@ class Checkpoints:
 
     def close(self) -> None:
         """End orbax's threads."""
-        with _quietly():
+        with _quietly(), contextlib.suppress(OSError, ValueError):
             self._manager.close()
 
     def _restore(self, **items: Any) -> Any:
@@ -98,14 +100,25 @@ def _is_key(leaf: Any) -> bool:
 @contextlib.contextmanager
 def _writing(directory: Path) -> Iterator[None]:
     """A full disk in one line; tensorstore reports it as a ValueError."""
+    hook = sys.unraisablehook
+    sys.unraisablehook = functools.partial(_unless_left_behind, hook)
     try:
         with _quietly():
             yield
+        sys.unraisablehook = hook
     except (OSError, ValueError) as error:
+        # What a failed save leaves behind complains until the process ends, so the hook stays.
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)
         reason = getattr(error, "strerror", None) or str(error).strip().split("\n")[0][:200]
         full = os.strerror(errno.ENOSPC)
         reason = full if full in str(error) else reason
         raise InputError(f"{directory}: cannot write: {reason}") from error
+
+
+def _unless_left_behind(hook: Any, error: Any) -> None:
+    """Pass an error on, but for that of orbax's other writes, whose event loop has ended."""
+    if str(error.exc_value) != "Event loop is closed":
+        hook(error)
 
 
 @contextlib.contextmanager

@@ -108,6 +108,8 @@ class TrainSection:
         for name in ("steps", "eval_every", "save_every", "patience"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise InputError(f"train.{name}: must be at least 1, got {getattr(self, name)}")
+        if max(self.steps or 0, self.epochs) >= 2**31:
+            raise InputError("train.steps: more than 2^31 steps or epochs; give fewer")
         for name in ("learning_rate", "epochs", "clip_norm"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
@@ -121,8 +123,8 @@ class TrainSection:
             if not 0 <= getattr(self, name) < end:
                 got = getattr(self, name)
                 raise InputError(f"train.{name}: must be at least 0 and below {end:g}, got {got}")
-        if self.seed < 0:
-            raise InputError(f"train.seed: must not be negative, got {self.seed}")
+        if not 0 <= self.seed < 2**63:
+            raise InputError(f"train.seed: must be from 0 to 2^63 - 1, got {self.seed}")
         if self.patience and not self.eval_every:
             raise InputError("train.patience: needs train.eval_every, the steps between looks")
 

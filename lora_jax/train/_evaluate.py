@@ -53,11 +53,15 @@ def evaluate(
     """Mean loss per trained token over all batches, each token counted once.
 
     Raises:
-        InputError: if no batch holds a trained token.
+        InputError: if no batch holds a trained token, or the loss is not finite.
     """
     sums = [eval_step(params, {k: v for k, v in b.items() if k != "rows"}) for b in batches]
     loss = float(np.sum([np.float64(loss) for loss, _ in sums]))
     tokens = int(np.sum([int(count) for _, count in sums]))
     if not tokens:
         raise InputError("evaluate: the held-out rows hold no trained token")
+    if not math.isfinite(loss):
+        raise InputError(
+            "evaluate: the held-out loss is not finite; look at the weights, and at model.dtype"
+        )
     return Evaluation(loss / tokens, tokens)

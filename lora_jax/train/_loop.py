@@ -198,7 +198,8 @@ class _Loop:
         if save or self.progress.stopped:
             self._save(at)
         if stopping and not (last or self.progress.stopped):
-            raise InputError(f"{self.directory}: stopped and saved at step {at}; --resume goes on")
+            again = f"./lora train {self.directory / 'config.yaml'} --resume goes on"
+            raise InputError(f"{self.directory}: stopped and saved at step {at}; {again}")
 
     def _log(self, at: int) -> None:
         """Fetch the window's metrics from the device, which is waited for here alone."""
@@ -231,8 +232,8 @@ class _Loop:
         )
         raise InputError(
             f"{self.directory}: the loss, its gradient or the update is not finite at step"
-            f" {bad['step']} (rows {self._places(bad['rows'])}); {kept}; lower train.learning_rate,"
-            " or look at these rows"
+            f" {bad['step']} (rows {self._places(bad['rows'])}); {kept}; look at these rows, or go"
+            " on with --resume --train.learning_rate and a lower rate"
         )
 
     def _places(self, rows: np.ndarray, shown: int = 6) -> str:
@@ -253,16 +254,11 @@ class _Loop:
             packing=c.data.packing,
             pad_id=self.job.pretrained.tokenizer.pad_id or 0,
         )
-        found = evaluate(self.eval_step, combine(self.job.base, self.state.trainable), batches)
-        if not math.isfinite(found.loss):
-            cause = (
-                f"look at train.learning_rate {c.train.learning_rate:g}"
-                if at
-                else (f"look at the weights of {c.model.path}, and at model.dtype {c.model.dtype}")
-            )
-            raise InputError(
-                f"{self.directory}: the held-out loss after step {at} is not finite; {cause}"
-            )
+        try:
+            found = evaluate(self.eval_step, combine(self.job.base, self.state.trainable), batches)
+        except InputError as error:
+            cause = f" {c.model.dtype}, or at train.learning_rate {c.train.learning_rate:g}"
+            raise InputError(f"{self.directory}: after step {at}: {error}{cause}") from None
         self._record({"step": at, "eval_loss": found.loss, "eval_tokens": found.tokens})
         self.progress.last, self.started = found, time.perf_counter()
         return found
@@ -341,7 +337,7 @@ def _errors(directory: Path, loop: _Loop) -> Iterator[None]:
     except OSError as error:
         raise InputError(f"{directory}: cannot write: {error.strerror or error}") from error
     except KeyboardInterrupt:
-        message = f"{directory}: interrupted; --resume goes on from the newest checkpoint"
-        raise InputError(message) from None
+        again = f"./lora train {directory / 'config.yaml'} --resume goes on"
+        raise InputError(f"{directory}: interrupted; {again} from the newest checkpoint") from None
     finally:
         loop.close()

@@ -1,8 +1,11 @@
 """What a run reports: one JSON line a record, TensorBoard, and a listener."""
 
+import contextlib
 import json
+import math
 import resource
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,30 +34,57 @@ class MetricsLog:
         path = directory / "metrics.jsonl"
         if path.exists():
             until = -1 if resumed_from is None else resumed_from
-            lines = path.read_text("utf-8").splitlines()
+            lines = path.read_text("utf-8", errors="replace").splitlines()
             with atomic_file(path) as temporary:
                 kept = [f"{line}\n" for line in lines if _step_of(line) <= until]
                 temporary.write_text("".join(kept), "utf-8")
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
-        self._writer = None
+        self._events = None
         if tensorboard:
-            from tensorboardX import SummaryWriter
-
-            purge = None if resumed_from is None else resumed_from + 1
-            self._writer = SummaryWriter(str(directory / "tensorboard"), purge_step=purge)
+            self._events = _Events(directory / "tensorboard", resumed_from)
 
     def __call__(self, record: dict[str, Any]) -> None:
-        self._file.write(json.dumps(record) + "\n")
+        # JSON knows neither infinity nor NaN: a gradient that overflowed is null.
+        finite = {k: None if _overflowed(v) else v for k, v in record.items()}
+        self._file.write(json.dumps(finite, allow_nan=False) + "\n")
         self._file.flush()
-        if self._writer is not None:
-            for name, value in record.items():
-                if isinstance(value, int | float) and name != "step":
-                    self._writer.add_scalar(name, value, record["step"])
+        if self._events is not None:
+            self._events.write(finite)
 
     def close(self) -> None:
-        self._file.close()
-        if self._writer is not None:
-            self._writer.close()
+        """Close the files; what a full disk did not take was reported when it was written."""
+        for file in (self._file, self._events):
+            if file is not None:
+                with contextlib.suppress(OSError):
+                    file.close()
+
+
+class _Events:
+    """TensorBoard's file, written at once rather than by a thread whose errors nobody sees."""
+
+    def __init__(self, directory: Path, resumed_from: int | None) -> None:
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.summary import scalar
+
+        directory.mkdir(exist_ok=True)
+        self._event, self._scalar = Event, scalar
+        self._writer = EventsWriter(str(directory / "events"))
+        if resumed_from is not None:  # later steps of the file before are no longer true
+            start = SessionLog(status=SessionLog.START)
+            self._add(resumed_from + 1, session_log=start)
+
+    def write(self, record: dict[str, Any]) -> None:
+        for name, value in record.items():
+            if isinstance(value, int | float) and name != "step":
+                self._add(record["step"], summary=self._scalar(name, value))
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+    def _add(self, step: int, **content: Any) -> None:
+        self._writer.write_event(self._event(step=step, wall_time=time.time(), **content))
 
 
 def peak_memory() -> int:
@@ -70,5 +100,9 @@ def _step_of(line: str) -> int:
     """A last line that was cut off when the process died counts as later than all."""
     try:
         return int(json.loads(line)["step"])
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, TypeError):
         return sys.maxsize
+
+
+def _overflowed(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)

@@ -10,6 +10,8 @@ from ._config import RunConfig, config_text, load_config
 from ._schema import to_plain
 
 CONFIG_FILE = "config.yaml"
+_FREE = {"train.learning_rate", "train.clip_norm"}
+"""What may change when a run goes on: a loss that diverged calls for it."""
 
 
 def claim_directory(config: RunConfig) -> Path:
@@ -20,9 +22,13 @@ def claim_directory(config: RunConfig) -> Path:
     """
     directory = Path(config.output)
     if _holds_something(directory):
+        what = "holds something already; "
+        if finished(directory):
+            what = "holds another run, which is finished: nothing to resume; "
+        elif (directory / CONFIG_FILE).exists():
+            what = "holds another run; add --resume to go on with it, or "
         raise InputError(
-            f"{directory}: holds another run; add --resume to go on with it, or write to"
-            f" another directory: --output {next_directory(directory)}"
+            f"{directory}: {what}write to another directory: --output {next_directory(directory)}"
         )
     with atomic_file(directory / CONFIG_FILE) as temporary:
         temporary.write_text(config_text(config), encoding="utf-8")
@@ -47,10 +53,14 @@ def reopen_directory(config: RunConfig) -> Path:
     # A run may have been moved, or be named by another path.
     kept = with_output(kept, Path(config.output))
     for where, old, new in _differences(to_plain(kept), to_plain(config)):
+        if where in _FREE:
+            continue
         raise InputError(
             f"{directory}: was started with {where} {old!r}, now it is {new!r}; resume with the"
             " same settings, or start another run"
         )
+    with atomic_file(directory / CONFIG_FILE) as temporary:
+        temporary.write_text(config_text(config), encoding="utf-8")
     return directory
 
 

@@ -52,8 +52,10 @@ def read_yaml(text: str, where: str) -> Any:
         mark = error.problem_mark or error.context_mark
         line = f":{mark.line + 1}" if mark else ""
         raise InputError(f"{where}{line}: not YAML: {error.problem}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # a date such as 2024-02-30 is a ValueError
         raise InputError(f"{where}: not YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise InputError(f"{where}: not YAML: nested too deeply") from None
 
 
 def read_dataclass(cls: Any, raw: Any, where: str, section: str = "") -> Any:

@@ -147,10 +147,10 @@ def test_refuses_to_resume(job, message_of, tmp_path):
     assert "no run to resume here; leave --resume out" in message_of(run, job, resume=True)
     with pytest.raises(Dies):
         run(job, listener=dies_at(4))
-    train = dataclasses.replace(job.config.train, learning_rate=0.5)
+    train = dataclasses.replace(job.config.train, beta2=0.5)
     other = dataclasses.replace(job, config=dataclasses.replace(job.config, train=train))
     found = message_of(run, other, resume=True)
-    assert "was started with train.learning_rate 0.01, now it is 0.5" in found
+    assert "was started with train.beta2 0.999, now it is 0.5" in found
     changed = dataclasses.replace(job.train, examples=job.train.examples[:-1])
     found = message_of(run, dataclasses.replace(job, train=changed), resume=True)
     assert "the checkpoint was made with other rows" in found

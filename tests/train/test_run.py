@@ -171,14 +171,17 @@ def test_divergence_names_step_rows_and_checkpoint(make_job, message_of, rows_fi
     found = message_of(run, job, listener=Poison(job, 3))
     directory = Path(job.config.output)
     assert f"{directory}: the loss" in found and "not finite at step 4 (rows " in found
-    assert "the checkpoint of step 2 is kept; lower train.learning_rate" in found
+    assert "the checkpoint of step 2 is kept; look at these rows, or go on with --resume" in found
     batches = job_batches(job)
     rows = [next(batches)["rows"] for _ in range(4)][-1]
     lines = [f"{rows_file}:{row + 1}" for row in np.unique(rows) if row >= 0]
     assert ", ".join(lines[:6]) in found
     assert not (directory / "adapter").exists()
-    # Mended, the run goes on from the checkpoint.
-    result = run(dataclasses.replace(job, base=whole), resume=True)
+    # Mended, the run goes on from the checkpoint, at a lower rate if need be.
+    lower = dataclasses.replace(job.config.train, learning_rate=5e-3)
+    config = dataclasses.replace(job.config, train=lower)
+    result = run(dataclasses.replace(job, base=whole, config=config), resume=True)
+    assert load_config(directory / "config.yaml").train.learning_rate == 5e-3
     assert result.steps == 6 and result.after.loss < result.before.loss
 
 
@@ -193,7 +196,7 @@ def test_base_that_is_not_finite(make_job, message_of):
     job = make_job()
     job.base["model"]["norm"]["weight"] *= jnp.nan
     found = message_of(run, job)
-    assert "held-out loss after step 0 is not finite; look at the weights of" in found
+    assert "after step 0: evaluate: the held-out loss is not finite; look at the weights" in found
 
 
 def stopped_by(number, job, message_of):
@@ -212,7 +215,8 @@ def stopped_by(number, job, message_of):
 def test_interrupt_saves_and_says_how_to_go_on(make_job, message_of, capsys):
     job = make_job(train={"log_every": 1})
     found = stopped_by(signal.SIGINT, job, message_of)
-    assert "stopped and saved at step 4; --resume goes on" in found
+    again = f"./lora train {Path(job.config.output) / 'config.yaml'} --resume goes on"
+    assert f"stopped and saved at step 4; {again}" in found
     assert "stopping after this step" in capsys.readouterr().err
     resumed = run(job, resume=True)
     other = dataclasses.replace(job.config, output=f"{job.config.output}-whole")
@@ -232,7 +236,8 @@ def test_second_signal_interrupts_at_once(make_job, message_of):
                 signal.raise_signal(signal.SIGINT)
 
     job = make_job(train={"log_every": 1, "save_every": 1})
-    assert "interrupted; --resume goes on from the newest" in message_of(run, job, listener=killer)
+    found = message_of(run, job, listener=killer)
+    assert "interrupted; ./lora train" in found and "--resume goes on from the newest" in found
     assert run(job, resume=True).steps == 6
 
 
@@ -287,11 +292,12 @@ def test_never_writes_over_anything(make_config, make_job, message_of, tmp_path)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "notes.txt").write_text("mine")
     found = message_of(run, make_job())
-    assert "holds another run; add --resume to go on with it" in found
+    assert "holds something already; write to another directory" in found
     assert f"--output {tmp_path / 'run-2'}" in found
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["notes.txt"]
     (tmp_path / "file").write_text("")
-    assert "holds another run" in message_of(run, make_job(output=str(tmp_path / "file")))
+    found = message_of(run, make_job(output=str(tmp_path / "file")))
+    assert "holds something already" in found
     assert next_directory(tmp_path / "file") == tmp_path / "file-2"
     (tmp_path / "empty").mkdir()
     assert next_directory(tmp_path / "empty") == tmp_path / "empty"
