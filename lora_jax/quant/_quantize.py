@@ -110,13 +110,14 @@ def _quantize_absmax(absmax: Array, blocks: int) -> tuple[Array, Array, Array]:
 
 
 def _mean(x: Array) -> Array:
-    """The mean of a vector by halving it: the order of a plain sum, and so its rounding, is the
-    compiler's choice, and a layer in a stack would differ from the same layer alone."""
+    """The mean of what is not negative, by halving: the order of a plain sum, and so its rounding,
+    is the compiler's choice, and a layer in a stack would differ from the same layer alone."""
     total = jnp.pad(x, (0, (1 << (x.size - 1).bit_length()) - x.size))
     while total.size > 1:
         half = total.size // 2
         total = total[:half] + total[half:]
-    return total[0] / x.size
+    # It is not negative; saying so keeps what subtracts it from being fused into one rounding.
+    return jnp.maximum(total[0] / x.size, 0.0)
 
 
 def _normalize(values: Array, absmax: Array) -> Array:
