@@ -58,7 +58,7 @@ def test_words_win_over_the_file(load):
         ("train: {weight_decay: -1}", "train.weight_decay: must be at least 0"),
         ("train: {clip_norm: 0}", "train.clip_norm: must be a number above 0, got 0"),
         ("train: {steps: 100000000000}", "train.steps: more than 2^31 steps"),
-        ("output: 2024-02-30", "not YAML: day is out of range for month"),
+        ("train: {adapter: 2024-02-30}", "not YAML: day is out of range for month"),
         ("train: {seed: -1}", "train.seed: must be from 0 to 2^63 - 1, got -1"),
         ("train: {patience: 2}", "train.patience: needs train.eval_every"),
         (
