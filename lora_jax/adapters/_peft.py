@@ -75,7 +75,9 @@ def save_adapter(
     """
     directory = Path(directory)
     tensors = dict(_tensors(adapter, config, layouts))
-    text = json.dumps(_config_to_peft(adapter, config, base_model), indent=2, sort_keys=True)
+    # Sorted as PEFT's are, but for patterns: the first that matches wins.
+    fields = dict(sorted(_config_to_peft(adapter, config, base_model).items()))
+    text = json.dumps(fields, indent=2)
 
     def write(into: Path) -> None:
         # Both are complete before either takes its place, so that a full disk changes nothing.
@@ -181,7 +183,8 @@ def _pair_tensors(
     if not module or is_embedding(module):
         what = "an adapter on an embedding" if module else "a layer without a name"
         raise InputError(f"{path_a}: {what} cannot be saved in PEFT's format; exclude it")
-    layout = rule_for(layouts, module)
+    # Layouts found by tracing name the parameter, rules written by hand the stack above it.
+    layout = rule_for(layouts, f"{module}/kernel" if prefix.endswith("/") else module)
     if a.ndim != 2 + (layout.stack is not None):
         raise InputError(
             f"{path_a} has shape {a.shape}: pass the layouts the adapter was made with"

@@ -327,3 +327,22 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path, monkeypatch, place, e
     assert "\n" not in str(error.value)
     assert {p.name: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
     assert directory.exists() == exists
+
+
+def test_patterns_keep_their_order(tmp_path):
+    base = {"a": {"q_proj": {"kernel": jnp.zeros((4, 6))}}}
+    config = LoraConfig(r=2, target_modules=["q_proj"], alpha_pattern={"q_proj": 32, "a.q_proj": 8})
+    adapter = init_adapter(jax.random.key(0), base, config)
+    save_adapter(tmp_path / "adapter", adapter, config)
+    loaded, _ = load_adapter(tmp_path / "adapter", base)
+    assert loaded["a"]["q_proj"]["lora_scaling"] == adapter["a"]["q_proj"]["lora_scaling"] == 16
+
+
+def test_layouts_that_name_the_parameter(tmp_path):
+    base = {"layers": {"q_proj": {"kernel": jnp.zeros((3, 4, 6))}}}
+    layouts = {"layers/q_proj/kernel": KernelLayout((0,), "layers")}
+    config = LoraConfig(r=2, target_modules=["q_proj"])
+    adapter = init_adapter(jax.random.key(0), base, config, layouts=layouts)
+    save_adapter(tmp_path / "adapter", adapter, config, layouts=layouts)
+    loaded, _ = load_adapter(tmp_path / "adapter", base, layouts=layouts)
+    assert (loaded["layers"]["q_proj"]["lora_A"] == adapter["layers"]["q_proj"]["lora_A"]).all()
