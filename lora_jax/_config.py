@@ -7,6 +7,8 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypeVar
 
+import numpy as np
+
 from ._errors import InputError, nearest
 
 # PEFT fields this library does not implement: accepted at these defaults, refused otherwise.
@@ -118,18 +120,20 @@ class LoraConfig:
         for name in ("target_modules", "exclude_modules", "modules_to_save"):
             _set_names(self, name, single=name != "modules_to_save")
         for name in ("rank_pattern", "alpha_pattern"):
-            if not isinstance(getattr(self, name), Mapping):
-                raise InputError(f"lora: {name} must map patterns to numbers")
-        _check_layers(self.layers_to_transform)
+            _set_pattern(self, name)
+        for name in ("r", "lora_alpha", "lora_dropout"):
+            object.__setattr__(self, name, _plain(getattr(self, name)))
+        _set_layers(self)
         for name, rank in {"r": self.r, **self.rank_pattern}.items():
-            if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+            if type(rank) is not int or rank < 1:
                 raise InputError(f"lora: the rank {name} must be a positive integer, got {rank!r}")
         for name, alpha in {"lora_alpha": self.lora_alpha, **self.alpha_pattern}.items():
-            if not isinstance(alpha, int | float) or not math.isfinite(alpha) or alpha <= 0:
+            if type(alpha) not in (int, float) or not math.isfinite(alpha) or alpha <= 0:
                 raise InputError(f"lora: the alpha {name} must be positive, got {alpha!r}")
-        rate = self.lora_dropout
-        if not isinstance(rate, int | float) or not 0.0 <= rate < 1.0:
+        if type(self.lora_dropout) not in (int, float) or not 0.0 <= self.lora_dropout < 1.0:
             raise InputError(f"lora: lora_dropout must be in [0, 1), got {self.lora_dropout!r}")
+        if self.task_type is not None and not isinstance(self.task_type, str):
+            raise InputError(f"lora: task_type must be a name, got {self.task_type!r}")
         if self.bias != "none":
             raise InputError(f"lora: bias={self.bias!r} is not supported; use bias='none'")
         if not isinstance(self.use_rslora, bool):
@@ -149,6 +153,10 @@ class LoraConfig:
                 _compiled(pattern)
         for pattern in (*self.rank_pattern, *self.alpha_pattern):
             _compiled(pattern)
+
+    def __hash__(self) -> int:
+        # Lists and dicts have no hash; equal configs agree on these.
+        return hash((self.r, self.lora_alpha, self.use_rslora, self.adapter_dtype))
 
     def rank(self, path: str) -> int:
         """Rank at a module path (`/` or `.` between names), after `rank_pattern`."""
@@ -178,10 +186,8 @@ class LoraConfig:
             >>> LoraConfig.from_dict({"r": 4, "use_dora": False}).r
             4
         """
-        # PEFT writes null where it means empty.
-        empty = {name: raw.get(name) or {} for name in ("rank_pattern", "alpha_pattern")}
         try:
-            return cls(**{**raw, **empty})
+            return cls(**raw)
         except InputError as error:
             raise InputError(str(error).replace("lora:", f"{where}:", 1)) from None
 
@@ -238,10 +244,33 @@ def _set_names(config: LoraConfig, field: str, *, single: bool) -> None:
     object.__setattr__(config, field, names)
 
 
-def _check_layers(layers: Any) -> None:
-    numbers = layers if isinstance(layers, list) else [] if layers is None else [layers]
+def _plain(value: Any) -> Any:
+    """A number of numpy's as Python's own, which JSON can hold."""
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def _set_pattern(config: LoraConfig, field: str) -> None:
+    """Null is PEFT's word for an empty pattern."""
+    value = getattr(config, field)
+    if value is not None and not isinstance(value, Mapping):
+        raise InputError(f"lora: {field} must map patterns to numbers, got {value!r}")
+    numbers = {pattern: _plain(number) for pattern, number in (value or {}).items()}
+    for pattern in numbers:
+        if not isinstance(pattern, str):
+            raise InputError(f"lora: {field} must map patterns to numbers, got key {pattern!r}")
+    object.__setattr__(config, field, numbers)
+
+
+def _set_layers(config: LoraConfig) -> None:
+    value = config.layers_to_transform
+    several = isinstance(value, list | tuple | set | range | np.ndarray)
+    given: Any = value if several else [] if value is None else [value]
+    numbers = [_plain(number) for number in given]
     if not all(type(number) is int and number >= 0 for number in numbers):
-        raise InputError(f"lora: layers_to_transform must be layer numbers, got {layers!r}")
+        raise InputError(f"lora: layers_to_transform must be layer numbers, got {value!r}")
+    in_order = sorted(numbers) if isinstance(value, set) else numbers
+    layers = in_order if several else next(iter(numbers), None)
+    object.__setattr__(config, "layers_to_transform", layers)
 
 
 def _first_match(patterns: Mapping[str, Any], path: str, default: Any) -> Any:

@@ -2,8 +2,8 @@
 
 import contextlib
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,13 @@ def atomic_file(path: Path) -> Iterator[Path]:
     path = Path(path)
     with _reported(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        os.close(handle)
-        temporary = Path(name)
+        temporary = _beside(path)
+        temporary.touch(exist_ok=False)
+        # As the user's umask has it; what writes the file may have made a private one.
+        mode = temporary.stat().st_mode
         try:
             yield temporary
-            temporary.chmod(0o644)
+            temporary.chmod(mode)
             _flush(temporary)
             os.replace(temporary, path)
         finally:
@@ -45,10 +46,10 @@ def atomic_directory(path: Path) -> Iterator[Path]:
         raise InputError(f"{path}: exists already; give another directory or remove it")
     with _reported(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        temporary = _beside(path)
+        temporary.mkdir()
         try:
             yield temporary
-            temporary.chmod(0o755)
             for file in temporary.rglob("*"):
                 if file.is_file():
                     _flush(file)
@@ -97,6 +98,10 @@ def _reported(path: Path) -> Iterator[None]:
         raise InputError(f"{path}: cannot write: {error.strerror or error}") from error
     except SafetensorError as error:
         raise InputError(f"{path}: cannot write: {error}") from error
+
+
+def _beside(path: Path) -> Path:
+    return path.parent / f".{path.name}.{secrets.token_hex(6)}"
 
 
 def _flush(path: Path) -> None:

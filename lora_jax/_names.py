@@ -1,9 +1,8 @@
 """Where a parameter lives in a Hugging Face file: the one mapping of names."""
 
 from collections.abc import Sequence
-from pathlib import PurePosixPath
 
-from ._tree import layer_paths
+from ._tree import is_below, layer_paths
 
 # Leaf names that differ; a linear kernel is also the transpose of its `weight`.
 _HF_LEAF = {"kernel": "weight", "embedding": "weight"}
@@ -31,8 +30,7 @@ def hf_keys(path: str, stacked: Sequence[str], layers: int) -> list[str]:
 
 def stack_of(path: str, stacked: Sequence[str]) -> str | None:
     """The stack a leaf belongs to, if any."""
-    parents = {str(parent) for parent in PurePosixPath(path).parents}
-    return next((stack for stack in stacked if stack in parents), None)
+    return next((stack for stack in stacked if path != stack and is_below(path, stack)), None)
 
 
 def is_kernel(path: str) -> bool:

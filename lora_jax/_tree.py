@@ -42,14 +42,19 @@ def tree_from_paths(leaves: Mapping[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def map_with_path(function: Callable[[str, Any], Any], tree: Params) -> dict[str, Any]:
-    """Apply `function(path, leaf)` to every leaf.
+def map_with_path(function: Callable[[str, Any], Any], tree: Params, prefix: str = "") -> Params:
+    """Apply `function(path, leaf)` to every leaf; mappings keep their type, empty ones too.
 
     Example:
         >>> map_with_path(lambda path, x: path, {"a": {"b": 1}})
         {'a': {'b': 'a/b'}}
     """
-    return tree_from_paths({path: function(path, leaf) for path, leaf in leaves_with_path(tree)})
+    mapped = {}
+    for name, value in tree.items():
+        path = f"{prefix}/{name}" if prefix else str(name)
+        inner = isinstance(value, Mapping)
+        mapped[name] = map_with_path(function, value, path) if inner else function(path, value)
+    return type(tree)(mapped)  # type: ignore[call-arg]
 
 
 def partition(tree: Params, mask: Mask) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -131,4 +136,16 @@ def layer_paths(path: str, stack: str | None, count: int) -> list[str]:
     """
     if stack is None:
         return [path]
-    return [f"{stack}/{i}{path[len(stack) :]}" for i in range(count)]
+    above = f"{stack}/" if stack else ""
+    below = f"/{path.removeprefix(above)}" if path != stack else ""
+    return [f"{above}{i}{below}" for i in range(count)]
+
+
+def is_below(path: str, parent: str) -> bool:
+    """Whether `path` is `parent` or lies below it; everything lies below the root, `""`.
+
+    Example:
+        >>> is_below("layers/q_proj", "layers"), is_below("layers_1", "layers")
+        (True, False)
+    """
+    return not parent or path == parent or path.startswith(f"{parent}/")

@@ -1,6 +1,9 @@
+import dataclasses
+import json
 import math
 
 import jaxtyping
+import numpy as np
 import pytest
 
 from lora_jax import InputError, LoraConfig, QuantConfig
@@ -63,6 +66,101 @@ def test_a_wrong_field_gets_one_line(values, words):
 def test_fields_that_describe_and_fields_at_their_default_are_taken():
     values = {"peft_type": "LORA", "revision": "main", "use_dora": False, "rank_pattern": None}
     assert LoraConfig.from_dict({**values, "r": 3}) == LoraConfig(r=3)
+
+
+def test_scaling_follows_patterns_and_rslora():
+    config = LoraConfig(
+        r=4,
+        lora_alpha=8,
+        use_rslora=True,
+        rank_pattern={"q_proj": 16, r"layers\.[01]\.v_proj": 9},
+        alpha_pattern={"q_proj": 2},
+    )
+    assert config.scaling("layers/0/q_proj") == 2 / 4
+    assert config.scaling("layers/1/v_proj") == 8 / 3
+    assert config.scaling("layers/2/v_proj") == 8 / 2
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("r", 0),
+        ("r", 2.0),
+        ("r", None),
+        ("rank_pattern", {"q_proj": 0}),
+        ("rank_pattern", ["q_proj"]),
+        ("rank_pattern", {"(": 2}),
+        ("alpha_pattern", {"q_proj": 0}),
+        ("lora_alpha", float("nan")),
+        ("lora_alpha", "8"),
+        ("lora_dropout", 1.0),
+        ("lora_dropout", None),
+        ("lora_dropout", "0.1"),
+        ("bias", "all"),
+        ("use_rslora", "yes"),
+        ("init_lora_weights", "pissa"),
+        ("adapter_dtype", "float64"),
+        ("target_modules", "("),
+        ("target_modules", 5),
+        ("target_modules", ["q_proj", 5]),
+        ("modules_to_save", "lm_head"),
+        ("layers_to_transform", "0"),
+        ("layers_to_transform", [True]),
+        ("layers_to_transform", {0, "1"}),
+        ("layers_to_transform", -1),
+        ("lora_alpha", True),
+        ("rank_pattern", {3: 2}),
+        ("task_type", 3),
+    ],
+)
+def test_bad_values_are_refused_by_name(field, value):
+    with pytest.raises(InputError) as error:
+        LoraConfig.from_dict({field: value}, where="adapter_config.json")
+    message = str(error.value)
+    word = "(" if "(" in (value if isinstance(value, str | dict) else "") else field
+    assert word.removeprefix("lora_").split("_")[0] in message
+    assert message.startswith("adapter_config.json: ") and "\n" not in message
+
+
+def test_a_misspelt_field_suggests_the_nearest():
+    for make in (lambda **raw: LoraConfig(**raw), lambda **raw: LoraConfig.from_dict(raw)):
+        with pytest.raises(InputError, match="'lora_alhpa' .did you mean 'lora_alpha'"):
+            make(lora_alhpa=16)
+
+
+def test_other_kinds_of_adapter_are_refused():
+    with pytest.raises(InputError, match="PROMPT_TUNING"):
+        LoraConfig.from_dict({"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 8})
+
+
+def test_tuples_and_sets_become_lists():
+    config = LoraConfig(target_modules={"v", "q"}, modules_to_save=("head",))  # type: ignore
+    assert config.target_modules == ["q", "v"] and config.modules_to_save == ["head"]
+    assert dataclasses.replace(config, r=2).target_modules == ["q", "v"]
+    for layers in ((2, 0), range(3), {2, 0}, np.arange(2)):
+        numbers = LoraConfig(layers_to_transform=layers).layers_to_transform
+        assert numbers == sorted(layers) or numbers == list(layers)
+        assert all(type(number) is int for number in numbers)
+
+
+def test_numbers_of_numpy_are_taken_as_python_s():
+    config = LoraConfig(
+        r=np.int64(4),
+        lora_alpha=np.float32(8),
+        lora_dropout=np.float64(0.5),
+        rank_pattern={"q": np.int32(2)},
+        layers_to_transform=np.int64(1),
+    )
+    assert config == LoraConfig(
+        r=4, lora_alpha=8, lora_dropout=0.5, rank_pattern={"q": 2}, layers_to_transform=1
+    )
+    json.dumps(dataclasses.asdict(config))
+
+
+def test_equal_configs_are_one_key():
+    config = LoraConfig(r=4, target_modules=["q"], rank_pattern={"a": 1, "b": 2})
+    other = LoraConfig(r=4, target_modules=["q"], rank_pattern={"b": 2, "a": 1})
+    assert {config: 1}[other] == 1 and LoraConfig(r=5) not in {config}
 
 
 @pytest.mark.parametrize("values", [{"format": "fp4"}, {"block_size": 32}])

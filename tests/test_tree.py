@@ -1,9 +1,16 @@
+import flax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_jax import combine, partition
-from lora_jax._tree import layer_paths, leaves_with_path, map_with_path, tree_from_paths
+from lora_jax._tree import (
+    is_below,
+    layer_paths,
+    leaves_with_path,
+    map_with_path,
+    tree_from_paths,
+)
 
 names = st.text("abc", min_size=1, max_size=2)
 trees = st.recursive(
@@ -71,3 +78,16 @@ def test_layer_paths_number_the_stack():
 def test_a_mask_of_another_structure_is_refused(mask):
     with pytest.raises(AssertionError):
         partition({"a": {"x": 1, "y": 2}}, mask)
+
+
+def test_a_map_keeps_mappings_as_they_are():
+    tree = flax.core.freeze({"a": {"b": 1, "none": {}}, "c": 2})
+    mapped = map_with_path(lambda path, leaf: (path, leaf), tree)
+    assert mapped == flax.core.freeze({"a": {"b": ("a/b", 1), "none": {}}, "c": ("c", 2)})
+    assert type(mapped) is type(tree)
+
+
+def test_everything_lies_below_the_root():
+    assert is_below("q/kernel", "") and is_below("q", "q") and not is_below("q_proj", "q")
+    assert layer_paths("q_proj/kernel", "", 2) == ["0/q_proj/kernel", "1/q_proj/kernel"]
+    assert layer_paths("layers", "layers", 1) == ["layers/0"]

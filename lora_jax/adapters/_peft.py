@@ -11,8 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.core import meta
 
 from .._config import PEFT_DEFAULTS, LoraConfig
 from .._errors import InputError
@@ -24,7 +26,9 @@ from ..lora import (
     Layouts,
     Target,
     adapter_names,
+    check_untied,
     is_embedding,
+    is_target,
     is_within,
     leaf_shape,
     matched_targets,
@@ -58,8 +62,9 @@ def save_adapter(
         base_model: Name or path of the base, for the file's `base_model_name_or_path`.
 
     Raises:
-        InputError: if the adapter's scaling is not the config's, if a part of it cannot be
-            written (an adapted embedding, a layer without a name), or if the disk is full.
+        InputError: if the adapter is not the config's (its modules, ranks, scaling), if a
+            part of it cannot be written (an adapted embedding, a layer without a name), or if
+            the disk is full.
 
     Example:
         >>> import jax, tempfile
@@ -74,7 +79,10 @@ def save_adapter(
         True
     """
     directory = Path(directory)
+    _check_saved_modules(adapter, config)
     tensors = dict(_tensors(adapter, config, layouts))
+    if not tensors:
+        raise InputError("save_adapter: the adapter is empty; nothing was saved")
     # Sorted as PEFT's are, but for patterns: the first that matches wins.
     fields = dict(sorted(_config_to_peft(adapter, config, base_model).items()))
     text = json.dumps(fields, indent=2)
@@ -128,8 +136,11 @@ def load_adapter(
         leaves: dict[str, Any] = {}
         for target in targets:
             leaves.update(_read_target(target, take))
+        params = dict(leaves_with_path(base_params))
         for path in saved_modules(base_params, config):
-            leaves[path] = _read_whole(path, base_params, layouts, take)
+            check_untied(path, params)
+            leaves[path] = _read_whole(path, params[path], layouts, take)
+        unread -= _copies_of_base(file, unread, directory, params, layouts)
     if unread:
         raise InputError(_unexpected(directory, sorted(unread)))
     dtype = str(leaves[adapter_names(targets[0].path)[0]].dtype)
@@ -147,7 +158,7 @@ def read_config(directory: str | Path) -> LoraConfig:
         raw = json.loads(path.read_text("utf-8"))
     except OSError:
         raise InputError(f"{path}: no such file; an adapter directory holds one") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not JSON ({error})") from None
     if not isinstance(raw, dict):
         raise InputError(f"{path}: must hold a JSON object")
@@ -177,14 +188,18 @@ def _pair_tensors(
     path_a: str, leaves: dict[str, Any], config: LoraConfig, layouts: Layouts | None
 ) -> Iterator[tuple[str, np.ndarray]]:
     prefix = path_a.removesuffix("lora_A")
-    a, b, scalings = (np.asarray(leaves[f"{prefix}lora_{x}"]) for x in ("A", "B", "scaling"))
+    parts = [f"{prefix}lora_{x}" for x in ("A", "B", "scaling")]
+    if missing := [part for part in parts if part not in leaves]:
+        raise InputError(f"save_adapter: the adapter has {path_a} but no {missing[0]}")
+    a, b, scalings = (np.asarray(leaves[part]) for part in parts)
     # `w_lora_A` belongs to the raw parameter `w`, `lora_A` to the module itself.
-    module = prefix.removesuffix("/" if prefix.endswith("/") else "_")
-    if not module or is_embedding(module):
+    of_module = not prefix or prefix.endswith("/")
+    module = prefix.removesuffix("/" if of_module else "_")
+    param = f"{module}/kernel" if of_module else module
+    if not module or is_embedding(param):
         what = "an adapter on an embedding" if module else "a layer without a name"
         raise InputError(f"{path_a}: {what} cannot be saved in PEFT's format; exclude it")
-    # Layouts found by tracing name the parameter, rules written by hand the stack above it.
-    layout = rule_for(layouts, f"{module}/kernel" if prefix.endswith("/") else module)
+    layout = rule_for(layouts, param)
     if a.ndim != 2 + (layout.stack is not None):
         raise InputError(
             f"{path_a} has shape {a.shape}: pass the layouts the adapter was made with"
@@ -192,17 +207,53 @@ def _pair_tensors(
     if layout.stack is None:
         a, b, scalings = a[None], b[None], scalings[None]
     for i, name in enumerate(paths_of_layers(module, layout, a.shape)):
-        if scalings[i] == 0:
-            continue
         rank, expected = config.rank(name), config.scaling(name)
+        if is_target(name, param, config) != bool(scalings[i]):
+            has, gives = ("an", "none") if scalings[i] else ("no", "one")
+            raise InputError(
+                f"save_adapter: {name} has {has} adapter, but the config gives it {gives}; pass"
+                " the config the adapter was made with"
+            )
+        if not scalings[i]:
+            continue
         if not np.isclose(scalings[i], expected, rtol=1e-6):
             raise InputError(
                 f"{prefix}lora_scaling is {scalings[i]:g} at {name}, but the config gives"
-                f" {expected:g}; train through optim.freeze_base, which leaves it alone"
+                f" {expected:g}; pass the config the adapter was made with, and train through"
+                " optim.freeze_base, which leaves the scaling alone"
+            )
+        if rank > a.shape[-1] or a[i, :, rank:].any() or b[i, rank:].any():
+            raise InputError(
+                f"save_adapter: {name} has rank {_used_rank(a[i], b[i])}, but the config gives"
+                f" {rank}; pass the config the adapter was made with"
             )
         key = f"{_PREFIX}{name.replace('/', '.')}"
         yield f"{key}.lora_A.weight", a[i, :, :rank].T
         yield f"{key}.lora_B.weight", b[i, :rank].T
+
+
+def _used_rank(a: np.ndarray, b: np.ndarray) -> int:
+    used = np.flatnonzero(a.any(axis=0) | b.any(axis=1))
+    return int(used[-1]) + 1 if len(used) else a.shape[-1]
+
+
+def _check_saved_modules(adapter: Params, config: LoraConfig) -> None:
+    """Whole modules of the adapter are the config's, and the other way round."""
+    whole = [p for p, _ in leaves_with_path(adapter) if "lora_" not in p.rpartition("/")[2]]
+    found = {p: [n for n in config.modules_to_save or [] if is_within(p, n)] for p in whole}
+    for path, names in found.items():
+        if not names:
+            raise InputError(
+                f"save_adapter: the adapter holds {path} whole, but the config's modules_to_save"
+                f" {config.modules_to_save} does not name it; pass the config it was made with"
+            )
+    if missing := set(config.modules_to_save or []) - {
+        n for names in found.values() for n in names
+    }:
+        raise InputError(
+            f"save_adapter: modules_to_save {min(missing)!r} is not in the adapter; pass the config"
+            " it was made with"
+        )
 
 
 def _whole_tensors(
@@ -242,8 +293,46 @@ def _read_target(target: Target, take: Any) -> Iterator[tuple[str, Any]]:
         yield path, jnp.asarray(value if target.stacked else value[0])
 
 
-def _read_whole(path: str, base_params: Params, layouts: Layouts | None, take: Any) -> Any:
-    shape, _ = leaf_shape(dict(leaves_with_path(base_params))[path])
+def _copies_of_base(
+    file: Any, unread: set[str], directory: Path, params: dict[str, Any], layouts: Layouts | None
+) -> set[str]:
+    """The base's own weights in the file: PEFT saves embeddings and heads that it adapts.
+
+    They must be this base's: reading on with others would give another model's numbers.
+    """
+    bare = {key.replace(".base_layer.", "."): key for key in unread}
+    found = set()
+    for path, leaf in params.items():
+        keys, stacked = _whole_keys(path, leaf_shape(leaf)[0], layouts)
+        for i, key in enumerate(keys):
+            if key not in bare:
+                continue
+            value = file.get_tensor(bare[key])
+            if not _equals(value.T if is_kernel(path) else value, leaf, i if stacked else None):
+                raise InputError(
+                    f"{directory / WEIGHTS_FILE}: {bare[key]} {value.shape} is a weight of the"
+                    f" base, and not this base's {path}; the adapter was made for another base, or"
+                    " one that was changed (new tokens, say)"
+                )
+            found.add(bare[key])
+    return found
+
+
+def _equals(value: np.ndarray, leaf: Any, layer: int | None) -> bool:
+    """Whether a base's weight is this value, rounded; of mere shapes, whether it fits."""
+    shape, dtype = leaf_shape(leaf)
+    if value.shape != (shape if layer is None else shape[1:]):
+        return False
+    if any(isinstance(part, jax.ShapeDtypeStruct) for part in jax.tree.leaves(leaf)):
+        return True
+    own = np.asarray(meta.unbox(leaf) if layer is None else meta.unbox(leaf)[layer])
+    # Rounded to the coarser of both: a base in float32 may have been trained in bfloat16.
+    coarser = min(value.dtype, np.dtype(dtype), key=lambda t: t.itemsize)
+    return np.array_equal(own.astype(coarser), value.astype(coarser))
+
+
+def _read_whole(path: str, leaf: Any, layouts: Layouts | None, take: Any) -> Any:
+    shape, _ = leaf_shape(leaf)
     keys, stacked = _whole_keys(path, shape, layouts)
     own = shape[1:] if stacked else shape
     values = [take(key, own[::-1] if is_kernel(path) else own) for key in keys]

@@ -17,8 +17,10 @@ from ._merge import merge_adapter as merge_adapter
 from ._merge import unmerge_adapter as unmerge_adapter
 from ._targets import Target as Target
 from ._targets import adapter_names as adapter_names
+from ._targets import check_untied as check_untied
 from ._targets import find_targets as find_targets
 from ._targets import is_embedding as is_embedding
+from ._targets import is_target as is_target
 from ._targets import is_within as is_within
 from ._targets import leaf_shape as leaf_shape
 from ._targets import matched_targets as matched_targets

@@ -150,6 +150,13 @@ def check_shapes(param: LoraParam) -> None:
         fits = d_in * d_out == math.prod(kernel_shape)
     else:
         fits = matrix_shape(kernel_shape, param.contracting) == (d_in, d_out)
+    quantized = isinstance(param.base, QuantizedTensor)
+    if not fits and quantized and d_in * d_out == math.prod(kernel_shape):
+        raise InputError(
+            f"{param.path}: the adapter maps {d_in} to {d_out}, but the kernel {kernel_shape} is"
+            f" quantized with contracting={param.base.contracting}; quantize it along the"
+            " adapter's axes"
+        )
     if not fits or param.lora_B.shape[:-1] != (*stack, rank) or param.lora_A.shape[:-2] != stack:
         raise InputError(
             f"{param.path}: lora_A {param.lora_A.shape} and lora_B {param.lora_B.shape} do not fit"

@@ -14,7 +14,14 @@ from .._tree import leaves_with_path, tree_from_paths
 from .._typing import Array, Key, Params
 from ..quant import QuantizedTensor, dequantize
 from ._layout import Layouts
-from ._targets import Target, adapter_names, find_targets, is_embedding, saved_modules
+from ._targets import (
+    Target,
+    adapter_names,
+    check_untied,
+    find_targets,
+    is_embedding,
+    saved_modules,
+)
 
 
 def init_adapter(
@@ -37,7 +44,8 @@ def init_adapter(
         `modules_to_save` are copied in full.
 
     Raises:
-        InputError: if a name or pattern of the config matches nothing.
+        InputError: if a name or pattern of the config matches nothing, or if
+            `modules_to_save` asks for what cannot be kept apart or copied.
 
     Example:
         >>> base = {"q_proj": {"kernel": jnp.zeros((4, 6))}}
@@ -60,7 +68,8 @@ def init_adapter(
     if config.modules_to_save:
         params = dict(leaves_with_path(base_params))
         for path in saved_modules(base_params, config):
-            leaves[path] = _trainable_copy(params[path], dtype)
+            check_untied(path, params)
+            leaves[path] = _trainable_copy(path, params[path], dtype)
     return tree_from_paths(leaves)
 
 
@@ -134,7 +143,12 @@ def _nothing(target: Target) -> tuple[Array, Array]:
     return jnp.zeros((target.d_in, 0)), jnp.zeros((0, target.d_out))
 
 
-def _trainable_copy(leaf: Any, dtype: Any) -> Array:
+def _trainable_copy(path: str, leaf: Any, dtype: Any) -> Array:
+    if any(isinstance(part, jax.ShapeDtypeStruct) for part in jax.tree.leaves(leaf)):
+        raise InputError(
+            f"{path}: modules_to_save copies the base's values, and only their shapes are given;"
+            " call init_adapter under jax.eval_shape"
+        )
     if isinstance(leaf, QuantizedTensor):
         return dequantize(leaf, dtype)
     return jnp.array(meta.unbox(leaf), dtype=dtype)

@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping
 
 from .._errors import InputError
-from .._tree import layer_paths
+from .._tree import is_below, layer_paths
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,9 +14,10 @@ class KernelLayout:
 
     Args:
         contracting: Axes of a single layer's kernel that meet the input; the others make
-            the output.
+            the output.  Empty for a layer that is no plain contraction, such as a convolution:
+            `"all-linear"` leaves it out.
         stack: Path of the module whose parameters carry a leading layer axis (as under
-            `nn.scan`), or None.
+            `nn.scan`; `""` for the outermost), or None.
 
     Example:
         >>> query = KernelLayout(contracting=(0,))      # (d, heads, head_dim)
@@ -34,7 +35,7 @@ Layouts = Mapping[str, KernelLayout]
 
 def rule_for(layouts: Layouts | None, path: str) -> KernelLayout:
     """The layout with the longest path at or above `path`; an empty one without any."""
-    rules = [p for p in layouts or {} if path == p or path.startswith(f"{p}/")]
+    rules = [p for p in layouts or {} if is_below(path, p)]
     return (layouts or {})[max(rules, key=len)] if rules else KernelLayout()
 
 
@@ -44,10 +45,16 @@ def contracting_axes(contracting: tuple[int, ...] | None, path: str, axes: int) 
     Raises:
         InputError: for more than two axes and no rule: a shape alone does not tell.
     """
-    if contracting is not None:
+    if contracting:
         return contracting
     if axes == 2:
         return (0,)
+    if contracting == ():
+        raise InputError(
+            f"{path} has {axes} axes and belongs to a layer that is no plain contraction (a"
+            " convolution, say); exclude it, or say which axes make up its input:"
+            f' lora_linen(module, layouts={{"{path}": KernelLayout(contracting=...)}})'
+        )
     top = path.split("/")[0]
     raise InputError(
         f"{path} has {axes} axes, and a shape alone does not tell which are contracted; pass"

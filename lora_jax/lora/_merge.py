@@ -15,7 +15,7 @@ from ._targets import leaf_shape
 
 def merge_adapter(
     base_params: Params, adapter: Params, *, layouts: Layouts | None = None, dtype: Any = None
-) -> dict[str, Any]:
+) -> Params:
     """W0 + scaling·A·B for every adapted parameter; neither argument is changed.
 
     Args:
@@ -44,7 +44,7 @@ def merge_adapter(
 
 def unmerge_adapter(
     merged_params: Params, adapter: Params, *, layouts: Layouts | None = None, dtype: Any = None
-) -> dict[str, Any]:
+) -> Params:
     """W - scaling·A·B: the base again, up to rounding (keep the base itself where you can).
 
     Args:
@@ -70,21 +70,31 @@ def unmerge_adapter(
 
 def _merge(
     params: Params, adapter: Params, sign: float, layouts: Layouts | None, dtype: Any
-) -> dict[str, Any]:
-    before = dict(leaves_with_path(params))
+) -> Params:
+    boxed = dict(leaves_with_path(box_adapters(combine(params, adapter), layouts)))
+    for path in boxed.keys() - dict(leaves_with_path(params)).keys():
+        raise InputError(
+            f"{path}: the base has no such parameter; this adapter was made for another base"
+        )
 
-    def leaf(path: str, value: Any) -> Any:
-        if path not in before:
-            raise InputError(
-                f"{path}: the base has no such parameter; this adapter was made for another base"
-            )
-        old = before[path]
+    def leaf(path: str, old: Any) -> Any:
+        value = boxed[path]
         if isinstance(value, LoraParam):
             new = value.shifted(sign, dtype)
         elif value is old:
             return old
         else:  # one of `modules_to_save`
-            new = meta.unbox(value).astype(leaf_shape(old)[1] if dtype is None else dtype)
+            new = _whole(path, value, old, dtype)
         return old.replace_boxed(new) if isinstance(old, meta.AxisMetadata) else new
 
-    return map_with_path(leaf, box_adapters(combine(params, adapter), layouts))
+    return map_with_path(leaf, params)
+
+
+def _whole(path: str, value: Any, old: Any, dtype: Any) -> Any:
+    (shape, own), (found, _) = leaf_shape(old), leaf_shape(value)
+    if found != shape:
+        raise InputError(
+            f"{path}: the adapter's has shape {found}, the base's {shape}; this adapter was made"
+            " for another base"
+        )
+    return meta.unbox(value).astype(own if dtype is None else dtype)

@@ -108,11 +108,13 @@ def _matched(params: Params, wanted: "_Matcher", layouts: Layouts | None) -> tup
     targets = []
     for path, leaf in _candidates(params, layouts):
         layout = rule_for(layouts, path)
+        if wanted.config.target_modules == "all-linear" and layout.contracting == ():
+            continue
         names = paths_of_layers(target_name(path), layout, leaf_shape(leaf)[0])
         chosen = [wanted(name, path) for name in names]
         if any(chosen):
             layout = dataclasses.replace(layout, contracting=known_contracting(layouts, path, leaf))
-            targets.append(_target(path, leaf_shape(leaf)[0], names, chosen, wanted.config, layout))
+            targets.append(_target(path, leaf, names, chosen, wanted.config, layout))
     return tuple(targets)
 
 
@@ -137,7 +139,30 @@ def saved_modules(params: Params, config: LoraConfig) -> tuple[str, ...]:
     return tuple(dict.fromkeys(path for paths in found.values() for path in paths))
 
 
-def trainable_mask(params: Params, config: LoraConfig | None = None) -> dict[str, Any]:
+def check_untied(path: str, params: Mapping[str, Any]) -> None:
+    """Refuse to train an embedding whole that the output head shares.
+
+    PEFT would train a copy of its own and leave the head as it was, so that the file would
+    mean another model there than here.
+
+    Args:
+        path: One of `saved_modules`.
+        params: The base's leaves by path.
+    """
+    heads = {name for other in params for name in other.split("/")}.intersection(OUTPUT_HEADS)
+    if path.split("/")[-2:] == ["embed_tokens", "embedding"] and not heads:
+        raise InputError(
+            f"lora: modules_to_save: the output head shares {path} in this base, and training"
+            " both (PEFT's ensure_weight_tying) is not supported; take it out of modules_to_save"
+        )
+
+
+def is_target(name: str, param_path: str, config: LoraConfig) -> bool:
+    """Whether `config` adapts the single module `name`, a layer of this parameter."""
+    return config.target_modules is not None and _Matcher(config)(name, param_path)
+
+
+def trainable_mask(params: Params, config: LoraConfig | None = None) -> Params:
     """True for every trainable leaf: `lora_A`, `lora_B`, and what lies in `modules_to_save`.
 
     Args:
@@ -217,7 +242,8 @@ class _Matcher:
             return False
         if self.config.target_modules == "all-linear" and not _is_linear(path):
             return False
-        if self.layers is None:
+        # A name in full says its layer itself.
+        if self.layers is None or dotted in _as_list(self.config.target_modules):
             return True
         number = _layer_number(dotted)
         if number in self.layers:
@@ -287,14 +313,18 @@ def leaf_shape(leaf: Any) -> tuple[tuple[int, ...], Any]:
 
 def _target(
     path: str,
-    shape: tuple[int, ...],
+    leaf: Any,
     names: list[str],
     chosen: list[bool],
     config: LoraConfig,
     layout: KernelLayout,
 ) -> Target:
+    shape, _ = leaf_shape(leaf)
     kernel_shape = shape[layout.stack is not None :]
-    contracting = contracting_axes(layout.contracting, path, len(kernel_shape))
+    ruled = layout.contracting
+    if isinstance(leaf, QuantizedTensor) and leaf.kernel_shape != kernel_shape:
+        ruled = None  # it knows its own axes, but not those in front of them
+    contracting = contracting_axes(ruled, path, len(kernel_shape))
     d_in, d_out = matrix_shape(kernel_shape, contracting)
     return Target(
         path=path,
@@ -321,8 +351,8 @@ def is_within(dotted: str, name: str) -> bool:
 
 
 def _layer_number(dotted: str) -> int | None:
-    """The first number in a path: a later one may count experts, say."""
-    return next((int(part) for part in dotted.split(".") if part.isdigit()), None)
+    """The first number above a module: a later one may count experts, the last is its name."""
+    return next((int(part) for part in dotted.split(".")[:-1] if part.isdigit()), None)
 
 
 def _summary(params: Params, layouts: Layouts | None = None) -> str:

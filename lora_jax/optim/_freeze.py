@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from .._tree import combine, partition
+from .._tree import combine, leaves_with_path, map_with_path, partition
 from .._typing import Params
 from ..lora import trainable_mask
 
@@ -60,7 +60,8 @@ def freeze_base(
             weights, frozen = partition(params, chosen)
         moved: Any
         moved, state = tx.update(trainable, state, weights, **extra)
-        return combine(jax.tree.map(_no_change, frozen), moved), state
+        leaves = dict(leaves_with_path(combine(jax.tree.map(_no_change, frozen), moved)))
+        return map_with_path(lambda path, _: leaves[path], updates), state
 
     return optax.GradientTransformationExtraArgs(init, update)
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax.core import DenyList, meta
 
 from .._errors import InputError
-from .._tree import leaves_with_path
+from .._tree import is_below, leaves_with_path
 from .._typing import Array, Params
 from ..lora import (
     KernelLayout,
@@ -21,6 +21,7 @@ from ..lora import (
     leaf_shape,
     look_up_delta,
     matrix_shape,
+    rule_for,
 )
 from ..quant import QuantizedTensor, quantized_matmul
 from ._contraction import contraction_of
@@ -60,8 +61,10 @@ class LoraLinen:
             *args, **kwargs: Inputs as for `module.apply`, arrays or shapes.
 
         Returns:
-            For every kernel of Dense, DenseGeneral, Einsum and Embed, by path: its contracted
-            axes, and the path of the `nn.scan` or `nn.vmap` it is stacked under.
+            For every kernel, by path: its contracted axes (Dense, DenseGeneral, Einsum and
+            Embed; none for a convolution), and the path of the `nn.scan` or `nn.vmap` it is
+            stacked under.  For every such stack, by its path, a rule for what else is in it.
+            Rules given to `lora_linen` come first.
 
         Raises:
             InputError: if parameters are stacked twice, or along another axis than the first.
@@ -76,12 +79,20 @@ class LoraLinen:
         # Collections such as batch statistics are not at hand: let the module make its own.
         kwargs = {"mutable": DenyList("params"), **kwargs}
 
-        def trace(params: Params, *args: Any) -> Any:
+        # Arrays and shapes are traced; flags, strings and functions stay as they are.
+        leaves, structure = jax.tree.flatten((args, kwargs))
+        traced = {i: leaf for i, leaf in enumerate(leaves) if hasattr(leaf, "shape")}
+
+        def trace(params: Params, traced: dict[int, Any]) -> Any:
+            given = [traced.get(i, leaf) for i, leaf in enumerate(leaves)]
+            args, kwargs = jax.tree.unflatten(structure, given)
             with nn.intercept_methods(recorder):
                 return self.module.apply({"params": params}, *args, **kwargs)
 
-        jax.eval_shape(trace, params, *args)
-        return recorder.layouts()
+        jax.eval_shape(trace, params, traced)
+        given = self.layouts_of_params or {}
+        found = recorder.layouts()
+        return {p: x for p, x in found.items() if rule_for(given, p).contracting is None} | given
 
 
 def lora_linen(module: nn.Module, *, layouts: Layouts | None = None) -> LoraLinen:
@@ -210,27 +221,33 @@ class _Recorder:
             if len(here) < len(outside):
                 _check_stack(path, here, outside)
                 self.stacks.add(prefix)
-        if context.method_name == "__call__" and args:
-            self._note(module, prefix, args, inside)
+        if context.method_name == "__call__" and (inputs := _inputs(args, kwargs)):
+            self._note(module, prefix, inputs, inside)
         return next_fun(*args, **kwargs)
 
     def _note(self, module: nn.Module, prefix: str, args: tuple, inside: dict[str, Any]) -> None:
         name = "embedding" if type(module) is nn.Embed else "kernel"
-        contracting = (0,)
+        if name not in inside:
+            return
+        contracting: tuple[int, ...] = (0,)
         if type(module) is not nn.Embed:
             contraction = contraction_of(module, jnp.ndim(args[0]), args[1:])
-            if contraction is None:
+            if contraction is None and len(leaf_shape(inside[name])[0]) <= 2:
                 return
-            contracting = contraction.kernel
-        if name in inside:
-            self.contracting[f"{prefix}/{name}" if prefix else name] = contracting
+            contracting = contraction.kernel if contraction else ()
+        self.contracting[f"{prefix}/{name}" if prefix else name] = contracting
 
     def layouts(self) -> dict[str, KernelLayout]:
+        """One for every kernel, and one for whatever else stands in a stack."""
+
         def stack_of(path: str) -> str | None:
-            above = [s for s in self.stacks if path.startswith(f"{s}/")]
+            above = [s for s in self.stacks if path != s and is_below(path, s)]
             return min(above, key=len, default=None)
 
-        return {p: KernelLayout(axes, stack_of(p)) for p, axes in self.contracting.items()}
+        outermost = sorted(s for s in self.stacks if stack_of(s) is None)
+        stacks = {s: KernelLayout(stack=s) for s in outermost}
+        kernels = {p: KernelLayout(axes, stack_of(p)) for p, axes in self.contracting.items()}
+        return stacks | kernels
 
 
 def _check_stack(path: str, inside: tuple[int, ...], outside: tuple[int, ...]) -> None:

@@ -13,7 +13,7 @@ peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
 from lora_jax import LoraConfig, combine, init_adapter, lora_linen  # noqa: E402
-from lora_jax.adapters import save_adapter  # noqa: E402
+from lora_jax.adapters import load_adapter, save_adapter  # noqa: E402
 from lora_jax.lora import KernelLayout  # noqa: E402
 from lora_jax.models import load_pretrained  # noqa: E402
 
@@ -74,7 +74,7 @@ def test_peft_computes_the_same(data_dir, tmp_path, fields):
     check(data_dir / "stories260K-hf", tmp_path, config)
 
 
-def test_a_head_trained_in_full(tmp_path):
+def random_llama(**fields):
     torch.manual_seed(0)
     shape = transformers.LlamaConfig(
         vocab_size=40,
@@ -83,10 +83,30 @@ def test_a_head_trained_in_full(tmp_path):
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        tie_word_embeddings=False,
         initializer_range=0.3,
+        **fields,
     )
-    transformers.LlamaForCausalLM(shape).save_pretrained(tmp_path / "model")
+    return transformers.LlamaForCausalLM(shape)
+
+
+@pytest.mark.parametrize("copies", ["auto", True])
+def test_what_peft_saves_with_an_adapted_head_is_read(tmp_path, copies):
+    model = random_llama(tie_word_embeddings=False)
+    model.save_pretrained(tmp_path / "model")
+    config = peft.LoraConfig(r=3, target_modules=["q_proj", "lm_head"], init_lora_weights=False)
+    model = peft.get_peft_model(model, config)
+    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=copies)
+    pretrained = load_pretrained(tmp_path / "model")
+    adapter, _ = load_adapter(tmp_path / "adapter", pretrained.params, layouts=LAYOUTS)
+    params = combine(pretrained.params, adapter)
+    ours = lora_linen(pretrained.module).apply({"params": params}, jnp.asarray(IDS))
+    with torch.no_grad():
+        expected = model.eval()(torch.from_numpy(IDS).long()).logits.numpy()
+    assert np.abs(ours - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
+def test_a_head_trained_in_full(tmp_path):
+    random_llama(tie_word_embeddings=False).save_pretrained(tmp_path / "model")
     config = LoraConfig(
         r=3, target_modules="all-linear", modules_to_save=["lm_head"], init_lora_weights=False
     )

@@ -110,3 +110,15 @@ def test_dropout_leaves():
     for rate in (1.0, -0.1):
         with pytest.raises(InputError, match=r"rate must be in \[0, 1\)"):
             with_dropout(KEY, adapter, rate)
+
+
+def test_shapes_alone_have_no_values_to_copy():
+    config = LoraConfig(r=2, target_modules=["q"], modules_to_save=["head"])
+
+    def params():
+        return {"q": {"kernel": jnp.ones((4, 6))}, "head": {"kernel": jnp.ones((6, 3))}}
+
+    with pytest.raises(InputError, match="head/kernel: modules_to_save copies .*eval_shape"):
+        init_adapter(jax.random.key(0), jax.eval_shape(params), config)
+    shapes = jax.eval_shape(lambda p: init_adapter(jax.random.key(0), p, config), params())
+    assert shapes["head"]["kernel"].shape == (6, 3)

@@ -1,5 +1,6 @@
 """Merging: values, inverses, rounding, what may not be merged."""
 
+import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -95,6 +96,22 @@ def test_saved_modules_replace_and_cannot_be_taken_out():
         unmerge_adapter(merged, adapter)
 
 
+def test_the_base_s_structure_is_kept():
+    params, adapter, _ = make((4, 6))
+    frozen = flax.core.freeze({**params, "unused": {}})
+    merged = merge_adapter(frozen, adapter)
+    assert jax.tree.structure(merged) == jax.tree.structure(frozen)
+    again = unmerge_adapter(merged, adapter)
+    np.testing.assert_allclose(again["s"]["w"]["kernel"], params["s"]["w"]["kernel"], atol=1e-6)
+
+
+def test_a_kernel_quantized_along_other_axes():
+    _, adapter, _ = make((4, 2, 3), contracting=(0, 1))
+    kernel = quantize(jnp.ones((4, 2, 3)), contracting=1)
+    with pytest.raises(InputError, match="is quantized with contracting=1; quantize it along"):
+        merge_adapter({"s": {"w": {"kernel": kernel}}}, adapter)
+
+
 def test_boxes_are_kept():
     boxed = nn.Partitioned(jnp.ones((4, 6)), names=("x", None))
     _, adapter, _ = make((4, 6))
@@ -112,6 +129,7 @@ def test_boxes_are_kept():
         (lambda a: {"s": {"x": a["s"]["w"]}}, "no parameter beside it"),
         (lambda a: {"s": {"w": {"lora_A": a["s"]["w"]["lora_A"]}}}, "lacks s/w/lora_B"),
         (lambda a: {**a, "other": {"kernel": jnp.ones(1)}}, "other/kernel: the base has no"),
+        (lambda a: {"s": {"w": {"kernel": jnp.ones((4, 7))}}}, r"has shape \(4, 7\), the base's"),
     ],
 )
 def test_an_adapter_for_another_base(change, word):

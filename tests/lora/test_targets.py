@@ -106,6 +106,17 @@ def test_a_quantized_kernel_explains_itself():
     assert (target.d_in, target.d_out) == (6, 4)
 
 
+def test_what_is_no_contraction_is_left_out_of_all_linear():
+    params = {"conv": {"kernel": jnp.ones((3, 4, 4))}, "out": {"kernel": jnp.ones((4, 5))}}
+    layouts = {"conv/kernel": KernelLayout(contracting=())}
+    (target,) = find_targets(params, LoraConfig(target_modules="all-linear"), layouts=layouts)
+    assert target.path == "out/kernel"
+    with pytest.raises(InputError, match="conv/kernel has 3 axes and .* no plain contraction"):
+        find_targets(params, LoraConfig(target_modules=["conv"]), layouts=layouts)
+    with pytest.raises(InputError, match="a shape alone does not tell"):
+        find_targets(params, LoraConfig(target_modules="all-linear"))
+
+
 def test_mask_of_saved_modules():
     adapter = {"q": {"lora_A": 1, "lora_B": 2, "lora_scaling": 3}, "head": {"kernel": 4}}
     config = LoraConfig(target_modules=["q"], modules_to_save=["head"])

@@ -58,6 +58,9 @@ def ours():
         {"target_modules": r".*proj", "exclude_modules": r".*\.1\..*"},
         {"target_modules": ["q_proj"], "layers_to_transform": [0, 2]},
         {"target_modules": ["q_proj", "proj"], "layers_to_transform": 1},
+        {"target_modules": ["model.layers.0.mlp.proj", "q_proj"], "layers_to_transform": [2]},
+        {"target_modules": ["lm_head", "q_proj"], "layers_to_transform": [2]},
+        {"target_modules": ["lm_head", "mlp.proj"], "layers_to_transform": []},
         {"target_modules": r".*proj", "modules_to_save": ["mlp"]},
         {"target_modules": ["lm_head", "q_proj"]},
         {

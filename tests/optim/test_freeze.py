@@ -1,5 +1,6 @@
 """Frozen leaves stay bit for bit as they are, and cost the optimizer nothing."""
 
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -155,3 +156,10 @@ def test_training_the_adapter_leaves_the_base_alone():
     assert values[-1] < 0.9 * values[0]
     assert jax.tree.map(bits, base) == before
     assert float(adapter["layers_0"]["lora_scaling"]) == 4.0
+
+
+def test_the_structure_of_the_tree_is_kept():
+    params = flax.core.freeze({**tree(), "unused": {}})
+    after = steps(freeze_base(optax.adam(0.1)), params, 2)
+    assert jax.tree.structure(after) == jax.tree.structure(params)
+    assert_frozen(params, after)

@@ -5,7 +5,15 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from lora_jax import InputError, lora_linen, quantize
+from lora_jax import (
+    InputError,
+    LoraConfig,
+    combine,
+    init_adapter,
+    lora_linen,
+    merge_adapter,
+    quantize,
+)
 from lora_jax.lora import KernelLayout
 from lora_jax.transform._contraction import Contraction, contraction_of
 
@@ -37,7 +45,7 @@ def test_attention_in_a_stack():
     expected = {
         f"layers/attn/{name}/kernel": KernelLayout((0, 1) if name == "out" else (0,), "layers")
         for name in ("query", "key", "value", "out")
-    } | {"head/kernel": KernelLayout((0,))}
+    } | {"head/kernel": KernelLayout((0,)), "layers": KernelLayout(stack="layers")}
     assert lora_linen(model).layouts(params, X) == expected
     shapes = jax.eval_shape(lambda: params)
     assert lora_linen(model).layouts(shapes, jax.ShapeDtypeStruct(X.shape, X.dtype)) == expected
@@ -51,6 +59,63 @@ def test_a_quantized_stack():
     query["kernel"] = quantize(query["kernel"], stacked=1)
     assert lora_linen(model).layouts(params, X) == expected
     assert lora_linen(model).layouts(jax.eval_shape(lambda: params), X) == expected
+
+
+class Mixed(nn.Module):
+    """Flags by position, inputs by name, a convolution, norms in a stack."""
+
+    @nn.compact
+    def __call__(self, x, train, mask=None):
+        class Layer(nn.Module):
+            @nn.compact
+            def __call__(self, x, _):
+                return nn.LayerNorm(name="norm")(nn.Dense(4, name="up")(inputs=x)), None
+
+        x = nn.Conv(4, (3,), name="conv")(x) if train else x
+        options = dict(variable_axes={"params": 0}, split_rngs={"params": True}, length=3)
+        x, _ = nn.scan(Layer, **options)(name="layers")(x, None)
+        return x if mask is None else jnp.where(mask[..., None], x, 0)
+
+
+def test_flags_names_convolutions_and_norms():
+    model = Mixed()
+    params = model.init(jax.random.key(0), X, True)["params"]
+    mask = jax.ShapeDtypeStruct(X.shape[:2], bool)
+    layouts = lora_linen(model).layouts(params, X, True, mask=mask)
+    assert layouts == {
+        "conv/kernel": KernelLayout(()),
+        "layers": KernelLayout(stack="layers"),
+        "layers/up/kernel": KernelLayout((0,), "layers"),
+    }
+    config = LoraConfig(r=2, target_modules=r"layers\..*", init_lora_weights=False)
+    adapter = init_adapter(jax.random.key(0), params, config, layouts=layouts)
+    assert set(adapter["layers"]) == {"up"}
+    out = lora_linen(model).apply({"params": combine(params, adapter)}, X, True)
+    merged = merge_adapter(params, adapter, layouts=layouts)
+    assert jnp.allclose(out, model.apply({"params": merged}, X, True), atol=1e-5)
+
+
+def test_rules_of_the_caller_s_come_first():
+    own = {"conv": KernelLayout((0, 1))}
+    params = Mixed().init(jax.random.key(0), X, True)["params"]
+    layouts = lora_linen(Mixed(), layouts=own).layouts(params, X, True)
+    assert layouts["conv"] == own["conv"] and "conv/kernel" not in layouts
+
+
+def test_a_stack_that_is_the_whole_model():
+    class Layer(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(4, name="up")(x), None
+
+    options = dict(variable_axes={"params": 0}, split_rngs={"params": True}, length=3)
+    model = nn.scan(Layer, **options)()
+    params = model.init(jax.random.key(0), X)["params"]
+    layouts = lora_linen(model).layouts(params, X)
+    assert layouts == {"": KernelLayout(stack=""), "up/kernel": KernelLayout((0,), "")}
+    config = LoraConfig(r=2, target_modules=["up"], rank_pattern={"1.up": 1})
+    adapter = init_adapter(jax.random.key(0), params, config, layouts=layouts)
+    assert adapter["up"]["lora_scaling"].tolist() == [4.0, 8.0, 4.0]
 
 
 def test_another_stacking_axis_is_refused():

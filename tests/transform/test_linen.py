@@ -37,7 +37,7 @@ def close(one, other, rtol=2e-5):
 def start(model, *args, targets="all-linear", layouts=None, quantized=False, **fields):
     params = model.init(jax.random.key(1), *args)["params"]
     params = jax.tree.map(lambda x: x + 0.1 * inputs(*x.shape), params)
-    layouts = lora_linen(model).layouts(params, *args) | (layouts or {})
+    layouts = lora_linen(model, layouts=layouts).layouts(params, *args)
     if quantized:
         params = map_with_path(lambda path, x: in_four_bits(path, x, layouts), params)
     config = LoraConfig(target_modules=targets, **{**RANDOM, **fields})
