@@ -14,6 +14,8 @@ process has used, so a run may be stopped and continued by signals, or share its
 import argparse
 import json
 import platform
+import re
+import sysconfig
 import time
 from pathlib import Path
 
@@ -26,7 +28,7 @@ from optax.contrib import MuonDimensionNumbers, muon
 from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from lora_jax.data._stdlib import is_held_out, stdlib_modules
+from lora_jax.data._stdlib import docstring_rows, is_held_out, stdlib_modules
 from lora_jax.models import CausalLM, ModelConfig
 
 END, PAD = "<|endoftext|>", "<|pad|>"
@@ -68,6 +70,24 @@ def train_tokenizer(texts: list[str]) -> Tokenizer:
         single=f"{END} $A", special_tokens=[(END, tokenizer.token_to_id(END))]
     )
     return tokenizer
+
+
+def test_sources() -> list[str]:
+    """The standard library's tests, where they are installed, without the held-out modules'.
+
+    A file is left out that is named after a held-out module or quotes one of its docstrings.
+    """
+    held_out = {name.partition(".")[0] for name, _ in stdlib_modules() if is_held_out(name)}
+    named = re.compile(rf"(^|_)({'|'.join(map(re.escape, held_out))})(_|$)")
+    quoted = [row["output"] for row in docstring_rows(held_out=True, max_source=10**6)]
+    sources = []
+    for path in sorted((Path(sysconfig.get_paths()["stdlib"]) / "test").rglob("*.py")):
+        source = path.read_text("utf-8", errors="replace")
+        of_held_out = any(named.search(part) for part in (path.stem, path.parent.name))
+        quotes = any(sentence in source for sentence in quoted)
+        if not (of_held_out or quotes or "\ufffd" in source):
+            sources.append(source)
+    return sources
 
 
 def token_stream(tokenizer: Tokenizer, texts: list[str]) -> np.ndarray:
@@ -146,9 +166,14 @@ def make_steps(model: CausalLM, tx: optax.GradientTransformation):
     return train_step, jax.jit(loss_fn)
 
 
-def batch_of(stream: np.ndarray, rng: np.random.Generator, seq: int) -> np.ndarray:
-    starts = rng.integers(0, len(stream) - seq - 1, TOKENS_PER_STEP // seq)
-    return np.stack([stream[s : s + seq + 1] for s in starts]).astype(np.int32)
+def batch_of(streams: list[np.ndarray], rng: np.random.Generator, seq: int) -> np.ndarray:
+    """Sequences from random places, from each stream as often."""
+    rows = []
+    for _ in range(TOKENS_PER_STEP // seq):
+        stream = streams[rng.integers(len(streams))]
+        start = rng.integers(0, len(stream) - seq - 1)
+        rows.append(stream[start : start + seq + 1])
+    return np.stack(rows).astype(np.int32)
 
 
 def held_out_loss(eval_loss, params, stream: np.ndarray) -> float:
@@ -272,7 +297,11 @@ def train(arguments: argparse.Namespace) -> None:
     )
     stream = token_stream(tokenizer, texts)
     held_out = token_stream(tokenizer, [s for name, s in modules if is_held_out(name)])
-    print(f"{len(stream):,} training tokens, {len(held_out):,} held out", flush=True)
+    streams = [stream]
+    if arguments.tests:
+        streams.append(token_stream(tokenizer, test_sources()))
+    sizes = " + ".join(f"{len(s):,}" for s in streams)
+    print(f"{sizes} training tokens, {len(held_out):,} held out", flush=True)
 
     model = CausalLM(CONFIG)
     params = init_params(model, jax.random.key(arguments.seed))
@@ -289,7 +318,7 @@ def train(arguments: argparse.Namespace) -> None:
     while (share := (time.process_time() - cpu_started) / (60 * arguments.cpu_minutes)) < 1:
         seq = [length for since, length in PHASES if share >= since][-1]
         state.hyperparams["scale"] = jnp.float32(learning_rate_scale(share, arguments.hold))
-        params, state, loss = train_step(params, state, batch_of(stream, rng, seq))
+        params, state, loss = train_step(params, state, batch_of(streams, rng, seq))
         step, seen = step + 1, seen + TOKENS_PER_STEP
         if step % 10 == 0:
             cpu = before["cpu_minutes"] + (time.process_time() - cpu_started) / 60
@@ -324,6 +353,7 @@ def main() -> None:
     parser.add_argument("--start", type=Path, help="output of an earlier leg to go on from")
     parser.add_argument("--hold", type=float, default=0.6, help="share of the time before decay")
     parser.add_argument("--learning-rate", type=float, default=3e-3)
+    parser.add_argument("--tests", action="store_true", help="read the library's tests too")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("runs/pretrain_base"))
     parser.add_argument("--sample", help="continue this text with the saved model, and stop")
