@@ -314,13 +314,16 @@ def _data_make(options: argparse.Namespace, overrides: list[str]) -> None:
     from .data import make_rows
 
     directory = Path(options.directory)
-    output = options.output or f"{directory.resolve()}-rows"
+    output = options.output
+    if output is None:
+        output = f"{directory.resolve()}-rows"
     card = make_rows(directory, output, held_out=options.held_out, seed=options.seed)
     print(card.markdown())
 
 
 def _with_output(options: argparse.Namespace, overrides: list[str]) -> list[str]:
-    return [*overrides, *(["--output", options.output] if options.output else [])]
+    given = [] if options.output is None else ["--output", options.output]
+    return [*overrides, *given]
 
 
 def _config_path(name: str) -> Path:

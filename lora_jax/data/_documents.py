@@ -9,6 +9,8 @@ from ._sources import read_text, table_rows
 
 SUFFIXES = (".txt", ".md", ".csv")
 _HEADING = re.compile(r"(#{1,6})\s+(\S.*)")
+# The line below a title that is underlined instead.
+_UNDERLINE = re.compile(r"(=+|-{2,})\s*$")
 # Backticks that close again on their line are code within a text.
 _FENCE = re.compile(r"\s*(`{3,}(?!.*`)|~{3,})(.*)")
 _FRONT_MATTER = re.compile(r"\A---\n.*?\n---\n", re.DOTALL)
@@ -18,6 +20,8 @@ _ARTICLE = re.compile(
     r"^((?:Article|Art\.|Artikel|Section|Clause|Rule)\s+(?:\d+[a-z]?|[IVXLC]+)(?![\w])"
     r"|§+\s*\d+[a-z]?|\d+(?:\.\d+)+(?=\.?\s+[^\W\d_a-z]))[.:)]?(?:\s+(.*))?$"
 )
+# A bare number may count a list's items too: a title has a capital and is no sentence.
+_NUMBERED = re.compile(r"^(\d{1,3}[.)])\s+([^\W\d_a-zß-ÿ][^.;:,!?]{0,98})$")
 _QUESTION_COLUMNS = ("question", "q", "prompt", "query", "instruction", "frage")
 _ANSWER_COLUMNS = ("answer", "a", "response", "reply", "output", "completion", "antwort")
 _LONGEST_TITLE = 100
@@ -60,7 +64,7 @@ def document_rows(path: Path, name: str) -> tuple[list[Made], int]:
 
 
 def _section_rows(section: _Section, name: str) -> list[Made]:
-    for rule in (_question_rows, _article_rows):
+    for rule in (_question_rows, _article_rows, _numbered_rows):
         found = list(rule(section, name))
         if any(row.output for row in found):
             return found
@@ -86,15 +90,32 @@ def _sections(text: str, *, markdown: bool) -> Iterator[_Section]:
     section, fence = _Section((), [], skipped), ""
     for number, line in enumerate(lines[skipped:], skipped + 1):
         fence = _open_fence(line, fence)
-        heading = _HEADING.match(line) if markdown and not fence else None
+        heading = _heading(lines, number - 1) if markdown and not fence else None
         if heading:
             yield section
-            level, title = len(heading[1]), heading[2].rstrip().rstrip("#").rstrip()
+            level, title = heading
             above = [title for title in section.titles if title[0] < level]
             section = _Section((*above, (level, title)), [], number)
-        else:
+        elif not (section.titles and not section.lines and _is_underline(lines, number - 1)):
             section.lines.append(line)
     yield section
+
+
+def _heading(lines: list[str], i: int) -> tuple[int, str] | None:
+    """Level and title of a heading on line `i`, marked by signs before it or underlined."""
+    if marked := _HEADING.match(lines[i]):
+        return len(marked[1]), marked[2].rstrip().rstrip("#").rstrip()
+    if _is_underline(lines, i + 1):
+        return (1 if lines[i + 1].startswith("=") else 2), lines[i].strip()
+    return None
+
+
+def _is_underline(lines: list[str], i: int) -> bool:
+    """Whether line `i` underlines a title: one line of text with nothing before it."""
+    if not 0 < i < len(lines) or not _UNDERLINE.match(lines[i]):
+        return False
+    title, alone = lines[i - 1], i < 2 or not lines[i - 2].strip()
+    return alone and bool(re.match(r"\s{0,3}\w", title)) and len(title) <= _LONGEST_TITLE
 
 
 def _open_fence(line: str, fence: str) -> str:
@@ -125,15 +146,22 @@ def _question_rows(section: _Section, name: str) -> Iterator[Made]:
             question = f"{question} {line.strip('* ')}"
 
 
-def _article_rows(section: _Section, name: str) -> Iterator[Made]:
+def _numbered_rows(section: _Section, name: str) -> list[Made]:
+    """Articles that have a bare number, "1. Scope"; items of a list have no text below them."""
+    rows = list(_article_rows(section, name, _NUMBERED))
+    return rows if len(rows) > 1 and all(row.output for row in rows) else []
+
+
+def _article_rows(
+    section: _Section, name: str, pattern: re.Pattern[str] = _ARTICLE
+) -> Iterator[Made]:
     label, body, start, after_blank = "", [], 0, True
-    for number, line in enumerate([*section.lines, "", "§ 0"], section.start + 1):
+    for number, line in enumerate(section.lines, section.start + 1):
         # A wrapped sentence may begin with "Article 5" too, but no blank line stands before it.
-        article = _ARTICLE.match(line.strip().strip("*")) if after_blank else None
+        article = pattern.match(line.strip().strip("*")) if after_blank else None
         if article:
-            text = "\n".join(body).strip()
             if label:
-                yield Made(_ask(label, name), text, "numbered article", start)
+                yield _article(label, body, name, start)
             title = (article[2] or "").strip()
             is_title = len(title) <= _LONGEST_TITLE and not title.endswith((".", ";", ","))
             label = f"{article[1]} {title}".strip() if is_title else article[1]
@@ -141,6 +169,12 @@ def _article_rows(section: _Section, name: str) -> Iterator[Made]:
         else:
             body.append(line)
         after_blank = not line.strip() or article is not None
+    if label:
+        yield _article(label, body, name, start)
+
+
+def _article(label: str, body: list[str], name: str, start: int) -> Made:
+    return Made(_ask(label, name), "\n".join(body).strip(), "numbered article", start)
 
 
 def _table_rows(path: Path) -> list[Made]:

@@ -247,3 +247,40 @@ def test_bad_input(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"b\.md: not UTF-8"):
         make_rows(tmp_path / "in", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def questions(tmp_path, name, text):
+    (tmp_path / name).write_text(text, "utf-8")
+    return [(row.instruction, row.output) for row in document_rows(tmp_path / name, "doc")[0]]
+
+
+def test_titles_with_a_bare_number(tmp_path):
+    text = "CONTRACT\n\n1. Scope\n\nIt covers all.\n\n2) Term and law\nIt lasts.\n\nLong.\n"
+    assert questions(tmp_path, "a.txt", text) == [
+        ('What does "doc" say under "1. Scope"?', "It covers all."),
+        ('What does "doc" say under "2) Term and law"?', "It lasts.\n\nLong."),
+    ]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "To buy:\n\n1. Milk\n\n2. Bread\n\n3. Eggs\n",
+        "1. Milk\n2. Bread\nand butter\n",
+        "1. Heat the oven.\n\nSlowly.\n\n2. Wait.\n\nThen eat.\n",
+        "1. Alone\n\nOne numbered title is no numbering.\n",
+    ],
+)
+def test_items_of_a_list_are_no_articles(tmp_path, text):
+    assert questions(tmp_path, "a.txt", text) == []
+
+
+def test_titles_that_are_underlined(tmp_path):
+    text = (
+        "Guide\n=====\n\nIntro.\n\nInstall\n-------\nTwo lines\nof text\n---\nand a rule.\n\n---\n"
+    )
+    text += "\n```\nCode\n====\n```\n\n| a |\n|---|\n\n- item\n---\n"
+    assert questions(tmp_path, "a.md", text) == [
+        ('What does "doc" say under "Guide"?', "Intro."),
+        ('What does "Guide" say under "Install"?', text.split("-------\n")[1].strip()),
+    ]
