@@ -78,3 +78,20 @@ def test_nothing_trained_is_zero_of_zero():
     hidden, head, ids, _ = draw(2)
     loss, count = next_token_loss(lambda h: h @ head, hidden, ids, jnp.zeros_like(ids, bool))
     assert (float(loss), int(count)) == (0.0, 0)
+
+
+def test_chunks_without_a_trained_token_are_skipped():
+    hidden, head, ids, _ = draw(3)
+    mask = jnp.zeros((BATCH, SEQ), bool).at[0, 2].set(True).at[1, jnp.array([1, 5, 8])].set(True)
+    computed = []
+
+    def watched(states):
+        jax.debug.callback(lambda: computed.append(len(states)))
+        return states @ head
+
+    for chunk, expected in ((3, [3, 3, 3]), (6, [6, 6]), (4096, [24])):
+        computed.clear()
+        loss, _ = next_token_loss(watched, hidden, ids, mask, chunk=chunk)
+        jax.effects_barrier()
+        assert computed == expected
+        np.testing.assert_allclose(float(loss), reference(hidden, head, ids, mask)[0], rtol=2e-6)
