@@ -194,9 +194,9 @@ def _merge_and_compare(job: Job, result: Result, params: Params) -> dict[str, An
 
 def _compare(expected: Array, found: Array, real: np.ndarray) -> dict[str, Any]:
     """The largest difference of logits at real tokens, over the largest logit."""
-    expected, found = np.asarray(expected)[real], np.asarray(found)[real]
-    largest = float(np.abs(expected).max())
-    difference = float(np.abs(expected - found).max())
+    wanted = np.asarray(expected)[real]
+    largest = float(np.abs(wanted).max())
+    difference = float(np.abs(wanted - np.asarray(found)[real]).max())
     return {
         "largest_difference": difference / largest,
         "largest_logit": largest,

@@ -113,7 +113,7 @@ class Tokenizer:
         added = self.backend.get_added_tokens_decoder()
         marked = {number for number, token in added.items() if token.special}
         # A file may call a token plain that its config gives this part to play.
-        named = {number for number in (self.bos_id, self.eos_id, *self.stop_ids) if number in added}
+        named = {self.bos_id, self.eos_id, *self.stop_ids} & added.keys()
         return frozenset(marked | named)
 
     @cached_property

@@ -32,7 +32,7 @@ class Pretrained:
     """
 
     module: CausalLM
-    params: dict[str, Any]
+    params: Params
     config: ModelConfig
     tokenizer: Any
     directory: Path
@@ -119,7 +119,7 @@ def load_without_weights(directory: str | Path) -> Pretrained:
 
 def abstract_params(
     config: ModelConfig, *, quant: QuantConfig | None = None, param_dtype: str = "float32"
-) -> dict[str, Any]:
+) -> Params:
     """The shapes and dtypes of a model's parameters, with nothing allocated.
 
     Example:

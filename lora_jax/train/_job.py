@@ -38,8 +38,8 @@ class Job:
     config: RunConfig
     pretrained: Pretrained
     model: LoraLinen
-    base: dict[str, Any]
-    trainable: dict[str, Any]
+    base: Params
+    trainable: Params
     targets: tuple[Target, ...]
     train: Examples
     eval: Examples

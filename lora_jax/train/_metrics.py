@@ -64,14 +64,16 @@ class _Events:
 
     def __init__(self, directory: Path, resumed_from: int | None) -> None:
         from tensorboardX.event_file_writer import EventsWriter
-        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.proto import event_pb2
         from tensorboardX.summary import scalar
 
         directory.mkdir(exist_ok=True)
-        self._event, self._scalar = Event, scalar
+        self._event: Any = event_pb2.Event  # type: ignore[attr-defined]
+        self._scalar = scalar
         self._writer = EventsWriter(str(directory / "events"))
         if resumed_from is not None:  # later steps of the file before are no longer true
-            start = SessionLog(status=SessionLog.START)
+            log: Any = event_pb2.SessionLog  # type: ignore[attr-defined]
+            start = log(status=log.START)
             self._add(resumed_from + 1, session_log=start)
 
     def write(self, record: dict[str, Any]) -> None:

@@ -90,7 +90,7 @@ class LoraLinen:
                 return self.module.apply({"params": params}, *args, **kwargs)
 
         jax.eval_shape(trace, params, traced)
-        given = self.layouts_of_params or {}
+        given = dict(self.layouts_of_params or {})
         found = recorder.layouts()
         return {p: x for p, x in found.items() if rule_for(given, p).contracting is None} | given
 
