@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -51,20 +52,37 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _run(arguments: list[str]) -> None:
     parser, commands = _parsers()
-    options, rest = parser.parse_known_args(arguments)
-    command = commands[options.command]
-    overrides = _overrides(command, rest)
-    if overrides and not options.takes_overrides:
-        raise InputError(
-            f"{command.prog}: takes no {overrides[0]}{nearest(rest[0], command.flags())}"
-        )
-    options.run(options, overrides)
+    keys, others = _config_keys(arguments)
+    options, rest = parser.parse_known_args(others)
+    options.run(options, _overrides(commands[options.command], [*rest, *keys], options.sections))
 
 
-def _overrides(command: _Parser, rest: list[str]) -> list[str]:
+def _config_keys(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """`--section.key value` words, wherever they stand, and all others."""
+    keys, others = [], []
+    words = list(arguments)
+    while words:
+        word = words.pop(0)
+        if not re.match(r"--\w+\.\w", word):
+            others.append(word)
+            continue
+        keys.append(word)
+        if "=" not in word and words and not words[0].startswith("--"):
+            keys.append(words.pop(0))
+    return keys, others
+
+
+def _overrides(command: _Parser, rest: list[str], sections: Sequence[str]) -> list[str]:
     """The words that set config keys; anything else is a mistake to name."""
     for word in rest:
-        if word.startswith("--") and word[2:].split(".")[0].split("=")[0] not in SECTIONS:
+        section = word[2:].split(".")[0].split("=")[0]
+        if word.startswith("--") and section in SECTIONS and section not in sections:
+            there = f"only {', '.join(f'--{s}.key' for s in sections)}" if sections else "none"
+            raise InputError(
+                f"{command.prog}: takes no {word}{nearest(word, command.flags())}: of the"
+                f" config's keys, {there}"
+            )
+        if word.startswith("--") and section not in SECTIONS:
             section, dot, key = word[2:].partition(".")
             known = nearest(word, command.flags())
             if likely := difflib.get_close_matches(section, SECTIONS, n=1):
@@ -88,11 +106,11 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     sub = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     commands: dict[str, _Parser] = {}
 
-    def add(name: str, run: Any, text: str, examples: str, overrides: bool = False) -> _Parser:
+    def add(name: str, run: Any, text: str, examples: str, sections: Sequence[str] = ()) -> _Parser:
         commands[name] = sub.add_parser(
             name, help=text, description=text, epilog=f"examples:\n{examples}"
         )
-        commands[name].set_defaults(run=run, takes_overrides=overrides)
+        commands[name].set_defaults(run=run, sections=sections)
         return commands[name]
 
     p = add(
@@ -100,7 +118,7 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
         _quickstart,
         "Fine-tune the bundled base on the standard library's docstrings, and show the effect.",
         "  ./lora quickstart\n  ./lora quickstart --train.steps 20 --output runs/short\n",
-        overrides=True,
+        SECTIONS,
     )
     p.add_argument("--output", metavar="DIR", help="where to write (default runs/quickstart)")
 
@@ -112,7 +130,7 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
         "  ./lora train configs/gsm8k.yaml --data.train train.jsonl --data.eval test.jsonl\n"
         "  ./lora train configs/quickstart.yaml --lora.r 8 --output runs/rank8\n"
         "  ./lora train runs/rank8/config.yaml --resume\n",
-        overrides=True,
+        SECTIONS,
     )
     p.add_argument("config", metavar="CONFIG.yaml")
     p.add_argument("--output", metavar="DIR", help="where to write; must not hold a run")
@@ -130,7 +148,7 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
         "  ./lora evaluate --model DIR --adapter DIR --data test.jsonl\n"
         "  ./lora evaluate --model DIR --data test.jsonl --data.template chatml"
         " --quant.format nf4\n",
-        overrides=True,
+        ("model", "quant", "data"),
     )
     p.add_argument("--model", required=True, metavar="DIR")
     p.add_argument("--adapter", metavar="DIR")
@@ -184,9 +202,9 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     )
     data_sub = data.add_subparsers(dest="action", metavar="ACTION", required=True)
 
-    def add_data(name: str, run: Any, text: str, examples: str, overrides: bool) -> _Parser:
+    def add_data(name: str, run: Any, text: str, examples: str, sections: Sequence[str]) -> _Parser:
         made = data_sub.add_parser(name, help=text, description=text, epilog=examples)
-        made.set_defaults(run=run, takes_overrides=overrides)
+        made.set_defaults(run=run, sections=sections)
         return made
 
     p = add_data(
@@ -196,7 +214,7 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
         "examples:\n  ./lora data show train.jsonl --model DIR --count 5\n"
         "  ./lora data show stdlib --data.template chatml\n"
         "  ./lora data show configs/quickstart.yaml\n",
-        True,
+        ("model", "data"),
     )
     p.add_argument("source", metavar="FILE", help="rows, or a run's YAML file")
     p.add_argument("--model", metavar="DIR", help="whose tokenizer (default: the bundled base)")
@@ -207,7 +225,7 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
         "Turn text, Markdown and CSV files below a directory into instruction rows.",
         "examples:\n  ./lora data make documents\n"
         "  ./lora data make documents --output rows --held-out 0.1\n",
-        False,
+        (),
     )
     p.add_argument("directory", metavar="DIR")
     p.add_argument("--output", metavar="DIR", help="where to write (default DIR-rows)")
