@@ -131,6 +131,25 @@ def test_wrong_words_get_one_line_with_the_nearest(run_file: Path, base_dir, cap
     assert "value is missing" in refused(capsys, "train", str(run_file), "--lora.r")
 
 
+def test_keys_may_stand_before_the_config(run_file: Path, capsys):
+    main(["train", "--lora.r", "3", "--train.steps=5", str(run_file), "--dry-run"])
+    out = capsys.readouterr().out
+    assert "2 of 2, rank 3, 64 -> 64" in out and "steps: 5" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "taken"),
+    [
+        (["merge", "--model", "a", "--adapter", "b", "--output", "c"], "none"),
+        (["evaluate", "--model", "a", "--data", "b"], "only --model.key, --quant.key, --data.key"),
+        (["data", "show", "stdlib"], "only --model.key, --data.key"),
+    ],
+)
+def test_keys_that_would_change_nothing_are_refused(capsys, words, taken):
+    message = refused(capsys, *words, "--train.steps", "3")
+    assert f"takes no --train.steps: of the config's keys, {taken}" in message
+
+
 def test_bad_input_names_the_place_and_leaves_nothing(
     run_file: Path, base_dir: Path, tmp_path: Path, capsys
 ):
