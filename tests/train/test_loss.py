@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.extend.core import jaxprs_in_params
 
 from lora_jax.train import next_token_loss
 
@@ -95,3 +96,38 @@ def test_chunks_without_a_trained_token_are_skipped():
         jax.effects_barrier()
         assert computed == expected
         np.testing.assert_allclose(float(loss), reference(hidden, head, ids, mask)[0], rtol=2e-6)
+
+
+def products(jaxpr) -> int:
+    """How many matrix products a jaxpr holds, inner ones included."""
+    inner = [j for e in jaxpr.eqns for j in jaxprs_in_params(e.params)]
+    return sum(e.primitive.name == "dot_general" for e in jaxpr.eqns) + sum(map(products, inner))
+
+
+def test_a_frozen_head_computes_its_logits_once():
+    hidden, head, ids, mask = draw(4)
+
+    def loss(hidden, head):
+        return next_token_loss(lambda h: h @ head, hidden, ids, mask, chunk=6)[0]
+
+    forward_only = jax.make_jaxpr(loss)(hidden, head)
+    frozen = jax.make_jaxpr(jax.grad(loss))(hidden, head)
+    trained = jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(hidden, head)
+    # The logits; the logits and the states' gradient; both again, and the head's gradient.
+    counts = [products(x.jaxpr) for x in (forward_only, frozen, trained)]
+    assert counts[0] == 1 and counts[1] == 2 and counts[2] >= 4
+
+
+@pytest.mark.parametrize("argnums", [0, (0, 1)])
+def test_gradient_of_half_precision_states(argnums):
+    hidden, head, ids, mask = draw(5)
+
+    def loss(hidden, head):
+        return next_token_loss(lambda h: h @ head, hidden, ids, mask, chunk=6)[0]
+
+    half = hidden.astype(jnp.bfloat16), head.astype(jnp.bfloat16)
+    found = jax.tree.leaves(jax.grad(loss, argnums)(*half))
+    exact = jax.tree.leaves(jax.grad(loss, argnums)(*(x.astype(jnp.float32) for x in half)))
+    for one, other in zip(found, exact, strict=True):
+        assert one.dtype == jnp.bfloat16
+        np.testing.assert_allclose(np.float32(one), other, atol=0.02 * np.abs(other).max())
