@@ -121,7 +121,7 @@ class LoraConfig:
             _set_names(self, name, single=name != "modules_to_save")
         for name in ("rank_pattern", "alpha_pattern"):
             _set_pattern(self, name)
-        for name in ("r", "lora_alpha", "lora_dropout"):
+        for name in ("r", "lora_alpha", "lora_dropout", "use_rslora", "init_lora_weights"):
             object.__setattr__(self, name, _plain(getattr(self, name)))
         _set_layers(self)
         for name, rank in {"r": self.r, **self.rank_pattern}.items():
@@ -154,9 +154,17 @@ class LoraConfig:
         for pattern in (*self.rank_pattern, *self.alpha_pattern):
             _compiled(pattern)
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, LoraConfig) and self._key() == other._key()
+
     def __hash__(self) -> int:
-        # Lists and dicts have no hash; equal configs agree on these.
-        return hash((self.r, self.lora_alpha, self.use_rslora, self.adapter_dtype))
+        return hash(self._key())
+
+    def _key(self) -> tuple[Any, ...]:
+        """All fields; patterns in their order, since the first that matches wins."""
+        values = (getattr(self, field.name) for field in dataclasses.fields(self))
+        ordered = (tuple(v.items()) if isinstance(v, dict) else v for v in values)
+        return tuple(tuple(v) if isinstance(v, list) else v for v in ordered)
 
     def rank(self, path: str) -> int:
         """Rank at a module path (`/` or `.` between names), after `rank_pattern`."""
@@ -246,7 +254,8 @@ def _set_names(config: LoraConfig, field: str, *, single: bool) -> None:
 
 def _plain(value: Any) -> Any:
     """A number of numpy's as Python's own, which JSON can hold."""
-    return value.item() if isinstance(value, np.generic) else value
+    is_number = isinstance(value, np.generic) or (isinstance(value, np.ndarray) and not value.ndim)
+    return value.item() if is_number else value
 
 
 def _set_pattern(config: LoraConfig, field: str) -> None:
@@ -262,7 +271,7 @@ def _set_pattern(config: LoraConfig, field: str) -> None:
 
 
 def _set_layers(config: LoraConfig) -> None:
-    value = config.layers_to_transform
+    value = _plain(config.layers_to_transform)
     several = isinstance(value, list | tuple | set | range | np.ndarray)
     given: Any = value if several else [] if value is None else [value]
     numbers = [_plain(number) for number in given]

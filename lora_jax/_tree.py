@@ -54,7 +54,8 @@ def map_with_path(function: Callable[[str, Any], Any], tree: Params, prefix: str
         path = f"{prefix}/{name}" if prefix else str(name)
         inner = isinstance(value, Mapping)
         mapped[name] = map_with_path(function, value, path) if inner else function(path, value)
-    return type(tree)(mapped)  # type: ignore[call-arg]
+    # Flax's FrozenDict stays one; what is a dict already may need more to be made.
+    return mapped if isinstance(tree, dict) else type(tree)(mapped)  # type: ignore[call-arg]
 
 
 def partition(tree: Params, mask: Mask) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -76,8 +76,10 @@ def _overrides(command: _Parser, rest: list[str], sections: Sequence[str]) -> li
     """The words that set config keys; anything else is a mistake to name."""
     for word in rest:
         section = word[2:].split(".")[0].split("=")[0]
-        if word.startswith("--") and section in SECTIONS and section not in sections:
-            there = f"only {', '.join(f'--{s}.key' for s in sections)}" if sections else "none"
+        taken = section in sections or word[2:].split("=")[0] in sections
+        if word.startswith("--") and section in SECTIONS and not taken:
+            names = [f"--{s}" if "." in s else f"--{s}.key" for s in sections]
+            there = f"only {', '.join(names)}" if names else "none"
             raise InputError(
                 f"{command.prog}: takes no {word}{nearest(word, command.flags())}: of the"
                 f" config's keys, {there}"
@@ -148,7 +150,7 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
         "  ./lora evaluate --model DIR --adapter DIR --data test.jsonl\n"
         "  ./lora evaluate --model DIR --data test.jsonl --data.template chatml"
         " --quant.format nf4\n",
-        ("model", "quant", "data"),
+        ("model", "quant", "data", "train.loss_chunk"),
     )
     p.add_argument("--model", required=True, metavar="DIR")
     p.add_argument("--adapter", metavar="DIR")

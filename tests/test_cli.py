@@ -141,7 +141,10 @@ def test_keys_may_stand_before_the_config(run_file: Path, capsys):
     ("words", "taken"),
     [
         (["merge", "--model", "a", "--adapter", "b", "--output", "c"], "none"),
-        (["evaluate", "--model", "a", "--data", "b"], "only --model.key, --quant.key, --data.key"),
+        (
+            ["evaluate", "--model", "a", "--data", "b"],
+            "only --model.key, --quant.key, --data.key, --train.loss_chunk",
+        ),
         (["data", "show", "stdlib"], "only --model.key, --data.key"),
     ],
 )

@@ -1,3 +1,5 @@
+from collections import defaultdict
+
 import flax
 import pytest
 from hypothesis import given, settings
@@ -85,6 +87,7 @@ def test_a_map_keeps_mappings_as_they_are():
     mapped = map_with_path(lambda path, leaf: (path, leaf), tree)
     assert mapped == flax.core.freeze({"a": {"b": ("a/b", 1), "none": {}}, "c": ("c", 2)})
     assert type(mapped) is type(tree)
+    assert map_with_path(lambda path, _: path, defaultdict(dict, a=1)) == {"a": "a"}
 
 
 def test_everything_lies_below_the_root():

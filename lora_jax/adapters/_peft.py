@@ -36,6 +36,7 @@ from ..lora import (
     rule_for,
     saved_modules,
 )
+from ..quant import QuantizedTensor, config_of, quantize
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -325,10 +326,14 @@ def _equals(value: np.ndarray, leaf: Any, layer: int | None) -> bool:
         return False
     if any(isinstance(part, jax.ShapeDtypeStruct) for part in jax.tree.leaves(leaf)):
         return True
-    own = np.asarray(meta.unbox(leaf) if layer is None else meta.unbox(leaf)[layer])
-    # Rounded to the coarser of both: a base in float32 may have been trained in bfloat16.
-    coarser = min(value.dtype, np.dtype(dtype), key=lambda t: t.itemsize)
-    return np.array_equal(own.astype(coarser), value.astype(coarser))
+    own = leaf if layer is None else jax.tree.map(lambda x: x[layer], leaf)
+    if isinstance(own, QuantizedTensor):
+        again = quantize(jnp.asarray(value, dtype), config_of(own), contracting=own.contracting)
+        pairs = zip(jax.tree.leaves(own), jax.tree.leaves(again), strict=True)
+        return all(np.array_equal(a, b) for a, b in pairs)
+    own = np.asarray(meta.unbox(own))
+    # Rounded to the type of either: a base in float32 may have been trained in bfloat16.
+    return any(np.array_equal(own.astype(t), value.astype(t)) for t in (own.dtype, value.dtype))
 
 
 def _read_whole(path: str, leaf: Any, layouts: Layouts | None, take: Any) -> Any:

@@ -90,31 +90,36 @@ def _sections(text: str, *, markdown: bool) -> Iterator[_Section]:
     section, fence = _Section((), [], skipped), ""
     for number, line in enumerate(lines[skipped:], skipped + 1):
         fence = _open_fence(line, fence)
-        heading = _heading(lines, number - 1) if markdown and not fence else None
+        heading = _heading(lines, number - 1, skipped) if markdown and not fence else None
         if heading:
             yield section
             level, title = heading
             above = [title for title in section.titles if title[0] < level]
             section = _Section((*above, (level, title)), [], number)
-        elif not (section.titles and not section.lines and _is_underline(lines, number - 1)):
+        elif not (
+            section.titles and not section.lines and _is_underline(lines, number - 1, skipped)
+        ):
             section.lines.append(line)
     yield section
 
 
-def _heading(lines: list[str], i: int) -> tuple[int, str] | None:
+def _heading(lines: list[str], i: int, first: int) -> tuple[int, str] | None:
     """Level and title of a heading on line `i`, marked by signs before it or underlined."""
     if marked := _HEADING.match(lines[i]):
         return len(marked[1]), marked[2].rstrip().rstrip("#").rstrip()
-    if _is_underline(lines, i + 1):
+    if _is_underline(lines, i + 1, first):
         return (1 if lines[i + 1].startswith("=") else 2), lines[i].strip()
     return None
 
 
-def _is_underline(lines: list[str], i: int) -> bool:
-    """Whether line `i` underlines a title: one line of text with nothing before it."""
-    if not 0 < i < len(lines) or not _UNDERLINE.match(lines[i]):
+def _is_underline(lines: list[str], i: int, first: int) -> bool:
+    """Whether line `i` underlines a title: one line of text with nothing before it.
+
+    The text begins with line `first`.
+    """
+    if not first < i < len(lines) or not _UNDERLINE.match(lines[i]):
         return False
-    title, alone = lines[i - 1], i < 2 or not lines[i - 2].strip()
+    title, alone = lines[i - 1], i - 2 < first or not lines[i - 2].strip()
     return alone and bool(re.match(r"\s{0,3}\w", title)) and len(title) <= _LONGEST_TITLE
 
 
@@ -166,7 +171,7 @@ def _article_rows(
             is_title = len(title) <= _LONGEST_TITLE and not title.endswith((".", ";", ","))
             label = f"{article[1]} {title}".strip() if is_title else article[1]
             body, start = [] if is_title else [title], number
-        else:
+        elif body or not (label and _UNDERLINE.match(line)):
             body.append(line)
         after_blank = not line.strip() or article is not None
     if label:

@@ -72,7 +72,8 @@ def _merge(
     params: Params, adapter: Params, sign: float, layouts: Layouts | None, dtype: Any
 ) -> Params:
     boxed = dict(leaves_with_path(box_adapters(combine(params, adapter), layouts)))
-    for path in boxed.keys() - dict(leaves_with_path(params)).keys():
+    before = dict(leaves_with_path(params))
+    for path in boxed.keys() - before.keys():
         raise InputError(
             f"{path}: the base has no such parameter; this adapter was made for another base"
         )
@@ -87,7 +88,9 @@ def _merge(
             new = _whole(path, value, old, dtype)
         return old.replace_boxed(new) if isinstance(old, meta.AxisMetadata) else new
 
-    return map_with_path(leaf, params)
+    # A base that holds an adapter already loses it.
+    bare = params if boxed.keys() == before.keys() else partition(params, boxed.__contains__)[0]
+    return map_with_path(leaf, bare)
 
 
 def _whole(path: str, value: Any, old: Any, dtype: Any) -> Any:

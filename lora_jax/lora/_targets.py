@@ -108,11 +108,10 @@ def _matched(params: Params, wanted: "_Matcher", layouts: Layouts | None) -> tup
     targets = []
     for path, leaf in _candidates(params, layouts):
         layout = rule_for(layouts, path)
-        if wanted.config.target_modules == "all-linear" and layout.contracting == ():
-            continue
         names = paths_of_layers(target_name(path), layout, leaf_shape(leaf)[0])
         chosen = [wanted(name, path) for name in names]
-        if any(chosen):
+        all_linear = wanted.config.target_modules == "all-linear"
+        if any(chosen) and not (all_linear and layout.contracting == ()):
             layout = dataclasses.replace(layout, contracting=known_contracting(layouts, path, leaf))
             targets.append(_target(path, leaf, names, chosen, wanted.config, layout))
     return tuple(targets)
@@ -149,11 +148,13 @@ def check_untied(path: str, params: Mapping[str, Any]) -> None:
         path: One of `saved_modules`.
         params: The base's leaves by path.
     """
-    heads = {name for other in params for name in other.split("/")}.intersection(OUTPUT_HEADS)
-    if path.split("/")[-2:] == ["embed_tokens", "embedding"] and not heads:
+    heads = {other.split("/")[0] for other in params}.intersection(OUTPUT_HEADS)
+    # Only of the decoder's own tree is it known that the head is either there or shared.
+    if path == "model/embed_tokens/embedding" and not heads:
         raise InputError(
-            f"lora: modules_to_save: the output head shares {path} in this base, and training"
-            " both (PEFT's ensure_weight_tying) is not supported; take it out of modules_to_save"
+            f"lora: modules_to_save: this base has no lm_head, so its output head shares {path};"
+            " training both (PEFT's ensure_weight_tying) is not supported; take it out of"
+            " modules_to_save"
         )
 
 
@@ -242,13 +243,14 @@ class _Matcher:
             return False
         if self.config.target_modules == "all-linear" and not _is_linear(path):
             return False
-        # A name in full says its layer itself.
-        if self.layers is None or dotted in _as_list(self.config.target_modules):
+        if self.layers is None:
             return True
         number = _layer_number(dotted)
         if number in self.layers:
             self.counts["layers_to_transform", str(number)] += 1
-        return number in self.layers
+        # A name in full says its layer itself.
+        in_full = [p.replace("/", ".") for p in _as_list(self.config.target_modules)]
+        return number in self.layers or dotted in in_full
 
     def _matches(self, field: str, dotted: str) -> bool:
         patterns = getattr(self.config, field)

@@ -67,6 +67,11 @@ def quantize(
     )
 
 
+def config_of(q: QuantizedTensor) -> QuantConfig:
+    """The config that a quantized kernel was made with."""
+    return QuantConfig(q.format, q.block_size, q.offset is not None)  # type: ignore[arg-type]
+
+
 _Arrays = tuple[Array, Array, Array | None, Array | None]
 
 

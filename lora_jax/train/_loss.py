@@ -1,17 +1,14 @@
 """Cross-entropy over the trained tokens, without all logits at once."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.extend.core import ClosedJaxpr, Jaxpr, jaxpr_as_fun
 from jaxtyping import Bool, Float, Int
 
 from .._typing import Array
-
-Head = Callable[..., Array]
-"""From states (tokens, d) and its weights to logits (tokens, vocab)."""
 
 
 def next_token_loss(
@@ -25,9 +22,9 @@ def next_token_loss(
     """Sum over trained tokens of -log p(token | what stands before), and their number.
 
     The logits of `chunk` tokens exist at a time.  Under a frozen head their gradient is taken
-    while they do, so that they are computed once; a trained head computes them again.  Tokens
-    that are not trained on come last, and chunks of nothing else are skipped: where a tenth of
-    the tokens are answers, nine tenths of the head's work are saved.
+    while they do, so that they are computed once; a trained head computes them again.  In each
+    row the tokens that are trained on come first, and chunks without any are skipped: where
+    answers are short and chunks small, most of the head's work is saved.
 
     Args:
         head: From hidden states (tokens, d) to logits (tokens, vocab).
@@ -58,74 +55,90 @@ def next_token_loss(
         x = jnp.pad(x, ((0, 0), (0, -seq % length), *[(0, 0)] * (x.ndim - 2)))
         return x.reshape(batch, -1, length, *x.shape[2:]).swapaxes(0, 1)
 
-    # What a trained head closes over becomes an argument, which has a gradient.
-    example = jax.ShapeDtypeStruct((batch * length, width), hidden.dtype)
-    head, weights = jax.closure_convert(head, example)
+    # All that the head closes over becomes an argument: a trained part of it has a gradient.
+    opened = jax.make_jaxpr(head)(jax.ShapeDtypeStruct((batch * length, width), hidden.dtype))
     states, targets, ours = chunks(hidden[:, :-1]), chunks(input_ids[:, 1:]), chunks(mask)
-    return _loss(head, states, weights, targets, ours), jnp.sum(mask)
+    return _loss(opened.jaxpr, states, opened.consts, targets, ours), jnp.sum(mask)
 
 
-def _chunk_loss(head: Head, states: Array, weights: Any, targets: Array, mask: Array) -> Array:
-    logits = head(states.reshape(-1, states.shape[-1]), *weights).astype(jnp.float32)
+def _chunk_loss(head: Jaxpr, states: Array, weights: Any, targets: Array, mask: Array) -> Array:
+    closed = ClosedJaxpr(head, weights)
+    logits = jaxpr_as_fun(closed)(states.reshape(-1, states.shape[-1]))[0].astype(jnp.float32)
     picked = jnp.take_along_axis(logits, targets.reshape(-1, 1), axis=-1)[:, 0]
     loss = jax.nn.logsumexp(logits, axis=-1) - picked
     return jnp.sum(jnp.where(mask.reshape(-1), loss, 0.0))
 
 
-def _sum_loss(head: Head, states: Array, weights: Any, targets: Array, mask: Array) -> Array:
-    """The loss of all chunks; its backward pass computes the logits again."""
+def _sum_loss(head: Jaxpr, states: Array, weights: Any, targets: Array, mask: Array) -> Array:
+    """The loss of all chunks."""
 
-    @partial(jax.checkpoint, prevent_cse=False)
     def add(total: Array, part: Any) -> tuple[Array, None]:
-        states, targets, mask = part
-
         def loss() -> Array:
-            return _chunk_loss(head, states, weights, targets, mask)
+            states, targets, mask = part
+            return total + _chunk_loss(head, states, weights, targets, mask)
 
-        return total + jax.lax.cond(jnp.any(mask), loss, lambda: jnp.zeros((), jnp.float32)), None
+        return jax.lax.cond(jnp.any(part[-1]), loss, lambda: total), None
 
     return jax.lax.scan(add, jnp.zeros((), jnp.float32), (states, targets, mask))[0]
 
 
-def _sum_loss_and_gradient(
-    head: Head, states: Array, weights: Any, targets: Array, mask: Array
-) -> tuple[Array, Array]:
-    """The loss of all chunks and its gradient by the states, from the same logits."""
+def _sum_gradients(
+    head: Jaxpr, states: Array, trained: Any, frozen: Any, targets: Array, mask: Array
+) -> tuple[tuple[Array, Any], Array]:
+    """((loss, gradient by what is trained of the head), gradient by the states)."""
 
-    def add(total: Array, part: Any) -> tuple[Array, Array]:
-        states, targets, mask = part
+    def chunk_loss(states: Array, trained: Any, targets: Array, mask: Array) -> Array:
+        return _chunk_loss(head, states, _either(trained, frozen), targets, mask)
 
-        def both() -> tuple[Array, Array]:
-            return jax.value_and_grad(partial(_chunk_loss, head))(states, weights, targets, mask)
+    def add(total: Any, part: Any) -> tuple[Any, Array]:
+        def gradients() -> tuple[Any, Array]:
+            states, targets, mask = part
+            loss, (by_states, by_trained) = jax.value_and_grad(chunk_loss, (0, 1))(
+                states, trained, targets, mask
+            )
+            return jax.tree.map(jnp.add, total, (loss, _float32(by_trained))), by_states
 
-        def nothing() -> tuple[Array, Array]:
-            return jnp.zeros((), jnp.float32), jnp.zeros_like(states)
+        return jax.lax.cond(jnp.any(part[-1]), gradients, lambda: (total, jnp.zeros_like(part[0])))
 
-        loss, gradient = jax.lax.cond(jnp.any(mask), both, nothing)
-        return total + loss, gradient
-
-    return jax.lax.scan(add, jnp.zeros((), jnp.float32), (states, targets, mask))
+    zeros = jax.tree.map(jnp.zeros_like, _float32(trained))
+    return jax.lax.scan(add, (jnp.zeros((), jnp.float32), zeros), (states, targets, mask))
 
 
 _loss = jax.custom_vjp(_sum_loss, nondiff_argnums=(0,))
 
 
-def _forward(head: Head, states: Any, weights: Any, targets: Any, mask: Any) -> tuple[Array, Any]:
-    is_trained = any(weight.perturbed for weight in weights)
-    values = states.value, [w.value for w in weights], targets.value, mask.value
-    if is_trained:
-        return _sum_loss(head, *values), (values, None)
-    loss, gradient = _sum_loss_and_gradient(head, *values)
-    return loss, (None, gradient)
+def _forward(head: Jaxpr, states: Any, weights: Any, targets: Any, mask: Any) -> tuple[Array, Any]:
+    # None stands where the other one has the weight: how they divide is known while tracing.
+    trained = [w.value if w.perturbed and _has_gradient(w.value) else None for w in weights]
+    frozen = [w.value if t is None else None for w, t in zip(weights, trained, strict=True)]
+    values = states.value, trained, frozen, targets.value, mask.value
+    if jax.tree.leaves(trained):
+        loss = _sum_loss(head, states.value, _either(trained, frozen), *values[3:])
+        return loss, (values, None)
+    (loss, _), gradient = _sum_gradients(head, *values)
+    return loss, (None, (gradient, trained))
 
 
-def _backward(head: Head, kept: Any, g: Array) -> tuple[Any, ...]:
-    values, gradient = kept
-    if values is None:
-        return (g * gradient).astype(gradient.dtype), None, None, None
-    states, weights, targets, mask = values
-    _, pull = jax.vjp(lambda s, w: _sum_loss(head, s, w, targets, mask), states, weights)
-    return (*pull(g), None, None)
+def _backward(head: Jaxpr, kept: Any, g: Array) -> tuple[Any, ...]:
+    values, gradients = kept
+    if gradients is None:
+        (_, by_trained), by_states = _sum_gradients(head, *values)
+        by_trained = jax.tree.map(lambda x, w: (g * x).astype(w.dtype), by_trained, values[1])
+    else:
+        by_states, by_trained = gradients
+    return (g * by_states).astype(by_states.dtype), by_trained, None, None
 
 
 _loss.defvjp(_forward, _backward, symbolic_zeros=True)
+
+
+def _either(some: list[Any], others: list[Any]) -> list[Any]:
+    return [b if a is None else a for a, b in zip(some, others, strict=True)]
+
+
+def _has_gradient(x: Array) -> bool:
+    return jnp.issubdtype(x.dtype, jnp.inexact)
+
+
+def _float32(tree: Any) -> Any:
+    return jax.tree.map(lambda x: x.astype(jnp.float32), tree)

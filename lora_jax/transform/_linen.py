@@ -90,9 +90,12 @@ class LoraLinen:
                 return self.module.apply({"params": params}, *args, **kwargs)
 
         jax.eval_shape(trace, params, traced)
-        given = dict(self.layouts_of_params or {})
-        found = recorder.layouts()
-        return {p: x for p, x in found.items() if rule_for(given, p).contracting is None} | given
+        given, found = self.layouts_of_params or {}, recorder.layouts()
+        own = {
+            p: dataclasses.replace(x, stack=rule_for(found, p).stack) if x.stack is None else x
+            for p, x in given.items()
+        }
+        return {p: x for p, x in found.items() if rule_for(given, p).contracting is None} | own
 
 
 def lora_linen(module: nn.Module, *, layouts: Layouts | None = None) -> LoraLinen:

@@ -80,13 +80,6 @@ def test_a_layer_that_is_called_embedding(tmp_path):
     np.testing.assert_array_equal(loaded["embedding"]["lora_A"], adapter["embedding"]["lora_A"])
 
 
-def test_a_name_in_full_says_its_layer_itself(tmp_path):
-    wanted = config(target_modules=["layers.0.q_proj", "v_proj"], layers_to_transform=[2])
-    adapter = saved(tmp_path / "a", wanted)
-    assert (adapter["layers"]["q_proj"]["lora_scaling"] != 0).tolist() == [True, False, False]
-    assert (adapter["layers"]["v_proj"]["lora_scaling"] != 0).tolist() == [False, False, True]
-
-
 def edit(directory, **tensors):
     path = directory / "adapter_model.safetensors"
     save_file({**load_file(path), **{PREFIX + k: v for k, v in tensors.items()}}, path)
@@ -122,13 +115,31 @@ def test_a_copy_of_one_layer_of_a_stack(tmp_path):
 
 
 def test_an_embedding_that_the_head_shares_is_not_trained_whole(tmp_path):
+    inner = {name: value for name, value in base().items() if name != "lm_head"}
+    untied, tied = {"model": inner, "lm_head": base()["lm_head"]}, {"model": inner}
+    layouts = {"model/layers": KernelLayout(stack="model/layers")}
     wanted = config(modules_to_save=["embed_tokens"])
-    saved(tmp_path / "a", wanted)
-    tied = {name: value for name, value in base().items() if name != "lm_head"}
-    with pytest.raises(InputError, match="modules_to_save: the output head shares embed_tokens"):
-        init_adapter(KEY, tied, wanted, layouts=LAYOUTS)
-    with pytest.raises(InputError, match="modules_to_save: the output head shares embed_tokens"):
-        load_adapter(tmp_path / "a", tied, layouts=LAYOUTS)
+    adapter = init_adapter(KEY, untied, wanted, layouts=layouts)
+    save_adapter(tmp_path / "a", adapter, wanted, layouts=layouts)
+    for refuse in (init_adapter, lambda _, *rest, **k: load_adapter(tmp_path / "a", rest[0], **k)):
+        with pytest.raises(InputError, match="modules_to_save: .* head shares model/embed_tokens"):
+            refuse(KEY, tied, wanted, layouts=layouts)
+    # Of another module nobody knows whether it has such a head.
+    assert init_adapter(KEY, inner, wanted, layouts=LAYOUTS)["embed_tokens"]
+
+
+@pytest.mark.parametrize("file", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("own", ["float32", "bfloat16", "float16", "nf4"])
+def test_copies_of_the_base_in_another_type(tmp_path, own, file):
+    params = base()
+    kernel = params["lm_head"]["kernel"].astype(file)
+    saved(tmp_path / "a", config())
+    params["lm_head"]["kernel"] = quantize(kernel) if own == "nf4" else kernel.astype(own)
+    edit(tmp_path / "a", **{"lm_head.weight": np.asarray(kernel).T.copy()})
+    load_adapter(tmp_path / "a", params, layouts=LAYOUTS)
+    edit(tmp_path / "a", **{"lm_head.weight": np.asarray(kernel[:, ::-1]).T.copy()})
+    with pytest.raises(InputError, match="not this base's lm_head/kernel"):
+        load_adapter(tmp_path / "a", params, layouts=LAYOUTS)
 
 
 def test_a_config_nested_beyond_measure(tmp_path):

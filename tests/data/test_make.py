@@ -275,6 +275,14 @@ def test_items_of_a_list_are_no_articles(tmp_path, text):
     assert questions(tmp_path, "a.txt", text) == []
 
 
+def test_underlined_titles_after_front_matter_and_in_plain_text(tmp_path):
+    assert questions(tmp_path, "a.md", "---\ntitle: x\n---\nGuide\n=====\n\nIntro.\n") == [
+        ('What does "doc" say under "Guide"?', "Intro.")
+    ]
+    text = "1. Scope\n--------\nAll.\n\n2. Law\n------\n\nNone.\n"
+    assert [answer for _, answer in questions(tmp_path, "b.txt", text)] == ["All.", "None."]
+
+
 def test_titles_that_are_underlined(tmp_path):
     text = (
         "Guide\n=====\n\nIntro.\n\nInstall\n-------\nTwo lines\nof text\n---\nand a rule.\n\n---\n"

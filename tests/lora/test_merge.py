@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from lora_jax import (
     InputError,
     LoraConfig,
+    combine,
     init_adapter,
     merge_adapter,
     quantize,
@@ -103,6 +104,16 @@ def test_the_base_s_structure_is_kept():
     assert jax.tree.structure(merged) == jax.tree.structure(frozen)
     again = unmerge_adapter(merged, adapter)
     np.testing.assert_allclose(again["s"]["w"]["kernel"], params["s"]["w"]["kernel"], atol=1e-6)
+
+
+def test_a_base_that_holds_the_adapter_already():
+    """As a whole tree does that was trained through `freeze_base`."""
+    params, adapter, _ = make((4, 6))
+    merged = merge_adapter(params, adapter)
+    for again in (adapter, {}):
+        both = merge_adapter(combine(params, adapter), again)
+        assert jax.tree.structure(both) == jax.tree.structure(merged)
+        np.testing.assert_array_equal(both["s"]["w"]["kernel"], merged["s"]["w"]["kernel"])
 
 
 def test_a_kernel_quantized_along_other_axes():

@@ -49,6 +49,14 @@ def test_layers_become_ranks_of_zero():
     assert targets["q_proj"].names[2] == "model/layers/2/attn/q_proj"
 
 
+@pytest.mark.parametrize("name", ["model.layers.0.attn.q_proj", "model/layers/0/attn/q_proj"])
+@pytest.mark.parametrize("layer", [0, 2])
+def test_a_name_in_full_says_its_layer_itself(name, layer):
+    targets = found(target_modules=[name, "v_proj"], layers_to_transform=[layer])
+    assert targets["q_proj"].ranks == (8, 0, 0)
+    assert [rank > 0 for rank in targets["v_proj"].ranks] == [i == layer for i in range(3)]
+
+
 def test_no_layers_means_all():
     assert found(target_modules=["q_proj"], layers_to_transform=[])["q_proj"].ranks == (8, 8, 8)
 
@@ -111,6 +119,8 @@ def test_what_is_no_contraction_is_left_out_of_all_linear():
     layouts = {"conv/kernel": KernelLayout(contracting=())}
     (target,) = find_targets(params, LoraConfig(target_modules="all-linear"), layouts=layouts)
     assert target.path == "out/kernel"
+    left_out = LoraConfig(target_modules="all-linear", exclude_modules=["conv"])
+    assert find_targets(params, left_out, layouts=layouts) == (target,)
     with pytest.raises(InputError, match="conv/kernel has 3 axes and .* no plain contraction"):
         find_targets(params, LoraConfig(target_modules=["conv"]), layouts=layouts)
     with pytest.raises(InputError, match="a shape alone does not tell"):

@@ -131,3 +131,41 @@ def test_gradient_of_half_precision_states(argnums):
     for one, other in zip(found, exact, strict=True):
         assert one.dtype == jnp.bfloat16
         np.testing.assert_allclose(np.float32(one), other, atol=0.02 * np.abs(other).max())
+
+
+@pytest.mark.parametrize("argnums", [0, (0, 1)])
+@pytest.mark.parametrize(
+    "around",
+    [jax.jit, jax.checkpoint, lambda f: jax.vmap(f, (0, None))],
+    ids=["jit", "remat", "vmap"],
+)
+def test_whatever_stands_around_the_loss(around, argnums):
+    """A head that closes over integers too, as one of quantized weights or with dropout does."""
+    hidden, head, ids, mask = draw(6)
+    codes, key = jnp.arange(WIDTH, dtype=jnp.uint8), jax.random.key(0)
+
+    def loss(hidden, head, codes, key):
+        keep = jax.random.bernoulli(key, 0.8, (WIDTH, 1)) * codes[:, None]
+        return next_token_loss(lambda h: h @ (head * keep), hidden, ids, mask, chunk=6)[0]
+
+    def wrapped(hidden, head):
+        if around is jax.jit or around is jax.checkpoint:
+            return around(loss)(hidden, head, codes, key)
+        return around(lambda h, w: loss(h, w, codes, key))(hidden[None], head)[0]
+
+    plain = jax.grad(loss, argnums)(hidden, head, codes, key)
+    found = jax.jit(jax.grad(wrapped, argnums))(hidden, head)
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(plain), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5 * np.abs(other).max())
+
+
+def test_a_trained_head_is_not_copied_for_each_chunk():
+    width, vocab = 32, 4096
+    hidden, head = jnp.ones((2, 65, width)), jnp.ones((width, vocab))
+    ids = jnp.zeros((2, 65), jnp.int32)
+
+    def loss(head):
+        return next_token_loss(lambda h: h @ head, hidden, ids, ids == 0, chunk=16)[0]
+
+    compiled = jax.jit(jax.grad(loss)).lower(head).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 3 * head.nbytes

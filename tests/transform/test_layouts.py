@@ -100,6 +100,10 @@ def test_rules_of_the_caller_s_come_first():
     params = Mixed().init(jax.random.key(0), X, True)["params"]
     layouts = lora_linen(Mixed(), layouts=own).layouts(params, X, True)
     assert layouts["conv"] == own["conv"] and "conv/kernel" not in layouts
+    # Where a rule says nothing of a stack, the traced one holds.
+    own = {"layers/up": KernelLayout((0,))}
+    layouts = lora_linen(Mixed(), layouts=own).layouts(params, X, True)
+    assert layouts["layers/up"] == KernelLayout((0,), "layers")
 
 
 def test_a_stack_that_is_the_whole_model():
