@@ -3,7 +3,8 @@
     python experiments/quickstart/run.py
 
 A fresh clone is set up as a user does it, without what only the tests need (PyTorch, which
-TensorBoard's writer would import too), and runs the main job and the imports.  Prints a Markdown table and writes it into this directory's README.md, between two marks.
+TensorBoard's writer would import too), and runs the main job and the imports.  Prints a Markdown
+table and writes it into this directory's README.md, between two marks.
 """
 
 import json
