@@ -67,7 +67,7 @@ def quickstart(config: RunConfig, say: Say, listener: Any = None) -> Path:
     job = prepare(config)
     counts = job.counts()
     say(_introduction(job, counts))
-    scorer = _SentenceLoss(job)
+    scorer = SentenceLoss(job)
     fair = {"instruction": scorer.instruction(job.params), "natural": scorer.natural(job.params)}
     fair["before"] = min(fair.values())
     say(
@@ -102,7 +102,7 @@ def quickstart(config: RunConfig, say: Say, listener: Any = None) -> Path:
     return result.directory
 
 
-class _SentenceLoss:
+class SentenceLoss:
     """Mean loss of the held-out sentences' own tokens, asked for in two ways."""
 
     def __init__(self, job: Job) -> None:

@@ -1,3 +1,5 @@
+"""LoraConfig takes PEFT's fields and refuses what it does not do; QuantConfig likewise."""
+
 import dataclasses
 import json
 import math

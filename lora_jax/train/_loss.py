@@ -96,11 +96,11 @@ def _sum_gradients(
             loss, (by_states, by_trained) = jax.value_and_grad(chunk_loss, (0, 1))(
                 states, trained, targets, mask
             )
-            return jax.tree.map(jnp.add, total, (loss, _float32(by_trained))), by_states
+            return jax.tree.map(jnp.add, total, (loss, as_float32(by_trained))), by_states
 
         return jax.lax.cond(jnp.any(part[-1]), gradients, lambda: (total, jnp.zeros_like(part[0])))
 
-    zeros = jax.tree.map(jnp.zeros_like, _float32(trained))
+    zeros = jax.tree.map(jnp.zeros_like, as_float32(trained))
     return jax.lax.scan(add, (jnp.zeros((), jnp.float32), zeros), (states, targets, mask))
 
 
@@ -140,5 +140,6 @@ def _has_gradient(x: Array) -> bool:
     return jnp.issubdtype(x.dtype, jnp.inexact)
 
 
-def _float32(tree: Any) -> Any:
+def as_float32(tree: Any) -> Any:
+    """Sums, moments and updates are kept in float32, whatever is trained."""
     return jax.tree.map(lambda x: x.astype(jnp.float32), tree)

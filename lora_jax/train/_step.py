@@ -12,7 +12,7 @@ from .._tree import combine, leaves_with_path
 from .._typing import Array, Key, Params
 from ..lora import with_dropout
 from ..transform import LoraLinen
-from ._loss import next_token_loss
+from ._loss import as_float32, next_token_loss
 
 GROW_AFTER = 200
 """Good steps after which the loss scale of float16 doubles."""
@@ -55,7 +55,7 @@ def init_state(
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         trainable=trainable,
-        opt_state=tx.init(_float32(trainable)),
+        opt_state=tx.init(as_float32(trainable)),
         key=key,
         loss_scale=jnp.asarray(scale, jnp.float32),
         good_steps=jnp.zeros((), jnp.int32),
@@ -115,9 +115,9 @@ def make_step(
             grads, total = jax.grad(loss_of_batch, has_aux=True)(
                 trainable, base, batch, key, weight
             )
-            return jax.tree.map(jnp.add, carry, (total, _float32(grads))), None
+            return jax.tree.map(jnp.add, carry, (total, as_float32(grads))), None
 
-        first = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, _float32(trainable)))
+        first = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, as_float32(trainable)))
         keys = jax.random.split(key, len(batches["input_ids"]))
         return jax.lax.scan(body, first, (batches, keys))[0]
 
@@ -130,7 +130,7 @@ def make_step(
         total, grads = summed(state.trainable, base, batches, key, weight)
         grads = jax.tree.map(lambda g: g / state.loss_scale, grads)
         norm = optax.tree.norm(grads)
-        updates, opt_state = tx.update(grads, state.opt_state, _float32(state.trainable))
+        updates, opt_state = tx.update(grads, state.opt_state, as_float32(state.trainable))
         finite = jnp.isfinite(total + norm + optax.tree.norm(updates))
         trainable = optax.apply_updates(state.trainable, updates)
         metrics = {
@@ -165,8 +165,3 @@ def _next_scale(state: TrainState, finite: Array) -> dict[str, Array]:
 
 def _choose(condition: Array, new: Any, old: Any) -> Any:
     return jax.tree.map(lambda n, o: jnp.where(condition, n, o), new, old)
-
-
-def _float32(tree: Any) -> Any:
-    """Moments and updates are kept in float32, whatever is trained."""
-    return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
