@@ -248,9 +248,8 @@ def _check_saved_modules(adapter: Params, config: LoraConfig) -> None:
                 f"save_adapter: the adapter holds {path} whole, but the config's modules_to_save"
                 f" {config.modules_to_save} does not name it; pass the config it was made with"
             )
-    if missing := set(config.modules_to_save or []) - {
-        n for names in found.values() for n in names
-    }:
+    named = {name for names in found.values() for name in names}
+    if missing := set(config.modules_to_save or []) - named:
         raise InputError(
             f"save_adapter: modules_to_save {min(missing)!r} is not in the adapter; pass the config"
             " it was made with"
@@ -269,7 +268,8 @@ def _whole_keys(
     path: str, shape: tuple[int, ...], layouts: Layouts | None
 ) -> tuple[list[str], bool]:
     stack = rule_for(layouts, path).stack
-    keys = hf_keys(path, [stack] if stack else [], shape[0] if stack else 1)
+    stacked = [] if stack is None else [stack]
+    keys = hf_keys(path, stacked, shape[0] if stacked else 1)
     return [_PREFIX + key for key in keys], stack is not None
 
 

@@ -26,6 +26,7 @@ def base():
         "embed_tokens": {"embedding": normal(7, 4).astype(jnp.bfloat16)},
         "layers": {"q_proj": {"kernel": normal(3, 4, 6)}, "v_proj": {"kernel": normal(3, 4, 2)}},
         "lm_head": {"kernel": normal(4, 7)},
+        "temperature": jnp.float32(2),  # a parameter without any axis
     }
 
 
@@ -150,13 +151,13 @@ def test_a_config_nested_beyond_measure(tmp_path):
 
 
 def test_the_whole_model_is_the_stack(tmp_path):
-    params = {"q_proj": {"kernel": base()["layers"]["q_proj"]["kernel"]}}
-    layouts = {"": KernelLayout(stack="")}
-    adapter = init_adapter(KEY, params, config(), layouts=layouts)
-    save_adapter(tmp_path / "a", adapter, config(), layouts=layouts)
-    assert f"{PREFIX}2.q_proj.lora_A.weight" in load_file(
-        tmp_path / "a" / "adapter_model.safetensors"
-    )
+    kernel = base()["layers"]["q_proj"]["kernel"]
+    params = {"q_proj": {"kernel": kernel}, "norm": {"scale": jnp.ones((3, 4))}}
+    layouts, wanted = {"": KernelLayout(stack="")}, config(modules_to_save=["norm"])
+    adapter = init_adapter(KEY, params, wanted, layouts=layouts)
+    save_adapter(tmp_path / "a", adapter, wanted, layouts=layouts)
+    keys = load_file(tmp_path / "a" / "adapter_model.safetensors").keys()
+    assert {f"{PREFIX}2.q_proj.lora_A.weight", f"{PREFIX}2.norm.scale"} <= keys
     loaded, _ = load_adapter(tmp_path / "a", params, layouts=layouts)
     np.testing.assert_array_equal(loaded["q_proj"]["lora_B"], adapter["q_proj"]["lora_B"])
 
