@@ -171,7 +171,23 @@ def test_equal_configs_are_one_key():
     assert config(b=2, a=1) not in {config(a=1, b=2)}
 
 
-@pytest.mark.parametrize("values", [{"format": "fp4"}, {"block_size": 32}])
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"format": "nf3"},
+        {"format": None},
+        {"head": "fp8"},
+        {"block_size": 16},
+        {"block_size": 33},
+        {"block_size": 8192},
+        {"block_size": 64.0},
+        {"double_quant": "yes"},
+        {"absmax_dtype": "float16", "double_quant": False},
+        {"absmax_dtype": "bfloat16"},
+        {"zero_point": True},
+    ],
+    ids=str,
+)
 def test_quantization_that_does_not_exist_is_refused(values, monkeypatch):
     # A user has no type checker running that would refuse the word first.
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)

@@ -207,7 +207,7 @@ def known_contracting(layouts: Layouts | None, path: str, leaf: Any) -> tuple[in
     """The contracted axes as ruled, or as a quantized tensor says itself."""
     ruled = rule_for(layouts, path).contracting
     if ruled is None and isinstance(leaf, QuantizedTensor):
-        return tuple(range(leaf.contracting))
+        return leaf.contracting
     return ruled
 
 

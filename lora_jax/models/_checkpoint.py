@@ -11,6 +11,7 @@ import numpy as np
 
 from .._errors import InputError
 from .._files import open_tensors
+from ..quant import QuantizedTensor, read_bitsandbytes, read_description, split_state
 from ._config import ModelConfig, config_from_hf, read_eos
 
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -27,8 +28,18 @@ class Entry:
     key: str
     shape: tuple[int, ...]
     dtype: str
+    state: Mapping[str, "Entry"] | None = None
+    """What bitsandbytes keeps beside a weight in four bits, whose shape and dtype are then those
+    of the dense one."""
 
-    def read(self) -> np.ndarray:
+    def read(self) -> np.ndarray | QuantizedTensor:
+        tensor = self._tensor()
+        if self.state is None:
+            return tensor
+        state = {name: entry._tensor() for name, entry in self.state.items()}
+        return read_bitsandbytes(tensor, state, name=f"{self.file}: {self.key}")
+
+    def _tensor(self) -> np.ndarray:
         # Opened anew for each tensor: pages of a file that stays mapped count as used memory.
         with open_tensors(self.file) as tensors:
             return tensors.get_tensor(self.key)
@@ -103,7 +114,32 @@ def checkpoint_entries(directory: Path) -> dict[str, Entry]:
     # Saved from the bare decoder, the names lack their first part.
     if not any(key.startswith("model.") for key in entries):
         entries = {k if k == HEAD else f"model.{k}": entry for k, entry in entries.items()}
-    return {k: entry for k, entry in entries.items() if not k.endswith("rotary_emb.inv_freq")}
+    entries = {k: entry for k, entry in entries.items() if not k.endswith("rotary_emb.inv_freq")}
+    return _with_states(entries)
+
+
+def _with_states(entries: Mapping[str, Entry]) -> dict[str, Entry]:
+    """The entries with bitsandbytes' tensors put to the weights they belong to."""
+    weights, states = {}, {}
+    for key, entry in entries.items():
+        if part := split_state(key):
+            states.setdefault(part[0], {})[part[1]] = entry
+        else:
+            weights[key] = entry
+    for key, state in states.items():
+        if key not in weights:
+            raise InputError(
+                f"{next(iter(state.values())).file}: {key} is missing, whose absmax"
+                " is there; copy the file again"
+            )
+        entry = weights[key]
+        described = {k: v._tensor() for k, v in state.items() if k.startswith("quant_state")}
+        told = read_description(described, f"{entry.file}: {key}")
+        dtype = next(short for short, name in DTYPES.items() if name == told["dtype"])
+        weights[key] = dataclasses.replace(
+            entry, shape=tuple(told["shape"]), dtype=dtype, state=state
+        )
+    return weights
 
 
 def float_dtype(name: str, where: str) -> Any:

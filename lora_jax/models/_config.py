@@ -99,10 +99,11 @@ def config_from_hf(raw: Mapping[str, Any], where: str = "config.json") -> ModelC
         raise InputError(f"{where}: rope type {rope_type!r} is not supported; known: 'default'")
     if raw.get("hidden_act", "silu") != "silu":
         raise InputError(f"{where}: hidden_act must be 'silu', got {raw['hidden_act']!r}")
-    if raw.get("quantization_config"):
+    quantized = raw.get("quantization_config")
+    if quantized and not (isinstance(quantized, Mapping) and _is_four_bits(quantized)):
         raise InputError(
-            f"{where}: the checkpoint is already quantized ({raw['quantization_config']});"
-            " give the float checkpoint and set quant instead"
+            f"{where}: the checkpoint is already quantized ({quantized}), and not by bitsandbytes"
+            " to 4 bits; give the float checkpoint and set quant instead"
         )
     fields = {f.name: f for f in dataclasses.fields(ModelConfig)}
     values = {k: v for k, v in raw.items() if k in fields and v is not None}
@@ -125,6 +126,11 @@ def config_from_hf(raw: Mapping[str, Any], where: str = "config.json") -> ModelC
         return ModelConfig(**values)
     except InputError as error:
         raise InputError(str(error).replace("model config", where, 1)) from None
+
+
+def _is_four_bits(quantized: Mapping[str, Any]) -> bool:
+    by_bitsandbytes = quantized.get("quant_method", "bitsandbytes") == "bitsandbytes"
+    return by_bitsandbytes and bool(quantized.get("load_in_4bit"))
 
 
 def read_eos(value: Any, where: str) -> int | tuple[int, ...]:

@@ -15,12 +15,13 @@ from .._names import hf_keys, is_kernel, stack_of
 from .._tree import leaves_with_path, map_with_path, tree_from_paths
 from .._typing import Params
 from ..lora import KernelLayout
-from ..quant import quantize
+from ..quant import QuantizedTensor, quantize
 from ._checkpoint import DTYPES, HEAD, Entry, checkpoint_entries, float_dtype, read_config
 from ._config import ModelConfig
 from ._decoder import STACKED, CausalLM
 
 _EMBEDDING = "model.embed_tokens.weight"
+_TABLE, _HEAD_KERNEL = "model/embed_tokens/embedding", "lm_head/kernel"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,8 +59,9 @@ def load_pretrained(
 
     Args:
         directory: The directory; nothing is downloaded.
-        quant: Quantize the linear kernels of the blocks as they are read; embedding, head
-            and norms stay dense.
+        quant: Quantize the linear kernels of the blocks as they are read, and the embedding and
+            the head where it says so. Kernels that bitsandbytes quantized to 4 bits are read as
+            they are, without it.
         dtype: Type of the activations: `"float32"`, `"bfloat16"` or `"float16"`.
         param_dtype: Type of the dense parameters; None keeps the file's.
         remat: What the backward pass keeps of a layer: `"none"`, `"full"` or `"dots"`.
@@ -70,7 +72,8 @@ def load_pretrained(
     Raises:
         InputError: if a file is missing, broken or a pickle; if tensors are missing,
             unexpected or do not fit the config; if the tokenizer's vocabulary exceeds the
-            model's; if the device cannot compute in `dtype`.
+            model's; if the device cannot compute in `dtype`; if a weight to be quantized is
+            not finite.
 
     Example:
         >>> import tempfile
@@ -97,8 +100,7 @@ def load_pretrained(
     tokenizer = _tokenizer(directory, config)
     leaves = {}
     for path, parts in plan.items():
-        chosen = quant if _quantizable(path) else None
-        leaves[path] = _read_leaf(path, parts, chosen, param_dtype)
+        leaves[path] = _read_leaf(path, parts, _quant_of(path, quant), param_dtype)
     return Pretrained(module, tree_from_paths(leaves), config, tokenizer, directory)
 
 
@@ -132,7 +134,7 @@ def abstract_params(
 
     def leaf(path: str, x: jax.ShapeDtypeStruct) -> Any:
         x = jax.ShapeDtypeStruct(x.shape, dtype)
-        return _stored(path, x, quant if _quantizable(path) else None)
+        return _stored(path, x, _quant_of(path, quant))
 
     return map_with_path(leaf, _shapes(config))
 
@@ -215,8 +217,18 @@ def _tokenizer(directory: Path, config: ModelConfig) -> Any:
     return tokenizer
 
 
-def _quantizable(path: str) -> bool:
-    return stack_of(path, (STACKED,)) is not None and is_kernel(path)
+def _quant_of(path: str, quant: QuantConfig | None) -> QuantConfig | None:
+    """How a leaf is kept: kernels of the blocks, the embedding and the head each have a format."""
+    if quant is None:
+        return None
+    if stack_of(path, (STACKED,)) is not None:
+        return quant.of(quant.format) if is_kernel(path) else None
+    return quant.of({_TABLE: quant.embedding, _HEAD_KERNEL: quant.head}.get(path))
+
+
+def _contracted(path: str) -> int | tuple[int, ...]:
+    """A table's rows are quantized along their own length."""
+    return (1,) if path == _TABLE else 1
 
 
 def _stored(path: str, x: jax.ShapeDtypeStruct, quant: QuantConfig | None) -> Any:
@@ -224,27 +236,59 @@ def _stored(path: str, x: jax.ShapeDtypeStruct, quant: QuantConfig | None) -> An
     if quant is None:
         return x
     stacked = int(stack_of(path, (STACKED,)) is not None)
-    return jax.eval_shape(functools.partial(quantize, config=quant, stacked=stacked), x)
+    return jax.eval_shape(
+        lambda x: quantize(x, quant, stacked=stacked, contracting=_contracted(path)), x
+    )
 
 
 def _read_leaf(
     path: str, parts: list[Entry], quant: QuantConfig | None, param_dtype: str | None
 ) -> Any:
     """Read one leaf; a stack is allocated once and filled, so one layer at most is twice there."""
-    dtype = param_dtype or jnp.result_type(*(DTYPES[part.dtype] for part in parts))
+    dtype = jnp.dtype(param_dtype or jnp.result_type(*(DTYPES[part.dtype] for part in parts)))
+    if any(part.state for part in parts):
+        return _read_quantized(parts, quant, dtype)
     transpose = is_kernel(path)
     if stack_of(path, (STACKED,)) is None:
         tensor = parts[0].read()
-        return jnp.array(tensor.T if transpose else tensor, dtype)
+        tensor = tensor.T if transpose else tensor
+        if quant is None:
+            return jnp.array(tensor, dtype)
+        leaf = _quantized(jnp.asarray(tensor), quant, contracting=_contracted(path), dtype=dtype)
+        _check_finite(leaf, parts)
+        return leaf
     shape = parts[0].shape[::-1] if transpose else parts[0].shape
-    stack = jax.tree.map(
-        lambda x: jnp.zeros(x.shape, x.dtype),
-        _stored(path, jax.ShapeDtypeStruct((len(parts), *shape), jnp.dtype(dtype)), quant),
-    )
+    stack = _stored(path, jax.ShapeDtypeStruct((len(parts), *shape), dtype), quant)
+    stack = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), stack)
     for i, part in enumerate(parts):
         filled = _fill(stack, part.read(), i, transpose=transpose, quant=quant)
         # Without waiting, many tensors are read before the first is written.
         stack = jax.block_until_ready(filled)
+    _check_finite(stack, parts)
+    return stack
+
+
+def _read_quantized(parts: list[Entry], quant: QuantConfig | None, dtype: Any) -> QuantizedTensor:
+    """A stack of kernels that bitsandbytes quantized; they stay as they are."""
+    if quant is not None:
+        raise InputError(
+            f"{parts[0].file}: {parts[0].key} is in four bits already; leave quant out"
+        )
+    if dense := [part for part in parts if part.state is None]:
+        raise InputError(
+            f"{dense[0].file}: {dense[0].key} is not quantized, but {parts[0].key} or another layer"
+            " of its stack is; quantize all layers alike, or none"
+        )
+    stack: Any = None
+    for i, part in enumerate(parts):
+        layer = dataclasses.replace(part.read(), dtype=dtype)
+        stack = _stack_of_zeros(layer, len(parts)) if stack is None else stack
+        if jax.tree.structure(layer) != jax.tree.structure(stack):
+            raise InputError(
+                f"{part.file}: {part.key} is quantized otherwise than {parts[0].key}; quantize all"
+                " layers alike"
+            )
+        stack = jax.block_until_ready(_fill(stack, layer, i, transpose=False, quant=None))
     return stack
 
 
@@ -253,6 +297,29 @@ def _fill(stack: Any, tensor: Any, i: Any, *, transpose: bool, quant: QuantConfi
     """Write one layer into a stack, in place."""
     layer = tensor.T if transpose else tensor
     if quant is not None:
-        # From the file's own precision, whatever type it opens to.
-        layer = dataclasses.replace(quantize(layer, quant), dtype=stack.dtype)
+        layer = _quantized(layer, quant, contracting=1, dtype=stack.dtype)
     return jax.tree.map(lambda s, x: s.at[i].set(x.astype(s.dtype)), stack, layer)
+
+
+@functools.partial(jax.jit, static_argnames=("quant", "contracting", "dtype"))
+def _quantized(tensor: Any, quant: QuantConfig, *, contracting: Any, dtype: Any) -> QuantizedTensor:
+    """Quantized from the file's own precision, whatever type it opens to."""
+    return dataclasses.replace(quantize(tensor, quant, contracting=contracting), dtype=dtype)
+
+
+def _stack_of_zeros(layer: Any, layers: int) -> Any:
+    return jax.tree.map(lambda x: jnp.zeros((layers, *np.shape(x)), x.dtype), layer)
+
+
+def _check_finite(leaf: Any, parts: list[Entry]) -> None:
+    """Refuse NaN and infinity in what was quantized, by the name of its tensor."""
+    if not isinstance(leaf, QuantizedTensor):
+        return
+    kept = leaf.scales if leaf.offset is None else leaf.offset
+    finite = np.isfinite(np.asarray(kept, np.float32).reshape(len(parts), -1)).all(axis=1)
+    if not finite.all():
+        part = parts[int(np.argmin(finite))]
+        raise InputError(
+            f"{part.file}: {part.key} holds weights that are not finite, which cannot be"
+            " quantized; the file is damaged, copy it again"
+        )

@@ -1,5 +1,6 @@
-"""Four-bit codebooks, nibble packing, and the 8-bit map that double quantization uses."""
+"""Codebooks, nibble packing, and the 8-bit map that double quantization uses."""
 
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -27,9 +28,12 @@ NF4 = (
     0.7229568362236023,
     1.0,
 )
+# A sign bit over the magnitudes 0, 1/192, 2/3, 1, 1/3, 1/2, 1/6, 1/4: bitsandbytes' order.
+_MAGNITUDES = (0.0, 0.005208333333, 0.66666667, 1.0, 0.33333333, 0.5, 0.16666667, 0.25)
+FP4 = (*_MAGNITUDES, *(-value for value in _MAGNITUDES))
 # -8..7 over 7.5: both ends of [-1, 1] are half a step from their nearest value.
 INT4 = tuple((index - 8) / 7.5 for index in range(16))
-CODEBOOKS = {"nf4": NF4, "int4": INT4}
+CODEBOOKS = {"nf4": NF4, "fp4": FP4, "int4": INT4}
 ZERO_CODE = 127
 
 
@@ -39,19 +43,24 @@ def midpoints(values: Sequence[float] | np.ndarray) -> np.ndarray:
     return (exact[:-1] + exact[1:]) / np.float32(2)
 
 
-def nearest_nibble(x: Array, values: Sequence[float]) -> Array:
-    """Index of the nearest of 16 ascending values; the lower one on a tie."""
+def nearest_nibble(x: Array, format: str) -> Array:
+    """Index of the nearest value of a codebook; that of the lower value on a tie."""
+    values = sorted(set(CODEBOOKS[format]))
     # A sum of comparisons stays one elementwise loop, where a search becomes a gather per step.
-    return sum((x > bound).astype(jnp.uint8) for bound in midpoints(values))  # type: ignore
+    rank: Array = sum((x > bound).astype(jnp.uint8) for bound in midpoints(values))  # type: ignore
+    if CODEBOOKS[format] == tuple(values):
+        return rank
+    return jnp.asarray([CODEBOOKS[format].index(value) for value in values], jnp.uint8)[rank]
 
 
-def pack(first: Array, second: Array) -> Array:
-    """One byte of two nibbles, the first one high."""
+def pack(nibbles: Array) -> Array:
+    """Bytes `(..., b/2, n)` of nibbles `(..., b, n)`; a byte's high one is of the first half."""
+    first, second = jnp.split(nibbles, 2, axis=-2)
     return (first << 4) | second
 
 
 def unpack(codes: Array) -> tuple[Array, Array]:
-    """The two nibbles of each byte."""
+    """The two nibbles of each byte, those of the block's first half first."""
     return codes >> 4, codes & 15
 
 
@@ -61,23 +70,27 @@ def lookup(index: Array, format: str) -> Array:
         return (index.astype(jnp.int32).astype(jnp.float32) - 8) / 7.5
     # XLA:CPU hoists each constant of a select out of a scan as an array of the weight's size;
     # elsewhere selects fuse with what uses them, and gathers do not.
-    return jax.lax.platform_dependent(index, cpu=_gather_nf4, default=_select_nf4)
+    values = CODEBOOKS[format]
+    return jax.lax.platform_dependent(
+        index,
+        cpu=functools.partial(_gather, values=values),
+        default=functools.partial(_select, values=values),
+    )
 
 
-def _gather_nf4(index: Array) -> Array:
-    return jnp.asarray(NF4, jnp.float32)[index.astype(jnp.int32)]
+def _gather(index: Array, values: Sequence[float]) -> Array:
+    return jnp.asarray(values, jnp.float32)[index.astype(jnp.int32)]
 
 
-def _select_nf4(index: Array) -> Array:
+def _select(index: Array, values: Sequence[float]) -> Array:
     """A tree of 15 selects, one level for each bit."""
-    values: list[Array] = [jnp.float32(value) for value in NF4]
+    level: list[Array] = [jnp.float32(value) for value in values]
     for bit in range(4):
         is_set = (index & (1 << bit)) != 0
-        values = [
-            jnp.where(is_set, odd, even)
-            for even, odd in zip(values[::2], values[1::2], strict=True)
+        level = [
+            jnp.where(is_set, odd, even) for even, odd in zip(level[::2], level[1::2], strict=True)
         ]
-    return values[0]
+    return level[0]
 
 
 def dynamic_values(codes: Array) -> Array:

@@ -23,7 +23,7 @@ from ..lora import (
     matrix_shape,
     rule_for,
 )
-from ..quant import QuantizedTensor, quantized_matmul
+from ..quant import QuantizedTensor, look_up, quantized_matmul
 from ._contraction import contraction_of
 
 
@@ -130,7 +130,7 @@ def _intercept(next_fun: Callable, args: tuple, kwargs: dict, context: Any) -> A
     name = "embedding" if layer else "kernel"
     if (layer or method == "__call__") and module.has_variable("params", name):
         param, inputs = module.get_variable("params", name), _inputs(args, kwargs)
-        if layer and isinstance(param, LoraParam) and inputs:
+        if layer and isinstance(param, LoraParam | QuantizedTensor) and inputs:
             return layer(module, param, *inputs)
         if not layer and isinstance(param, LoraParam | QuantizedTensor) and inputs:
             out = _product(module, param, jnp.asarray(inputs[0]), inputs[1:])
@@ -179,7 +179,7 @@ def _product(
 
 def _is_matrix(base: Any, contracting: tuple[int, ...]) -> bool:
     """Whether a quantized kernel is flattened as this layer needs it: that cannot be changed."""
-    return isinstance(base, QuantizedTensor) and contracting == tuple(range(base.contracting))
+    return isinstance(base, QuantizedTensor) and contracting == base.contracting
 
 
 def _as_matrix(base: Any, contracting: tuple[int, ...]) -> Any:
@@ -191,15 +191,28 @@ def _as_matrix(base: Any, contracting: tuple[int, ...]) -> Any:
     return base.transpose(*contracting, *features).reshape(shape)
 
 
-def _look_up(module: Any, param: LoraParam, ids: Array) -> Array:
-    (table,) = module.promote_dtype(meta.unbox(param.base), dtype=module.dtype, inexact=False)
-    a, b = param.lora_A.astype(table.dtype), param.lora_B.astype(table.dtype)
-    return jnp.take(table, ids, axis=0) + look_up_delta(ids, a, b, param.scaling)
+def _look_up(module: Any, param: LoraParam | QuantizedTensor, ids: Array) -> Array:
+    base = param.base if isinstance(param, LoraParam) else param
+    empty = jnp.zeros((), base.dtype)
+    (empty,) = module.promote_dtype(empty, dtype=module.dtype, inexact=False)
+    if _is_matrix(base, (1,)):
+        rows = look_up(base, ids, empty.dtype)
+    else:
+        rows = jnp.take(meta.unbox(base).astype(empty.dtype), ids, axis=0)
+    if not isinstance(param, LoraParam):
+        return rows
+    a, b = param.lora_A.astype(rows.dtype), param.lora_B.astype(rows.dtype)
+    return rows + look_up_delta(ids, a, b, param.scaling)
 
 
-def _attend(module: Any, param: LoraParam, query: Array) -> Array:
-    query, table = module.promote_dtype(query, meta.unbox(param.base), dtype=module.dtype)
-    return jnp.dot(query, table.T) + param.transposed(query)
+def _attend(module: Any, param: LoraParam | QuantizedTensor, query: Array) -> Array:
+    base = param.base if isinstance(param, LoraParam) else param
+    query, _ = module.promote_dtype(query, jnp.zeros((), base.dtype), dtype=module.dtype)
+    if _is_matrix(base, (1,)):
+        logits = quantized_matmul(query, base)
+    else:
+        logits = jnp.dot(query, meta.unbox(base).astype(query.dtype).T)
+    return logits + param.transposed(query) if isinstance(param, LoraParam) else logits
 
 
 _LOOK_UPS = {"__call__": _look_up, "attend": _attend}

@@ -10,10 +10,10 @@ import pytest
 import tokenizers
 from safetensors.numpy import load_file, save_file
 
-from lora_jax import QuantConfig
+from lora_jax import QuantConfig, lora_linen
 from lora_jax._errors import InputError
 from lora_jax._names import hf_keys
-from lora_jax._tree import leaves_with_path
+from lora_jax._tree import leaves_with_path, map_with_path
 from lora_jax.models import CausalLM, abstract_params, load_pretrained, save_pretrained
 from lora_jax.models._config import config_from_hf, config_to_hf
 from lora_jax.quant import QuantizedTensor, dequantize, quantize
@@ -99,6 +99,41 @@ def test_quantized_while_read(tmp_path, model_dir, config, params):
     dense = load_pretrained(tmp_path / "dense").params["model"]["layers"]["mlp"]["down_proj"]
     quantized = got["model"]["layers"]["mlp"]["down_proj"]["kernel"]
     np.testing.assert_allclose(dense["kernel"], dequantize(quantized, jnp.float32), rtol=1e-6)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_embedding_and_head_are_quantized_on_request(tmp_path, config, random_params, tied):
+    config = dataclasses.replace(config, tie_word_embeddings=tied)
+    params = random_params(config, 1, "float32")
+    save_pretrained(tmp_path / "m", params, config, dtype="float32")
+    quant = QuantConfig(embedding="int8", head="nf4")
+    pretrained = load_pretrained(tmp_path / "m", quant=quant)
+    table = pretrained.params["model"]["embed_tokens"]["embedding"]
+    assert (table.format, table.contracting, table.zeros) == ("int8", (1,), None)
+    shapes = abstract_params(config, quant=quant)
+    assert jax.tree.structure(shapes) == jax.tree.structure(pretrained.params)
+
+    def dense(_, leaf):
+        return leaf.unbox() if isinstance(leaf, QuantizedTensor) else leaf
+
+    ids = jnp.arange(24).reshape(2, 12) % config.vocab_size
+    model = lora_linen(pretrained.module)
+    got = model.apply({"params": pretrained.params}, ids)
+    expected = model.apply({"params": map_with_path(dense, pretrained.params)}, ids)
+    assert np.abs(got - expected).max() <= 1e-5 * np.abs(expected).max()
+    if not tied:
+        assert pretrained.params["lm_head"]["kernel"].format == "nf4"
+
+
+@pytest.mark.parametrize("part", ["model.layers.1.mlp.up_proj.weight", "lm_head.weight"])
+def test_weights_that_are_not_finite_are_named(tmp_path, model_dir, part):
+    def spoil(tensors):
+        tensors[part][3, 5] = np.nan
+        return tensors
+
+    edit_tensors(model_dir, spoil)
+    with pytest.raises(InputError, match=f"{part} holds weights that are not finite"):
+        load_pretrained(model_dir, quant=QuantConfig(head="int4"))
 
 
 def test_names_are_distinct_and_cover_all_layers(config):

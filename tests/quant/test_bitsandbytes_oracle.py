@@ -10,12 +10,13 @@ torch = pytest.importorskip("torch")
 functional = pytest.importorskip("bitsandbytes.functional")
 
 from lora_jax import _config  # noqa: E402
-from lora_jax.quant import _codebook, _tensor, dequantize, quantize  # noqa: E402
+from lora_jax.quant import _codebook, dequantize, quantize  # noqa: E402
 
 pytestmark = pytest.mark.oracle
 
 SHAPES = [(64, 3), (128, 256), (192, 40), (320, 77)]
 PLAIN = _config.QuantConfig(double_quant=False)
+FP4 = _config.QuantConfig(format="fp4", double_quant=False)
 
 
 def weight(shape, dtype="float32", seed=0):
@@ -25,36 +26,42 @@ def weight(shape, dtype="float32", seed=0):
     return tensor, jnp.asarray(tensor.float().numpy().T, dtype)
 
 
-def theirs(tensor, double_quant):
+def theirs(tensor, double_quant, quant_type="nf4", blocksize=64):
     return functional.quantize_4bit(
-        tensor, blocksize=64, compress_statistics=double_quant, quant_type="nf4"
+        tensor, blocksize=blocksize, compress_statistics=double_quant, quant_type=quant_type
     )
 
 
-def in_their_order(per_block, d_in):
-    """(pairs, 2, d_out) to bitsandbytes' flat (d_out, d_in / 64)."""
-    return np.asarray(per_block).reshape(-1, per_block.shape[-1])[: d_in // 64].T.reshape(-1)
+def in_their_order(per_block):
+    """(blocks, d_out) to bitsandbytes' flat (d_out, blocks)."""
+    return np.asarray(per_block).T.reshape(-1)
 
 
 def in_our_order(flat, q):
-    """The inverse, with zeros in a block of padding."""
-    by_block = np.asarray(flat).reshape(q.d_out, -1).T
-    missing = 2 * q.scales.shape[0] - len(by_block)
-    return jnp.asarray(np.pad(by_block, ((0, missing), (0, 0))).reshape(q.scales.shape))
+    """The inverse."""
+    return jnp.asarray(np.asarray(flat).reshape(q.d_out, -1).T)
+
+
+def nibbles(packed):
+    """Their codes, one by one."""
+    their_bytes = packed.numpy().reshape(-1)
+    return np.stack([their_bytes >> 4, their_bytes & 15], axis=1).reshape(-1)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("config", [PLAIN, FP4], ids=["nf4", "fp4"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_codes_and_absmax_are_equal(shape, dtype):
+def test_codes_and_absmax_are_equal(shape, config, dtype):
     tensor, kernel = weight(shape, dtype)
-    packed, state = theirs(tensor, double_quant=False)
-    q = quantize(kernel, PLAIN)
+    packed, state = theirs(tensor, double_quant=False, quant_type=config.format)
+    q = quantize(kernel, config)
 
-    their_bytes = packed.numpy().reshape(-1)
-    their_codes = np.stack([their_bytes >> 4, their_bytes & 15], axis=1).reshape(-1)
-    rows = np.stack(_codebook.unpack(q.codes), axis=1).reshape(-1, shape[1])[: shape[0]]
-    np.testing.assert_array_equal(rows.T.reshape(-1), their_codes)
-    np.testing.assert_array_equal(in_their_order(q.scales, shape[0]), state.absmax.numpy())
+    codes = np.stack(_codebook.unpack(q.codes), axis=1).reshape(-1, shape[1]).T.reshape(-1)
+    if config.format == "nf4":
+        np.testing.assert_array_equal(codes, nibbles(packed))
+    else:  # Two of their codes stand for zero.
+        np.testing.assert_array_equal(codes % 8 * (codes != 8), nibbles(packed) % 8)
+    np.testing.assert_array_equal(in_their_order(q.scales), state.absmax.numpy())
     np.testing.assert_array_equal(
         np.float32(dequantize(q).T), functional.dequantize_4bit(packed, state).float().numpy()
     )
@@ -76,7 +83,7 @@ def test_double_quantization(shape):
 
     # Their CPU code finds a value through a table of rounded inputs, so that about one in a
     # thousand close to a boundary gets the farther neighbour; ours must then be the nearer one.
-    ours, their = in_their_order(q.scales, shape[0]), state.absmax.numpy()
+    ours, their = in_their_order(q.scales), state.absmax.numpy()
     differ = np.flatnonzero(ours != their)
     assert len(differ) <= 1 + len(ours) // 200
     values = functional.create_dynamic_map().numpy()
@@ -105,7 +112,7 @@ def test_double_quantized_weight_equals_theirs_where_the_codes_agree():
     tensor, kernel = weight(shape)
     packed, state = theirs(tensor, double_quant=True)
     q = quantize(kernel)
-    agree = in_their_order(q.scales, shape[0]) == state.absmax.numpy()
+    agree = in_their_order(q.scales) == state.absmax.numpy()
     assert agree.mean() > 0.98
     ours = np.asarray(dequantize(q)).T.reshape(-1, 64)[agree]
     expected = functional.dequantize_4bit(packed, state).numpy().reshape(-1, 64)[agree]
@@ -121,10 +128,11 @@ def test_golden_error(double_quant, golden):
     assert rms == pytest.approx(golden, abs=6e-7)
 
 
-def test_absmax_of_padding_is_in_no_statistic():
-    """An odd number of blocks leaves half a pair of padding, which must not be averaged in."""
-    tensor, kernel = weight((192, 40), seed=1)
-    _, plain = theirs(tensor, double_quant=False)
-    q = quantize(kernel)
-    assert float(q.offset) == pytest.approx(float(plain.absmax.mean()), rel=1e-6)
-    np.testing.assert_array_equal(_tensor.absmax(quantize(kernel, PLAIN))[-1, 1], 0)
+@pytest.mark.parametrize("blocksize", [32, 128, 512, 1024])
+def test_other_block_sizes(blocksize):
+    tensor, kernel = weight((1024, 12), seed=1)
+    packed, state = theirs(tensor, double_quant=False, blocksize=blocksize)
+    q = quantize(kernel, _config.QuantConfig(block_size=blocksize, double_quant=False))
+    np.testing.assert_array_equal(in_their_order(q.scales), state.absmax.numpy())
+    expected = functional.dequantize_4bit(packed, state).numpy()
+    np.testing.assert_array_equal(dequantize(q).T, expected)

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
+from lora_jax import quant
 from lora_jax._config import QuantConfig
 from lora_jax._errors import InputError
-from lora_jax.quant import dequantize, quantize, quantized_matmul
+from lora_jax.quant import _matmul, dequantize, quantize, quantized_matmul
 
-KERNELS = [((130, 20), 1), ((96, 4, 8), 1), ((4, 24, 16), 2)]
+KERNELS = [((96, 4, 8), 1), ((4, 24, 16), 2), ((20, 130), (1,))]
 
 
 def normal(*shape, seed=0, dtype=jnp.float32):
@@ -21,17 +22,73 @@ def dense(q, dtype=jnp.float32):
     return dequantize(q, dtype).reshape(q.d_in, q.d_out)
 
 
-@pytest.mark.parametrize(("shape", "contracting"), KERNELS)
-@pytest.mark.parametrize("format", ["nf4", "int4"])
-def test_value_and_gradient_are_the_dense_ones(shape, contracting, format):
-    q = quantize(normal(*shape), QuantConfig(format=format), contracting=contracting)
+def check_product(q):
+    """Value and gradient of every path in one program, against the dense kernel's."""
     x, weights = normal(2, 7, q.d_in, seed=1), normal(2, 7, q.d_out, seed=2)
-    value, gradient = jax.jit(
-        jax.value_and_grad(lambda x, q: jnp.sum(weights * quantized_matmul(x, q)))
-    )(x, q)
-    np.testing.assert_allclose(value, jnp.sum(weights * (x @ dense(q))), rtol=1e-4)
-    expected = weights @ dense(q).T
-    assert np.abs(gradient - expected).max() <= 1e-5 * np.abs(expected).max()
+    kernel = np.asarray(dequantize(q, jnp.float32))
+    features = [i for i in range(kernel.ndim) if i not in q.contracting]
+    kernel = kernel.transpose(*q.contracting, *features).reshape(q.d_in, q.d_out)
+
+    def weighted(x, q, path):
+        return jnp.sum(weights * quantized_matmul(x, q, path=path))
+
+    def products(x, q):
+        return [jax.value_and_grad(weighted)(x, q, path) for path in quant.PATHS]
+
+    expected = np.asarray(weights) @ kernel.T
+    for value, gradient in jax.jit(products)(x, q):
+        np.testing.assert_allclose(value, np.sum(weights * (x @ kernel)), rtol=1e-4)
+        assert np.abs(gradient - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        QuantConfig(),
+        QuantConfig("fp4", block_size=32, double_quant=False),
+        QuantConfig("int4", block_size=96, double_quant=False, absmax_dtype="bfloat16"),
+        QuantConfig("int4", zero_point=True),
+        QuantConfig("int8", block_size=128),
+    ],
+    ids=lambda c: f"{c.format}-{c.block_size}-{c.zero_point}",
+)
+def test_every_format_and_path(config, monkeypatch):
+    monkeypatch.setattr(_matmul, "LARGEST_DENSE", 4 * 200 * 10)
+    check_product(quantize(normal(200, 20), config))
+
+
+@pytest.mark.parametrize(("shape", "contracting"), KERNELS)
+def test_other_shapes(shape, contracting):
+    check_product(quantize(normal(*shape), contracting=contracting))
+
+
+def test_a_large_kernel_is_dense_in_slabs(monkeypatch):
+    """No more than one slab at a time, forward and backward."""
+    monkeypatch.setattr(_matmul, "LARGEST_DENSE", 4 * 256 * 128)
+    q = jax.eval_shape(quantize, jax.ShapeDtypeStruct((256, 1024), jnp.float32))
+    x = jax.ShapeDtypeStruct((4, 256), jnp.float32)
+    path = quant.explain(x, q)
+    assert (path.name, path.dense_bytes) == ("slabs", 4 * 256 * 128)
+    gradient = jax.jit(jax.grad(lambda x, q: jnp.sum(jnp.sin(quantized_matmul(x, q)))))
+    memory = gradient.lower(x, q).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 2 * path.dense_bytes + 16 * 4 * 1024
+
+
+def test_the_path_is_told():
+    q = quantize(normal(64, 1024))
+    x = normal(2, 4, 64)
+    assert quant.explain(x, q, backend="cpu").name == "dense"
+    assert quant.explain(x, q, backend="gpu").dense_bytes == 4 * 64 * 1024
+    assert quant.explain(x, q, backend="tpu").name == "split"
+    many = jax.ShapeDtypeStruct((1024, 64), jnp.bfloat16)
+    assert quant.explain(many, q, backend="tpu").name == "dense"
+    assert str(quant.explain(x, q)).startswith("dense: one dense kernel in front of one product")
+
+
+def test_paths_that_are_not_there_are_refused():
+    q, x = quantize(normal(64, 8)), normal(3, 64)
+    with pytest.raises(InputError, match=r"no path 'splitt' \(did you mean 'split'\?\)"):
+        quantized_matmul(x, q, path="splitt")
 
 
 def test_gradient_by_finite_differences():
@@ -76,7 +133,7 @@ def scanned(x, stack, body):
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])
-@pytest.mark.parametrize("format", ["nf4", "int4"])
+@pytest.mark.parametrize("format", ["nf4", "int8"])
 def test_one_layer_at_a_time_is_dense(format, checkpointed):
     def body(x, q):
         return jnp.tanh(quantized_matmul(x, q)), None

@@ -1,5 +1,6 @@
 """`quantize`: error bounds, padding, stacks, dtypes, edge cases, refusals."""
 
+import dataclasses
 import operator
 
 import jax
@@ -13,22 +14,88 @@ from lora_jax._config import QuantConfig
 from lora_jax._errors import InputError
 from lora_jax.quant import _tensor, dequantize, quantize
 
-CONFIGS = [QuantConfig(format=f, double_quant=d) for f in ("nf4", "int4") for d in (False, True)]
-every_config = pytest.mark.parametrize("config", CONFIGS, ids=str)
+FORMATS = [("nf4", False), ("fp4", False), ("int4", False), ("int4", True), ("int8", False)]
+CONFIGS = [
+    QuantConfig(format=f, zero_point=z, double_quant=d) for f, z in FORMATS for d in (False, True)
+]
+BFLOAT16 = QuantConfig(double_quant=False, absmax_dtype="bfloat16")
+
+
+def name(config):
+    zero = "-zero" if config.zero_point else ""
+    kept = "-double" if config.double_quant else f"-{config.absmax_dtype}"
+    return f"{config.format}{zero}{kept}"
+
+
+every_config = pytest.mark.parametrize("config", [*CONFIGS, BFLOAT16], ids=name)
 
 
 def normal(*shape, seed=0, dtype=jnp.float32):
     return jax.random.normal(jax.random.key(seed), shape, dtype)
 
 
+def absmax_of_rows(q):
+    """Each row's absmax (d_in, d_out)."""
+    rows = q.codes.shape[-2] * (1 if q.format == "int8" else 2)
+    return np.repeat(np.asarray(_tensor.absmax(q)), rows, axis=0)[: q.d_in]
+
+
+@pytest.mark.parametrize(
+    ("format", "zero_point", "steps"),
+    [("int4", False, 7.5), ("int4", True, 15), ("int8", False, 127)],
+)
 @settings(max_examples=20, deadline=None)
 @given(st.sampled_from([(70, 3), (192, 2)]), st.integers(0, 99), st.sampled_from([1e-30, 1, 1e30]))
-def test_int4_error_is_at_most_half_a_step(shape, seed, size):
-    (d_in, d_out), kernel = shape, normal(*shape, seed=seed) * size
-    q = quantize(kernel, QuantConfig(format="int4", double_quant=False))
-    absmax = np.repeat(np.asarray(q.scales).reshape(-1, d_out), 64, axis=0)[:d_in]
+def test_integers_are_at_most_half_a_step_off(format, zero_point, steps, shape, seed, size):
+    kernel = (normal(*shape, seed=seed) + zero_point) * size
+    q = quantize(kernel, QuantConfig(format=format, double_quant=False, zero_point=zero_point))
     error = np.abs(np.asarray(dequantize(q)) - np.asarray(kernel))
-    assert np.all(error <= absmax / 15 * (1 + 1e-5))
+    # The zero point is rounded too, which may move the range's ends out by half a step.
+    allowed = 0.5 + 0.5 * zero_point
+    assert np.all(error <= allowed * absmax_of_rows(q) / steps * (1 + 1e-5))
+
+
+@every_config
+@pytest.mark.parametrize("block", [32, 34, 128, 1024, 4096])
+def test_any_block(config, block):
+    """One absmax for each block, and none for rows that are not there."""
+    kernel = normal(300, 5) * jnp.linspace(1, 9, 300)[:, None]
+    q = quantize(kernel, dataclasses.replace(config, block_size=block))
+    blocks = -(-300 // block)
+    rows = min(block, 300)
+    assert q.scales.shape == (blocks, 5)
+    assert q.codes.shape == (blocks, rows if config.format == "int8" else rows // 2, 5)
+    error = np.abs(np.asarray(dequantize(q)) - np.asarray(kernel))
+    # Half of FP4's widest gap between neighbouring values, with room for 8-bit absmax.
+    exact = np.abs(np.pad(kernel, ((0, -300 % rows), (0, 0)))).reshape(blocks, rows, 5).max(axis=1)
+    assert np.all(error <= 0.2 * np.repeat(exact, rows, axis=0)[:300])
+
+
+def test_zero_points_follow_a_block_on_one_side():
+    kernel = jnp.abs(normal(256, 8)) + 0.5
+    errors = {
+        zero: float(
+            jnp.abs(
+                dequantize(quantize(kernel, QuantConfig("int4", zero_point=zero))) - kernel
+            ).mean()
+        )
+        for zero in (False, True)
+    }
+    assert errors[True] < 0.6 * errors[False]
+    q = quantize(kernel, QuantConfig("int4", zero_point=True))
+    np.testing.assert_array_equal(q.zeros, 0)
+
+
+@pytest.mark.parametrize("contracting", [(1,), (0, 2), (2, 0)])
+def test_any_axes_are_contracted(contracting):
+    kernel = normal(6, 10, 22)
+    others = [i for i in range(3) if i not in contracting]
+    d_in = int(np.prod([kernel.shape[i] for i in contracting]))
+    matrix = kernel.transpose(*contracting, *others).reshape(d_in, -1)
+    q = quantize(kernel, contracting=contracting)
+    assert (q.shape, q.d_in, q.d_out) == (kernel.shape, *matrix.shape)
+    again = dequantize(q).transpose(*contracting, *others).reshape(d_in, -1)
+    np.testing.assert_array_equal(again, dequantize(quantize(matrix)))
 
 
 @every_config
@@ -37,7 +104,8 @@ def test_odd_sizes(config, d_in):
     kernel = normal(d_in, 3)
     q = quantize(kernel, config)
     assert q.shape == kernel.shape
-    assert q.codes.shape == (-(-d_in // 128), 64, 3)
+    rows = min(64, d_in + d_in % 2)
+    assert q.codes.shape == (-(-d_in // 64), rows if config.format == "int8" else rows // 2, 3)
     dense = np.asarray(dequantize(q))
     assert np.all(np.isfinite(dense))
     # Half of the widest gap between neighbouring values, with room for 8-bit absmax.
@@ -62,9 +130,17 @@ def test_extreme_sizes_stay_finite(size):
     assert np.all(np.isfinite(dequantize(quantize(kernel))))
 
 
-def test_a_nan_is_not_hidden():
-    dense = dequantize(quantize(normal(128, 2).at[3, 1].set(jnp.nan), QuantConfig()))
-    assert np.isnan(dense[3, 1])
+@every_config
+@pytest.mark.parametrize("value", [jnp.nan, jnp.inf])
+def test_what_is_not_finite_is_refused_or_seen(config, value):
+    kernel = normal(2, 128, 2).at[1, 3, 1].set(value)
+    with pytest.raises(
+        InputError, match=r"1 of 512 weights are not finite, the first at \(1, 3, 1\)"
+    ):
+        quantize(kernel, config, stacked=1)
+    # Inside a transformation nothing can be raised, and nothing is hidden.
+    dense = jax.jit(lambda x: dequantize(quantize(x, config, stacked=1)))(kernel)
+    assert not np.isfinite(dense[1, 3, 1])
 
 
 @every_config
@@ -127,6 +203,8 @@ def test_bits_per_parameter():
         (np.ones((4, 4), np.float32), {"contracting": 0}, "contracting >= 1"),
         (np.ones((4, 4), np.float32), {"stacked": -1}, "stacked >= 0"),
         (np.ones((0, 4), np.float32), {}, "is empty"),
+        (np.ones((4, 4), np.float32), {"contracting": (2,)}, r"different axes of 0\.\.1"),
+        (np.ones((4, 4, 4), np.float32), {"contracting": (1, 1)}, r"different axes of 0\.\.2"),
     ],
 )
 def test_bad_weights_are_refused(weight, options, rule):

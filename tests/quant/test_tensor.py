@@ -1,5 +1,10 @@
 """`QuantizedTensor` as a pytree and as a Flax parameter."""
 
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -8,7 +13,15 @@ import pytest
 from flax.core import meta
 
 from lora_jax._config import QuantConfig
-from lora_jax.quant import QuantizedTensor, dequantize, quantize
+from lora_jax._errors import InputError
+from lora_jax.quant import QuantizedTensor, dequantize, look_up, partition_specs, quantize
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = [
+    QuantConfig(),
+    QuantConfig("int4", zero_point=True),
+    QuantConfig("int8", double_quant=False, absmax_dtype="bfloat16"),
+]
 
 
 def normal(*shape, seed=0):
@@ -56,6 +69,75 @@ def test_axis_metadata(stack):
     assert stack.remove_axis(0, {}) is stack
     assert stack.replace_boxed("new") == "new"
     np.testing.assert_array_equal(meta.unbox({"kernel": stack})["kernel"], dequantize(stack))
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.format}-{c.double_quant}")
+def test_rows_of_a_table(config):
+    table = normal(50, 130)
+    q = quantize(table, config, contracting=(1,))
+    ids = jnp.array([[0, 49, 7], [7, -1, 3]])
+    rows = look_up(q, ids, jnp.float32)
+    np.testing.assert_allclose(rows, dequantize(q)[ids], rtol=1e-6, atol=1e-6)
+    assert np.isnan(look_up(q, jnp.array([50]), jnp.bfloat16)).all()
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.format}-{c.double_quant}")
+def test_orbax_keeps_it(tmp_path, config):
+    import orbax.checkpoint as ocp
+
+    tree = {"kernel": quantize(normal(2, 96, 8), config, stacked=1)}
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "saved", tree)
+    with ocp.StandardCheckpointer() as checkpointer:
+        restored = checkpointer.restore(tmp_path / "saved", jax.eval_shape(lambda x: x, tree))
+    assert_same(restored, tree)
+
+
+def test_a_flat_kernel_is_not_cut(stack):
+    with pytest.raises(InputError, match="blocks run over columns"):
+        partition_specs(dataclasses.replace(stack, flat=True), rows="fsdp")
+    whole = partition_specs(dataclasses.replace(stack, flat=True))
+    assert whole.codes == jax.sharding.PartitionSpec(None, None, None, None)
+
+
+SHARDED = """
+import os
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+import jax, numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from lora_jax import QuantConfig, quantize
+from lora_jax.quant import dequantize, partition_specs, quantized_matmul
+
+mesh = Mesh(np.array(jax.devices()), ("m",))
+w, x = (jax.random.normal(jax.random.key(i), s) for i, s in enumerate([(1024, 64), (4, 1024)]))
+for config in (QuantConfig(), QuantConfig("int4", zero_point=True, double_quant=False)):
+    q = quantize(w, config)
+    expected = jax.value_and_grad(lambda x: ((x @ dequantize(q)) ** 2).sum())(x)
+    for cut in ({"rows": "m"}, {"columns": "m"}):
+        specs = partition_specs(q, **cut)
+        place = lambda a, spec: jax.device_put(a, NamedSharding(mesh, spec))
+        q_cut, x_cut = jax.tree.map(place, q, specs), place(x, PartitionSpec(None, cut.get("rows")))
+        shard = q_cut.codes.addressable_shards[0].data
+        assert shard.size == q.codes.size // 8, shard.shape
+        assert q_cut.scales.addressable_shards[0].data.size == q.scales.size // 8
+        for path in ("dense", "split"):
+            product = lambda x, q: (quantized_matmul(x, q, path=path) ** 2).sum()
+            compiled = jax.jit(jax.value_and_grad(product)).lower(x_cut, q_cut).compile()
+            text = compiled.as_text()
+            assert "collective-permute" not in text and "all-gather" not in text, (cut, path)
+            for got, want in zip(compiled(x_cut, q_cut), expected):
+                assert np.abs(got - want).max() <= 1e-5 * np.abs(want).max(), (cut, path)
+print("sharded as cut")
+"""
+
+
+def test_cut_along_either_axis_on_8_devices():
+    """Codes go with their scales, and a product moves neither between devices."""
+    done = subprocess.run(
+        [sys.executable, "-c", SHARDED], capture_output=True, text=True, cwd=ROOT, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "sharded as cut" in done.stdout
 
 
 class Stack(nn.Module):

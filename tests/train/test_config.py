@@ -70,7 +70,10 @@ def test_words_win_over_the_file(load):
         ("model: {dtype: float8}", "model.dtype: got 'float8'"),
         ("model: {remat: some}", "model.remat: got 'some'; use none, full, dots"),
         ("quant: {format: fp4}", "quant.format: got 'fp4' (did you mean 'nf4'?)"),
-        ("quant: {block_size: 32}", "quant: block_size must be 64, got 32"),
+        (
+            "quant: {block_size: 16}",
+            "quant: block_size must be an even number from 32 to 4096, got 16",
+        ),
         ("lora: {use_dora: true}", "lora: use_dora=True is not supported"),
         ("lora: {lora_alhpa: 3}", "lora: unknown field 'lora_alhpa' (did you mean 'lora_alpha'?)"),
         ("lora: {adapter_dtype: int8}", "lora: adapter_dtype='int8' is not supported"),
