@@ -1,6 +1,7 @@
 """What the smaller commands do: evaluate, merge, generate, look at rows."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -49,16 +50,32 @@ def evaluate_rows(raw: dict[str, Any], overrides: list[str], adapter: str | None
         template = adapter_notes(adapter).get("template", "auto")
         data = dataclasses.replace(config.data, template=template)
         config = dataclasses.replace(config, data=data)
+    return _measure(config, pretrained)(params)
+
+
+def loss_on(
+    pretrained: Pretrained, data: str, overrides: list[str]
+) -> Callable[[Params], Evaluation]:
+    """A function from parameters of this model to their loss on the rows of a file."""
+    raw = {"data": {"train": data}, "output": "runs/inspect"}
+    return _measure(run_config(raw, overrides, "inspect"), pretrained)
+
+
+def _measure(config: RunConfig, pretrained: Pretrained) -> Callable[[Params], Evaluation]:
     data = with_length(config.data, pretrained)
     examples = examples_of(_rows(config), data, pretrained)
-    batches = eval_batches(
-        examples,
-        batch_size=config.train.batch_size,
-        seq_length=data.seq_length,
-        packing=data.packing,
-    )
     step = make_eval_step(lora_linen(pretrained.module), chunk=config.train.loss_chunk)
-    return evaluate(step, params, batches)
+
+    def measure(params: Params) -> Evaluation:
+        batches = eval_batches(
+            examples,
+            batch_size=config.train.batch_size,
+            seq_length=data.seq_length,
+            packing=data.packing,
+        )
+        return evaluate(step, params, batches)
+
+    return measure
 
 
 def rows_and_examples(config: RunConfig) -> tuple[Rows, Examples, Any]:

@@ -6,8 +6,9 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
+from ._config import QuantFormat
 from ._errors import InputError, nearest
 
 SECTIONS = ("model", "quant", "lora", "data", "train", "output")
@@ -158,6 +159,18 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     p.add_argument("--batch-size", type=int, default=8, metavar="N")
 
     p = add(
+        "inspect",
+        _inspect,
+        "Show what quantization does to a model: every layer's error, and the held-out loss.",
+        "  ./lora inspect DIR --quant --data test.jsonl\n"
+        "  ./lora inspect bundled --quant --data stdlib-heldout --data.train_rows 40\n",
+        ("data", "train.loss_chunk", "train.batch_size"),
+    )
+    p.add_argument("model", metavar="MODEL")
+    p.add_argument("--quant", action="store_true", required=True, help="compare the formats")
+    p.add_argument("--data", metavar="FILE", help="held-out rows, or stdlib-heldout")
+
+    p = add(
         "merge",
         _merge,
         "Merge an adapter into its base and write a model in Hugging Face layout.",
@@ -170,8 +183,8 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     p.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     p.add_argument(
         "--quant",
-        choices=("nf4", "int4"),
-        help="merge into the base as these four bits hold it, which is what QLoRA trained on",
+        choices=get_args(QuantFormat),
+        help="merge into the base as this format holds it, which is what QLoRA trained on",
     )
 
     p = add(
@@ -283,6 +296,13 @@ def _evaluate(options: argparse.Namespace, overrides: list[str]) -> None:
         f"loss {result.loss:.4f} nats per token, perplexity {result.perplexity:.2f},"
         f" {result.tokens:,} trained tokens"
     )
+
+
+def _inspect(options: argparse.Namespace, overrides: list[str]) -> None:
+    from ._inspect import inspect_quantization
+
+    for line in inspect_quantization(options.model, options.data, overrides):
+        print(line, flush=True)
 
 
 def _merge(options: argparse.Namespace, overrides: list[str]) -> None:
