@@ -9,7 +9,7 @@ import optax
 
 from .._errors import InputError
 from .._typing import Array
-from ..quant._codebook import dynamic_values, nearest_byte
+from ..quant._codebook import ZERO_CODE, dynamic_values, nearest_byte
 
 BLOCK = 256
 """Numbers that share one absmax."""
@@ -122,12 +122,15 @@ def scale_by_adam_8bit(
     _at_least_0("eps", eps)
     _at_least_0("min_8bit_size", min_8bit_size)
 
-    def zeros(leaf: Array, signed: bool) -> Bytes | Array:
-        moment = jnp.zeros(leaf.shape, jnp.float32)
-        return moment if leaf.size < min_8bit_size else to_bytes(moment, signed=signed)
+    def zeros(leaf: Array, *, signed: bool) -> Bytes | Array:
+        if leaf.size < min_8bit_size:
+            return jnp.zeros(leaf.shape, jnp.float32)
+        codes = jnp.full(leaf.shape, ZERO_CODE if signed else 0, jnp.uint8)
+        return Bytes(codes, jnp.zeros(-(-leaf.size // BLOCK), jnp.float32))
 
     def init(params: Any) -> Adam8bitState:
-        mu, nu = (jax.tree.map(lambda x: zeros(x, signed), params) for signed in (True, False))
+        mu = jax.tree.map(lambda leaf: zeros(leaf, signed=True), params)
+        nu = jax.tree.map(lambda leaf: zeros(leaf, signed=False), params)
         return Adam8bitState(jnp.zeros((), jnp.int32), mu, nu)
 
     def update(updates: Any, state: Adam8bitState, params: Any = None) -> tuple[Any, Adam8bitState]:

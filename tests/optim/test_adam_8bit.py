@@ -15,7 +15,7 @@ KEY = jax.random.key(0)
 
 def tree(dtype="float32"):
     """One leaf of whole blocks, one that ends within a block, one that stays float32."""
-    shapes = {"whole": (2, 64, 64), "odd": (71, 59), "small": (64,)}
+    shapes = {"whole": (64, 64), "odd": (71, 59), "small": (64,)}
     keys = jax.random.split(KEY, len(shapes))
     leaves = zip(shapes.items(), keys, strict=True)
     return {name: jax.random.normal(key, shape).astype(dtype) for (name, shape), key in leaves}
