@@ -20,13 +20,15 @@ def offload_state(tx: optax.GradientTransformation) -> optax.GradientTransformat
 
     Returns:
         A transformation whose state has memory kind `pinned_host`, scalars aside.  Call `update`
-        inside `jax.jit`, with the state donated.
+        inside `jax.jit`.  Donate the params along with the state, and return both before anything
+        else and in that order: JAX gives a donated array's memory to the first result of its shape
+        and type, and the process is aborted where that result belongs in the other memory.
 
     Example:
         >>> import jax.numpy as jnp
         >>> params = {"kernel": jnp.ones(3)}
         >>> tx = offload_state(optax.adam(0.1))
-        >>> _, state = jax.jit(tx.update, donate_argnums=1)(params, tx.init(params))
+        >>> _, state = jax.jit(tx.update)(params, tx.init(params))
         >>> state[0].mu["kernel"].sharding.memory_kind
         'pinned_host'
     """

@@ -32,7 +32,7 @@ def learning_rate(config: TrainSection, steps: int) -> optax.Schedule:
 def make_optimizer(
     config: TrainSection, steps: int, mask: Callable[[Params], Params]
 ) -> optax.GradientTransformationExtraArgs:
-    """Clipping, then AdamW, in 8 bits or not, on the leaves where `mask` is true; the others never move.
+    """Clipping, then AdamW on the leaves where `mask` is true; the others never move.
 
     Args:
         mask: From the trained tree to booleans (see `trainable_mask`).

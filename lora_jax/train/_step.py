@@ -158,6 +158,8 @@ def make_step(
         )
         return state, metrics
 
+    # Results begin with what is donated, in its order: JAX pairs the two by shape alone, and must
+    # not pair arrays in host memory with results on the device.
     return jax.jit(step, donate_argnums=0)
 
 
