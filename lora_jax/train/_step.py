@@ -60,7 +60,7 @@ def init_state(
     dtypes = {jnp.dtype(dtype)} | {leaf.dtype for _, leaf in leaves_with_path(trainable)}
     opt_state = tx.init(as_float32(trainable))
     scale = FIRST_SCALE if jnp.dtype(jnp.float16) in dtypes else 1.0
-    return TrainState(
+    state = TrainState(
         step=jnp.zeros((), jnp.int32),
         trainable=trainable,
         opt_state=to_host(opt_state) if offload else opt_state,
@@ -68,6 +68,9 @@ def init_state(
         loss_scale=jnp.asarray(scale, jnp.float32),
         good_steps=jnp.zeros((), jnp.int32),
     )
+    # What a step with arrays in host memory returns is tied to its device.  If what it takes
+    # were not, it would compile once more for its second call.
+    return jax.tree.map(lambda x: jax.device_put(x, x.sharding), state) if offload else state
 
 
 def batch_loss(model: LoraLinen, params: Params, batch: Params, chunk: int) -> tuple[Array, Array]:
