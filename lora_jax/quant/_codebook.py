@@ -93,25 +93,52 @@ def _select(index: Array, values: Sequence[float]) -> Array:
     return level[0]
 
 
-def dynamic_values(codes: Array) -> Array:
-    """Float32 values of the signed dynamic 8-bit type, ascending in its 256 codes.
+def dynamic_values(codes: Array, *, signed: bool = True) -> Array:
+    """Float32 values of the dynamic 8-bit type, ascending in its 256 codes.
 
-    Codes 127 ± p with p = 2^k + j, 0 <= j < 2^k, k = 0..6 cut the decade `10^(k-6)·[0.1, 1]`
-    into 2^k equal parts and stand for the centre of the j-th; 127 is 0 and 255 is 1
-    (Dettmers 2016, "8-bit approximations for parallelism in deep learning").
+    A position p = 2^k + j, 0 <= j < 2^k, is the centre of the j-th of 2^k equal parts of a decade
+    (Dettmers 2016, "8-bit approximations for parallelism in deep learning").  Signed: codes
+    127 ± p with k = 0..6 cut `10^(k-6)·[0.1, 1]`, 127 is 0.  Unsigned: codes p - 1 with
+    k = 1..7 cut `10^(k-7)·[0.1, 1]`, 0 is 0.  Both end at 255, which is 1.
     """
-    position = codes.astype(jnp.int32) - ZERO_CODE
+    decades = _decades(signed)
+    position = codes.astype(jnp.int32) - (ZERO_CODE if signed else -1)
     part = jnp.abs(position).astype(jnp.float32)
     value = jnp.zeros_like(part)
-    for k in range(7):
+    for k in decades:
         centre = 0.1 + 0.9 * ((part + 0.5) * 2.0**-k - 1)
-        value = jnp.where(part >= 2**k, 10.0 ** (k - 6) * centre, value)
-    value = jnp.where(part == 128, 1.0, value)
+        value = jnp.where(part >= 2**k, 10.0 ** (k - decades[-1]) * centre, value)
+    value = jnp.where(part == 2 ** (decades[-1] + 1), 1.0, value)
     return jnp.where(position < 0, -value, value)
 
 
-def nearest_byte(x: Array) -> Array:
+def nearest_byte(x: Array, *, signed: bool = True) -> Array:
     """Code of the nearest dynamic value; the lower one on a tie."""
     with jax.ensure_compile_time_eval():
-        values = np.asarray(dynamic_values(jnp.arange(256, dtype=jnp.uint8)))
-    return jnp.searchsorted(midpoints(values), x).astype(jnp.uint8)
+        every = jnp.arange(256, dtype=jnp.uint8)
+        bounds = midpoints(np.asarray(dynamic_values(every, signed=signed)))
+    # The part of its decade that a number is in has its nearest value or that value's neighbour.
+    # Unlike a binary search, this stays one elementwise loop without temporary arrays.
+    guess = _part_of_decade(jnp.abs(x), _decades(signed))
+    guess = jnp.where(x < 0, ZERO_CODE - guess, ZERO_CODE + guess) if signed else guess - 1
+    up = x > jnp.asarray(bounds)[guess]
+    down = x <= jnp.asarray(np.append(np.float32(-np.inf), bounds))[guess]
+    return (guess + up - down).astype(jnp.uint8)
+
+
+def _decades(signed: bool) -> range:
+    """Decades of 2^k parts each."""
+    return range(7) if signed else range(1, 8)
+
+
+def _part_of_decade(size: Array, decades: range) -> Array:
+    """Position 2^k + j of the part that holds a number of [0, 1], rounding aside."""
+    first, last = decades[0], decades[-1]
+    count = jnp.full_like(size, 2.0**first)
+    per_part = jnp.full_like(size, 2.0**first * 10.0 ** (last - first) / 0.9)
+    for k in decades[1:]:
+        above = size > 10.0 ** (k - last - 1)
+        count = jnp.where(above, 2.0**k, count)
+        per_part = jnp.where(above, 2.0**k * 10.0 ** (last - k) / 0.9, per_part)
+    part = jnp.floor(size * per_part - count / 9)
+    return (count + jnp.clip(part, 0, count - 1)).astype(jnp.int32)

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from .._errors import InputError
+from ..optim._offload import to_space_of
 
 
 class Checkpoints:
@@ -49,7 +50,7 @@ class Checkpoints:
         return self._restore(place=self._args.JsonRestore())["place"]
 
     def restore(self, like: Any) -> Any:
-        """The tree of the newest checkpoint, in the structure and types of `like`.
+        """The tree of the newest checkpoint, in the structure, types and memory of `like`.
 
         Raises:
             InputError: if it is broken, or holds another structure.
@@ -63,7 +64,9 @@ class Checkpoints:
             else stored[str(i)]
             for i, leaf in enumerate(leaves)
         ]
-        return jax.tree.unflatten(structure, restored)
+        # Orbax puts arrays into host memory where `like` has them there, but types them as if they
+        # were on the device.
+        return to_space_of(jax.tree.unflatten(structure, restored), like)
 
     def close(self) -> None:
         """End orbax's threads."""

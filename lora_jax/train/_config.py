@@ -79,6 +79,10 @@ class TrainSection:
     batch_size: int = 8
     accumulate: int = 1
     """Batches whose gradients make one step, weighted by their trained tokens."""
+    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
+    """`adamw_8bit` keeps 2.03 bytes per trained parameter, `adamw` 8."""
+    offload_optimizer: bool = False
+    """Keep the optimizer's state in host memory between updates."""
     learning_rate: float = 2e-4
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup: float = 0.03

@@ -141,7 +141,8 @@ class _Loop:
         self.step = make_step(job.model, tx, dropout=dropout, chunk=chunk)
         self.eval_step = make_eval_step(job.model, chunk=chunk)
         key = jax.random.key(c.train.seed)
-        self.state = init_state(job.trainable, tx, key, dtype=c.model.dtype)
+        offload = c.train.offload_optimizer
+        self.state = init_state(job.trainable, tx, key, dtype=c.model.dtype, offload=offload)
         self.best: dict[str, Any] | None = None
         self.progress = _Progress()
         self.window: list[dict[str, Any]] = []

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import optax
 
 from .._typing import Params
-from ..optim import freeze_base
+from ..optim import adam_8bit, freeze_base
 from ._config import TrainSection
 
 
@@ -39,7 +39,7 @@ def make_optimizer(
     """
     norm = config.clip_norm
     clip = optax.identity() if norm is None else optax.clip_by_global_norm(norm)
-    adam = optax.adamw(
+    adam = {"adamw": optax.adamw, "adamw_8bit": adam_8bit}[config.optimizer](
         learning_rate(config, steps),
         b1=config.beta1,
         b2=config.beta2,

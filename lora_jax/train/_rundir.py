@@ -10,8 +10,8 @@ from ._config import RunConfig, config_text, load_config
 from ._schema import to_plain
 
 CONFIG_FILE = "config.yaml"
-_FREE = {"train.learning_rate", "train.clip_norm"}
-"""What may change when a run goes on: a loss that diverged calls for it."""
+_FREE = {"train.learning_rate", "train.clip_norm", "train.offload_optimizer"}
+"""What may change when a run goes on: a loss that diverged, or full memory, calls for it."""
 
 
 def claim_directory(config: RunConfig) -> Path:

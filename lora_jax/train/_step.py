@@ -11,6 +11,7 @@ import optax
 from .._tree import combine, leaves_with_path
 from .._typing import Array, Key, Params
 from ..lora import with_dropout
+from ..optim._offload import to_device, to_host, to_space_of
 from ..transform import LoraLinen
 from ._loss import as_float32, next_token_loss
 
@@ -39,7 +40,12 @@ class TrainState:
 
 
 def init_state(
-    trainable: Params, tx: optax.GradientTransformation, key: Key, *, dtype: Any = jnp.float32
+    trainable: Params,
+    tx: optax.GradientTransformation,
+    key: Key,
+    *,
+    dtype: Any = jnp.float32,
+    offload: bool = False,
 ) -> TrainState:
     """A state before its first step; it owns copies of the arrays, since steps donate it.
 
@@ -48,18 +54,23 @@ def init_state(
         tx: The optimizer.
         key: Random key, for dropout.
         dtype: Type of the activations; float16 here or in `trainable` means loss scaling.
+        offload: Keep the optimizer's state in host memory between updates.
     """
     trainable = jax.tree.map(jnp.array, trainable)
     dtypes = {jnp.dtype(dtype)} | {leaf.dtype for _, leaf in leaves_with_path(trainable)}
+    opt_state = tx.init(as_float32(trainable))
     scale = FIRST_SCALE if jnp.dtype(jnp.float16) in dtypes else 1.0
-    return TrainState(
+    state = TrainState(
         step=jnp.zeros((), jnp.int32),
         trainable=trainable,
-        opt_state=tx.init(as_float32(trainable)),
+        opt_state=to_host(opt_state) if offload else opt_state,
         key=key,
         loss_scale=jnp.asarray(scale, jnp.float32),
         good_steps=jnp.zeros((), jnp.int32),
     )
+    # What a step with arrays in host memory returns is tied to its device.  If what it takes
+    # were not, it would compile once more for its second call.
+    return jax.tree.map(lambda x: jax.device_put(x, x.sharding), state) if offload else state
 
 
 def batch_loss(model: LoraLinen, params: Params, batch: Params, chunk: int) -> tuple[Array, Array]:
@@ -89,7 +100,7 @@ def make_step(
 
     The gradient is that of the mean loss per trained token over all batches of the step.
     A step whose loss, gradient or update is not finite changes nothing and says so in its
-    metrics.
+    metrics.  The optimizer's state stays in the memory, device or host, that it is given in.
 
     Args:
         model: From `lora_linen`; its module has `hidden_states` and `logits`.
@@ -130,7 +141,8 @@ def make_step(
         total, grads = summed(state.trainable, base, batches, key, weight)
         grads = jax.tree.map(lambda g: g / state.loss_scale, grads)
         norm = optax.tree.norm(grads)
-        updates, opt_state = tx.update(grads, state.opt_state, as_float32(state.trainable))
+        held = to_device(state.opt_state)
+        updates, opt_state = tx.update(grads, held, as_float32(state.trainable))
         finite = jnp.isfinite(total + norm + optax.tree.norm(updates))
         trainable = optax.apply_updates(state.trainable, updates)
         metrics = {
@@ -143,12 +155,14 @@ def make_step(
         state = TrainState(
             step=state.step + 1,
             trainable=_choose(finite, trainable, state.trainable),
-            opt_state=_choose(finite, opt_state, state.opt_state),
+            opt_state=to_space_of(_choose(finite, opt_state, held), state.opt_state),
             key=state.key,
             **_next_scale(state, finite),
         )
         return state, metrics
 
+    # Results begin with what is donated, in its order: JAX pairs the two by shape alone, and must
+    # not pair arrays in host memory with results on the device.
     return jax.jit(step, donate_argnums=0)
 
 

@@ -58,3 +58,18 @@ def test_frozen_leaves_have_no_state():
     _, state = first_update(TrainSection(), 1.0)
     arrays = [leaf for leaf in jax.tree.leaves(state) if leaf.ndim]
     assert [leaf.shape for leaf in arrays] == [(3,), (3,)]  # two moments of lora_A
+
+
+def test_eight_bits_are_adam_8bit():
+    options = {"learning_rate": 0.1, "warmup": 0.0, "weight_decay": 0.2, "clip_norm": None}
+    tx = make_optimizer(
+        TrainSection(optimizer="adamw_8bit", schedule="constant", **options),
+        10,
+        lambda tree: {"lora_A": True, "kernel": False},
+    )
+    params = {"lora_A": jnp.ones((64, 64)), "kernel": jnp.ones((64, 64))}
+    grads = jax.tree.map(lambda x: 3 * x, params)
+    updates, state = tx.update(grads, tx.init(params), params)
+    np.testing.assert_allclose(updates["lora_A"], -0.1 * (1 + 0.2), rtol=1e-5)
+    assert not updates["kernel"].any()
+    assert sum(leaf.nbytes for leaf in jax.tree.leaves(state)) <= 2.1 * 64 * 64

@@ -190,3 +190,17 @@ def test_checkpoint_keeps_every_type_to_the_bit(tmp_path, dtype):
     assert found["weights"].dtype == dtype and found["count"].dtype == jnp.int32
     np.testing.assert_array_equal(found["weights"], tree["weights"])
     assert (jax.random.key_data(found["key"]) == jax.random.key_data(tree["key"])).all()
+
+
+def test_checkpoint_goes_back_to_the_memory_it_came_from(tmp_path):
+    host = jax.device_put(jnp.arange(6.0), jax.memory.Space.Host)
+    tree = {"host": host, "device": jnp.arange(6.0), "count": jnp.int32(7)}
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=2)
+    checkpoints.save(1, tree, {})
+    found = checkpoints.restore(tree)
+    checkpoints.close()
+    for name, leaf in tree.items():
+        assert found[name].sharding.memory_kind == leaf.sharding.memory_kind
+        # What a trace goes by.
+        assert jax.typeof(found[name]) == jax.typeof(leaf)
+        np.testing.assert_array_equal(found[name], leaf)
