@@ -61,11 +61,11 @@ def to_space_of(tree: Any, like: Any) -> Any:
     return jax.tree.map(lambda leaf, old: _move(leaf, _space(old)), tree, like)
 
 
-def _space(leaf: Any) -> jax.memory.Space:
+def _space(leaf: Any) -> Any:
     return jax.typeof(leaf).memory_space
 
 
-def _move(leaf: Any, space: jax.memory.Space) -> Any:
+def _move(leaf: Any, space: Any) -> Any:
     # A scalar is not worth a copy: counters and schedules are read before anything else.
     if leaf.ndim == 0 or _space(leaf) == space:
         return leaf
