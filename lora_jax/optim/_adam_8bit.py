@@ -28,7 +28,7 @@ class Bytes(NamedTuple):
 class Adam8bitState(NamedTuple):
     """Steps so far, and both moments: `Bytes` or float32 at every leaf of the params."""
 
-    count: Array
+    count: Array  # type: ignore[assignment]
     mu: Any
     nu: Any
 
@@ -133,9 +133,9 @@ def scale_by_adam_8bit(
         nu = jax.tree.map(lambda leaf: zeros(leaf, signed=False), params)
         return Adam8bitState(jnp.zeros((), jnp.int32), mu, nu)
 
-    def update(updates: Any, state: Adam8bitState, params: Any = None) -> tuple[Any, Adam8bitState]:
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Adam8bitState]:
         del params
-        count = optax.safe_increment(state.count)
+        count = jnp.asarray(optax.safe_increment(state.count))
         one, two = _correction(b1, count), _correction(b2, count)
 
         def of_leaf(

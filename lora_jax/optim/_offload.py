@@ -11,8 +11,8 @@ def offload_state(tx: optax.GradientTransformation) -> optax.GradientTransformat
 
     Inside `update` the state is copied to the device, used, and copied back, so it takes no device
     memory during the forward and backward passes.  The copies cost the state's bytes over the
-    host's bus, twice in each step, and in the update itself the whole state may be on the device at
-    once.  Where host and device are one memory (the CPU backend) it saves nothing.
+    host's bus, twice in each step, and the update itself may hold the state on the device, old and
+    new (one leaf compiled for a TPU v5e does).  Where host and device are one memory (the CPU backend) it saves nothing.
 
     Args:
         tx: Any optax transformation.  Put this outermost: what wraps it would compute on arrays
@@ -52,8 +52,16 @@ def to_host(tree: Any) -> Any:
 
 
 def to_device(tree: Any) -> Any:
-    """Every array in device memory; nothing happens to those that are there."""
-    return jax.tree.map(lambda leaf: _move(leaf, jax.memory.Space.Device), tree)
+    """Every array in device memory, in or outside `jit`."""
+    # Whatever its type says: a ShapeDtypeStruct, or what orbax restores, may have a sharding in
+    # host memory and yet be traced as if it were on the device.
+    move = lambda leaf: jax.device_put(leaf, jax.memory.Space.Device) if leaf.ndim else leaf  # noqa: E731
+    return jax.tree.map(move, tree)
+
+
+def on_host(tree: Any) -> bool:
+    """Whether any array is in host memory."""
+    return any(_space(leaf) == jax.memory.Space.Host for leaf in jax.tree.leaves(tree))
 
 
 def to_space_of(tree: Any, like: Any) -> Any:
@@ -61,11 +69,11 @@ def to_space_of(tree: Any, like: Any) -> Any:
     return jax.tree.map(lambda leaf, old: _move(leaf, _space(old)), tree, like)
 
 
-def _space(leaf: Any) -> jax.memory.Space:
+def _space(leaf: Any) -> Any:
     return jax.typeof(leaf).memory_space
 
 
-def _move(leaf: Any, space: jax.memory.Space) -> Any:
+def _move(leaf: Any, space: Any) -> Any:
     # A scalar is not worth a copy: counters and schedules are read before anything else.
     if leaf.ndim == 0 or _space(leaf) == space:
         return leaf

@@ -11,7 +11,7 @@ import optax
 from .._tree import combine, leaves_with_path
 from .._typing import Array, Key, Params
 from ..lora import with_dropout
-from ..optim._offload import to_device, to_host, to_space_of
+from ..optim._offload import on_host, to_device, to_host, to_space_of
 from ..transform import LoraLinen
 from ._loss import as_float32, next_token_loss
 
@@ -141,7 +141,7 @@ def make_step(
         total, grads = summed(state.trainable, base, batches, key, weight)
         grads = jax.tree.map(lambda g: g / state.loss_scale, grads)
         norm = optax.tree.norm(grads)
-        held = to_device(state.opt_state)
+        held = to_device(state.opt_state) if on_host(state.opt_state) else state.opt_state
         updates, opt_state = tx.update(grads, held, as_float32(state.trainable))
         finite = jnp.isfinite(total + norm + optax.tree.norm(updates))
         trainable = optax.apply_updates(state.trainable, updates)
