@@ -121,8 +121,8 @@ def main() -> None:
         request = json.loads(line)
         try:
             if request["do"] == "build":
-                case = importlib.import_module(module).CASES[name](spec)
-                answer = _first_steps(case, request["gate"])
+                built: Case = importlib.import_module(module).CASES[name](spec)
+                answer, case = _first_steps(built, request["gate"]), built
             else:
                 assert case is not None
                 answer = {"step": _step, "memory": _memory}[request["do"]](case)

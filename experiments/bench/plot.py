@@ -29,11 +29,11 @@ def draw(result: dict[str, Any], file: Path) -> None:
     rows = [row for row in rows if row["over"] is not None or row["metric"] not in ABSOLUTE]
     height = 1.4 + 0.34 * max(len(cases), len(rows))
     figure, (left, right) = plt.subplots(1, 2, figsize=(14, height), layout="constrained")
-    scale, unit = SCALES.get(result["shown"], (1.0, result.get("unit", "")))
+    scale, unit = SCALES.get(result["shown"], (1.0, ""))
     for i, case in enumerate(cases):
         colour = OURS if case["label"].startswith("lora_jax") else THEIRS
         interval(left, i, case["figures"][result["shown"]], scale, colour)
-    name = NAMES.get(result["shown"], result["shown"])
+    name = NAMES.get(result["shown"], str(result["shown"]))
     label(left, [case["label"] for case in cases], f"{name} ({unit})" if unit else name)
     for i, row in enumerate(rows):
         interval(right, i, row["figures"], 1.0, OURS)

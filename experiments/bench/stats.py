@@ -1,7 +1,7 @@
 """Medians, quartiles and ratios within rounds."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 
@@ -55,7 +55,7 @@ def met(value: float, target: str | None) -> str:
     return "yes" if ok else "no"
 
 
-def disagreement(values: dict[str, Sequence[float]], tolerance: float) -> str | None:
+def disagreement(values: Mapping[str, Sequence[float]], tolerance: float) -> str | None:
     """Which two cases' losses differ by more than a relative tolerance, if any do.
 
     Shorter lists are compared as far as they go.
@@ -71,6 +71,6 @@ def disagreement(values: dict[str, Sequence[float]], tolerance: float) -> str | 
     return None
 
 
-def _pairs(values: dict[str, Any]) -> list[tuple[Any, Any]]:
+def _pairs(values: Mapping[str, Any]) -> list[tuple[Any, Any]]:
     items = list(values.items())
     return [(items[0], item) for item in items[1:]]
