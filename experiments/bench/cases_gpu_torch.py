@@ -1,10 +1,10 @@
 """torch on the same card: PEFT and PEFT + bitsandbytes with gradient checkpointing."""
 
 import functools
+import importlib
 from pathlib import Path
 from typing import Any
 
-import bitsandbytes as bnb
 import numpy as np
 import peft
 import torch
@@ -12,6 +12,7 @@ import transformers
 from cases_torch import LEARNING_RATE, WEIGHT_DECAY, Spec
 from child import Case
 
+bnb: Any = importlib.import_module("bitsandbytes")  # its types are incomplete
 TARGETS = [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")]
 
 
@@ -23,14 +24,15 @@ def device_of(spec: Spec) -> torch.device:
 
 def base_model(spec: Spec, device: torch.device) -> Any:
     """From the gate's files, or with random weights made on the device."""
+    llama: Any = transformers.LlamaForCausalLM
     if "dir" in spec:
         path = Path(spec["dir"]) / "model"
-        return transformers.LlamaForCausalLM.from_pretrained(path, dtype=torch.bfloat16).to(device)
+        return llama.from_pretrained(path, dtype=torch.bfloat16).to(device)
     config = transformers.LlamaConfig(**spec["shape"])
     torch.set_default_dtype(torch.bfloat16)
     try:
         with device:
-            return transformers.LlamaForCausalLM(config)
+            return llama(config)
     finally:
         torch.set_default_dtype(torch.float32)
 

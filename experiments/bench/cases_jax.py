@@ -258,8 +258,9 @@ def abstract_step(spec: Spec, remat: bool, quant: QuantConfig | None = None) -> 
     """Compile a LoRA step from shapes alone: its seconds and bytes."""
     from lora_jax.models import abstract_params
 
-    config, policy = ModelConfig(**spec["shape"]), {"remat": KEEP_NOTHING} if remat else {}
-    adapted, tx = lora_linen(CausalLM(config, **policy)), adamw()
+    config = ModelConfig(**spec["shape"])
+    module = CausalLM(config, remat=KEEP_NOTHING) if remat else CausalLM(config)
+    adapted, tx = lora_linen(module), adamw()
     params = abstract_params(config, quant=quant)
     make = functools.partial(init_adapter, config=lora_config(spec), layouts=LAYOUTS)
     adapter = jax.eval_shape(make, jax.random.key(0), abstract_params(config))

@@ -9,9 +9,10 @@ import qwix
 from cases_jax import Spec, adamw, dequantizing, load, matrix, token_loss, training
 from child import Case
 from qwix._src.core import qarray
-from qwix._src.providers.ptq import WithAux
+from qwix._src.providers import ptq
 
 TILE = 64
+WithAux: Any = ptq.WithAux  # a flax dataclass, which type checkers do not know
 
 
 def lora(spec: Spec, qtype: Any = None) -> Case:
@@ -20,7 +21,7 @@ def lora(spec: Spec, qtype: Any = None) -> Case:
     quant = {} if qtype is None else {"weight_qtype": qtype, "tile_size": TILE}
     options = {"rank": spec["rank"], "alpha": float(spec["alpha"])} | quant
     provider = qwix.LoraProvider(module_path=".*_proj", **options)
-    adapted = qwix.apply_lora_to_model(model.module, provider)
+    adapted: Any = qwix.apply_lora_to_model(model.module, provider)
     shapes = jax.eval_shape(adapted.init, jax.random.key(0), ids)["params"]
     trained, frozen = fill(shapes, model.params, adapter)
 
@@ -45,7 +46,7 @@ def fill(shapes: Any, params: Any, adapter: Any) -> tuple[Any, Any]:
         elif name in ("kernel_lora_a", "kernel_lora_b"):
             trained[name] = adapter["lora_A" if name.endswith("a") else "lora_B"]
         elif isinstance(shape, WithAux):
-            frozen[name] = shape.replace(array=quantized(params[name], shape.how))
+            frozen[name] = WithAux(quantized(params[name], shape.how), shape.how)
         else:
             frozen[name] = params[name]
     return trained, frozen

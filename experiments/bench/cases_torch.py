@@ -1,6 +1,7 @@
 """torch beside it: transformers' Llama with PEFT, from the same files of weights and adapter."""
 
 import functools
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -83,8 +84,7 @@ def nf4(spec: Spec, double_quant: bool) -> Case:
 
 
 def dequantized(model: Any) -> dict[str, torch.Tensor]:
-    import bitsandbytes as bnb
-
+    bnb: Any = importlib.import_module("bitsandbytes")  # its types are incomplete
     return {
         f"{name}.weight": bnb.functional.dequantize_4bit(m.weight.data, m.weight.quant_state)
         for name, m in model.named_modules()
