@@ -90,6 +90,11 @@ class Child:
         self._log.close()
 
     def _last_words(self) -> str:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(timeout=1)
+        code = self._process.returncode
+        if code is not None and code < 0:
+            return f"ended by signal {-code}"
         self._log.seek(0)
         lines = self._log.read().strip().splitlines()
         return lines[-1] if lines else "it said nothing"
