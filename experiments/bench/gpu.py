@@ -1,0 +1,187 @@
+"""How lora_jax stands on the GPU that JAX finds, beside PEFT and bitsandbytes on the same card.
+
+    python experiments/bench/gpu.py [--remat POLICY] [--steps 24] [--small] [--device gpu|cpu]
+
+An 8B shape in bfloat16.  A card holds one such model at a time, so the cases run one after the
+other in fresh processes, in two passes of opposite order.  `--small --device cpu` tries the code.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import machine
+import measure
+import plot
+import table
+from run import RESULTS, TRIALS, result_of
+from workloads import GPU_ROWS, KEEP_NOTHING, SMALL_BLOCK, Entry, Workload
+
+LLAMA_8B = {
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 8192,
+}
+FULL = {"shape": LLAMA_8B, "batch": 2, "seq": 4096, "rank": 16, "alpha": 32,
+        "matrix": [8, 4096, 14336], "repeats": 10, "new_tokens": 256}  # fmt: skip
+SMALL = {"shape": SMALL_BLOCK, "batch": 2, "seq": 64, "rank": 4, "alpha": 8,
+         "matrix": [2, 128, 256], "repeats": 2, "new_tokens": 8}  # fmt: skip
+GATE = {"batch": 1, "seq": 512}
+GATE_LAYERS = 2
+PASSES = 2
+
+ENTRIES = (
+    Entry("lora", "cases_gpu", "lora", "lora_jax LoRA, bf16", "adapter"),
+    Entry("nf4", "cases_gpu", "nf4", "lora_jax QLoRA, NF4", "nf4"),
+    Entry("peft", "cases_gpu_torch", "peft", "PEFT, bf16, checkpointing", "adapter", peer=True),
+    Entry("bnb", "cases_gpu_torch", "bnb", "PEFT + bitsandbytes NF4, checkpointing", "nf4",
+          peer=True),
+    Entry("dequantize", "cases_gpu", "dequantize", "lora_jax NF4 to bf16"),
+    Entry("dequantize_bnb", "cases_gpu_torch", "dequantize", "bitsandbytes NF4 to bf16",
+          peer=True),
+    Entry("decode", "cases_gpu", "decode", "lora_jax decode, bf16"),
+    Entry("decode_nf4", "cases_gpu", "decode_nf4", "lora_jax decode, NF4"),
+)  # fmt: skip
+WORKLOAD = Workload(
+    "gpu", "An 8B shape on one GPU", "gpu", FULL, SMALL, ENTRIES, GPU_ROWS, 24, "tokens_per_s"
+)
+
+
+def main() -> int:
+    options = arguments()
+    platform, card = accelerator(options.device)
+    if platform != options.device:
+        print(f"no GPU that JAX can use (it finds {platform or 'nothing'}): nothing measured")
+        return 0
+    run = run_of(options)
+    before = machine.wait_for_quiet(0.0 if options.small else 60.0)
+    try:
+        gate(run)
+        samples = passes(run)
+    except (measure.GateError, measure.CaseError) as error:
+        print(f"gpu: stopped: {error}", file=sys.stderr)
+        return 1
+    result = result_of(run, samples, before, options.small)
+    result["hardware"]["accelerator"] = card
+    out = options.out or (TRIALS if options.small else RESULTS)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "gpu.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    plot.draw(result, out / "gpu.png")
+    print(table.of_result(result))
+    return 0
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="lora_jax against its peers, on a GPU.")
+    parser.add_argument("--device", choices=("gpu", "cpu"), default="gpu")
+    parser.add_argument("--remat", default=KEEP_NOTHING, help="what a layer's backward pass keeps")
+    parser.add_argument("--steps", type=int, default=24, help="timed steps in all passes")
+    parser.add_argument("--small", action="store_true", help="tiny shapes, 4 steps: a trial")
+    parser.add_argument("--only", nargs="*", choices=[e.key for e in ENTRIES], help="these cases")
+    parser.add_argument("--out", type=Path, help="where results are written")
+    options = parser.parse_args()
+    if options.device == "cpu" and not options.small:
+        parser.error("--device cpu only with --small: an 8B step takes hours there")
+    return options
+
+
+def accelerator(wanted: str) -> tuple[str, str]:
+    """Platform and name of the device that JAX finds, asked in a process of its own."""
+    code = "import jax; d = jax.devices()[0]; print(d.platform, d.device_kind, sep='\\n')"
+    asked = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env=os.environ | jax_env(wanted),
+        check=False,
+    )
+    platform, card = asked.stdout.split("\n")[:2] if asked.returncode == 0 else ("", "")
+    return platform, card
+
+
+def jax_env(device: str) -> dict[str, str]:
+    """Memory as it is needed, so that its peak can be read."""
+    more = {"JAX_PLATFORMS": "cpu"} if device == "cpu" else {}
+    return {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", **more}
+
+
+def run_of(options: argparse.Namespace) -> measure.Run:
+    spec: dict[str, Any] = dict(SMALL if options.small else FULL)
+    spec |= {"device": options.device, "remat": options.remat, "env": jax_env(options.device)}
+    steps = 4 if options.small else options.steps
+    run = measure.Run(WORKLOAD, spec, steps, len(os.sched_getaffinity(0)))
+    for entry in ENTRIES:
+        if options.only and entry.key not in options.only:
+            run.left_out[entry.key] = "not asked for"
+    return run
+
+
+def gate(run: measure.Run) -> None:
+    """The losses of a few layers of the same width, from the same files."""
+    shape = run.spec["shape"]
+    layers = min(GATE_LAYERS, shape["num_hidden_layers"])
+    full, gated = run.spec, run.spec | GATE | {"shape": shape | {"num_hidden_layers": layers}}
+    built = {}
+    with tempfile.TemporaryDirectory(prefix="bench-") as directory:
+        run.spec = gated | {"dir": directory}
+        prepare = Entry("prepare", "cases_gpu", "prepare", "prepare")
+        for entry in (prepare, *(e for e in ENTRIES if e.group and e.key not in run.left_out)):
+            answer = alone(run, entry, lambda child: child.ask("build", gate=2))
+            if answer is not None and entry is not prepare:
+                built[entry.key] = answer
+    run.spec = full
+    measure.check(run, built)
+
+
+def alone(run: measure.Run, entry: Entry, use: Any) -> Any:
+    """What `use` makes of a fresh child; None where a peer does not run."""
+    child = run.child(entry)
+    try:
+        return use(child)
+    except measure.CaseError as error:
+        run.leave_out(entry, error)
+    finally:
+        child.close()
+
+
+def passes(run: measure.Run) -> measure.Samples:
+    """Every case alone on the card, once in this order and once in the other."""
+    samples: measure.Samples = {}
+    for turn in range(PASSES):
+        for entry in ENTRIES if turn % 2 == 0 else reversed(ENTRIES):
+            if entry.key in run.left_out:
+                continue
+            found = alone(run, entry, lambda child: timed(child, run.rounds // PASSES))
+            if found is not None:
+                measure.say(f"measured: {entry.label}")
+                for metric, values in found.items():
+                    samples.setdefault(entry.key, {}).setdefault(metric, []).extend(values)
+    return {key: x for key, x in samples.items() if key not in run.left_out}
+
+
+def timed(child: measure.Child, steps: int) -> dict[str, list[float]]:
+    """Seconds and speed of each step after three that warm up, and peak memory."""
+    amount = child.ask("build", gate=3)["facts"]["amount"]
+    times = [child.ask("step") for _ in range(steps)]
+    memory = child.ask("memory")
+    found = {
+        "wall": [wall for wall, _ in times],
+        "cpu": [cpu for _, cpu in times],
+        "tokens_per_s": [amount / wall for wall, _ in times],
+        "terabytes_per_s": [amount / wall / 1e12 for wall, _ in times],
+    }
+    del found["tokens_per_s" if "dequantize" in child.name else "terabytes_per_s"]
+    return found | ({"peak_device": [memory["device"]]} if "device" in memory else {})
+
+
+if __name__ == "__main__":
+    sys.exit(main())
