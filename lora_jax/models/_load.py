@@ -50,7 +50,7 @@ def load_pretrained(
     quant: QuantConfig | None = None,
     dtype: str = "float32",
     param_dtype: str | None = None,
-    remat: str = "none",
+    remat: str = "everything",
 ) -> Pretrained:
     """Read a Hugging Face directory: `config.json`, `*.safetensors`, `tokenizer.json`.
 
@@ -62,7 +62,8 @@ def load_pretrained(
             and norms stay dense.
         dtype: Type of the activations: `"float32"`, `"bfloat16"` or `"float16"`.
         param_dtype: Type of the dense parameters; None keeps the file's.
-        remat: What the backward pass keeps of a layer: `"none"`, `"full"` or `"dots"`.
+        remat: What the backward pass keeps of a layer: `"everything"`, `"nothing"` (its input
+            only), `"dots"`, `"names"` or `"offload"` (see `REMAT_POLICIES`).
 
     Returns:
         The module, its parameters, config and tokenizer.
