@@ -73,7 +73,8 @@ def train_step(config: Any, weights: str, rows: int, seq: int, options: Any) -> 
     from lora_jax.train import init_state, make_step
 
     quant = QuantConfig() if weights == "nf4" else None
-    base = abstract_params(config, quant=quant, param_dtype="bfloat16")
+    dense = "float32" if weights == "float32" else "bfloat16"
+    base = abstract_params(config, quant=quant, param_dtype=dense)
     lora = LoraConfig(r=8, target_modules="all-linear")
     layouts = {"model/layers": KernelLayout(stack="model/layers")}
     tx = freeze_base(optax.adamw(1e-4))
@@ -160,7 +161,7 @@ def slope(options: Any) -> None:
         vocab_size=512,
         hidden_size=256,
         intermediate_size=896,
-        num_hidden_layers=0,
+        num_hidden_layers=1,
         num_attention_heads=8,
         num_key_value_heads=2,
     )
@@ -169,7 +170,7 @@ def slope(options: Any) -> None:
     carry = rows * seq * config.hidden_size * 4
     print(f"jax {jax.__version__}; temporaries of one more layer in carries, compiled for this CPU")
     print("| base | 16 layers | 32 layers | adapter gradients | slope |\n|---|---|---|---|---|")
-    for weights in ("nf4", "bf16"):
+    for weights in ("nf4", "float32", "bf16"):
         temporaries, gradients = [], []
         for layers in (few, 2 * few):
             deep = dataclasses.replace(config, num_hidden_layers=layers)
@@ -204,7 +205,7 @@ def loss(options: Any) -> None:
         mask = jnp.ones_like(ids, bool)
         return next_token_loss(lambda h: h @ kernel, hidden, ids, mask, chunk=options.chunk)[0]
 
-    steps = {
+    steps: dict[str, Any] = {
         f.__name__: jax.jit(jax.value_and_grad(f)).lower(hidden, kernel).compile()
         for f in (plain, chunked)
     }

@@ -42,18 +42,17 @@ def attend(
     """
     batch, seq, heads, d = query.shape
     keys, kv_heads = key.shape[1:3]
-    if mask is None:
-        mask = jnp.tril(jnp.ones((1, 1, seq, keys), bool))
+    seen: Array = jnp.tril(jnp.ones((1, 1, seq, keys), bool)) if mask is None else mask
     # What depends on constants alone JAX computes before a scan over layers, and keeps: the mask
     # spread over heads is as large as the scores. It must seem to depend on the layer's input.
-    query, mask = jax.lax.optimization_barrier((query, mask))
+    query, seen = jax.lax.optimization_barrier((query, seen))
     query = query.reshape(batch, seq, kv_heads, heads // kv_heads, d)
     length = min(max(score_bytes // (4 * batch * heads * keys), 1), seq)
     if length == seq:
-        return _attend(query, key, value, mask).reshape(batch, seq, heads, d)
+        return _attend(query, key, value, seen).reshape(batch, seq, heads, d)
     parts = -(-seq // length)
     queries = _parts(query, 1, parts, length)
-    masks = _parts(mask, 2, parts, length)
+    masks = _parts(seen, 2, parts, length)
     # Their gradients are sums over the parts, in the type that they have out here.
     wide = key.astype(jnp.float32), value.astype(jnp.float32)
 

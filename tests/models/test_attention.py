@@ -1,5 +1,7 @@
 """Attention in parts against attention at once, and against JAX's own."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +12,7 @@ from lora_jax.models._attention import attend
 BATCH, SEQ, HEADS, KV_HEADS, D = 2, 11, 4, 2, 8
 
 
-def draw(keys=SEQ, dtype=jnp.float32):
+def draw(keys=SEQ, dtype=jnp.float32) -> Any:
     shapes = (BATCH, SEQ, HEADS, D), (BATCH, keys, KV_HEADS, D), (BATCH, keys, KV_HEADS, D)
     random = jax.random.split(jax.random.key(0), 3)
     return [jax.random.normal(k, s, dtype) for k, s in zip(random, shapes, strict=True)]
@@ -24,7 +26,7 @@ def packed(keys):
     return jnp.broadcast_to(jnp.asarray(mask), (BATCH, 1, SEQ, keys))
 
 
-def value_and_gradients(function, arrays):
+def value_and_gradients(function: Any, arrays):
     def loss(arrays):
         out = function(*arrays)
         weights = jnp.arange(out.size, dtype=jnp.float32).reshape(out.shape) / out.size
@@ -77,7 +79,7 @@ def test_scores_do_not_exist_at_once():
         def loss(*arrays):
             return jnp.sum(attend(*arrays, score_bytes=score_bytes) ** 2)
 
-        compiled = jax.jit(jax.grad(loss, (0, 1, 2))).lower(x, x, x).compile()
+        compiled: Any = jax.jit(jax.grad(loss, (0, 1, 2))).lower(x, x, x).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
     scores = 4 * heads * seq**2

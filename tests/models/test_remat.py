@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,11 +33,11 @@ LAYOUTS = {"model/layers": KernelLayout(stack="model/layers")}
 CARRY = BATCH * SEQ * CONFIG.hidden_size * 4
 WATCH = optax.GradientTransformation(
     lambda params: jax.tree.map(jnp.zeros_like, params),
-    lambda grads, state, params=None: (jax.tree.map(jnp.zeros_like, grads), grads),
+    lambda updates, state, params=None: (jax.tree.map(jnp.zeros_like, updates), updates),
 )
 
 
-def train_step(remat, layers=2, tx=WATCH, quant=None):
+def train_step(remat, layers=2, tx: Any = WATCH, quant=None) -> tuple[Any, Any]:
     """A step, and the shapes it takes."""
     config = dataclasses.replace(CONFIG, num_hidden_layers=layers)
     base = abstract_params(config, quant=quant)
