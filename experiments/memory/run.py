@@ -141,7 +141,8 @@ def compiled(options: Any) -> None:
         run = subprocess.run(command, env=environment(), stderr=subprocess.PIPE, text=True)
         if run.returncode:
             lines = run.stderr.strip().splitlines()
-            print(f"| {device} | {weights} | {rows} × {seq} | failed: {lines[-1][:200]} |")
+            why = next((x for x in lines if "RESOURCE_EXHAUSTED" in x), lines[-1])
+            print(f"| {device} | {weights} | {rows} × {seq} | {why[:200]} |")
         else:
             print(f" {target or ''} |", flush=True)
 
