@@ -18,7 +18,7 @@ from lora_jax.cli import _parsers, main
 def run_file(base_dir: Path, rows_file: Path, tmp_path: Path) -> Path:
     path = tmp_path / "run.yaml"
     config = {
-        "model": {"path": str(base_dir), "remat": "none"},
+        "model": {"path": str(base_dir), "remat": "everything"},
         "quant": {"format": "nf4"},
         "lora": {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"},
         "data": {"train": str(rows_file), "eval_share": 0.2, "max_length": 64},

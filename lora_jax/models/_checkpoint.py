@@ -32,14 +32,13 @@ class Entry:
     """What bitsandbytes keeps beside a weight in four bits, whose shape and dtype are then those
     of the dense one."""
 
-    def read(self) -> np.ndarray | QuantizedTensor:
-        tensor = self._tensor()
-        if self.state is None:
-            return tensor
-        state = {name: entry._tensor() for name, entry in self.state.items()}
-        return read_bitsandbytes(tensor, state, name=f"{self.file}: {self.key}")
+    def read_quantized(self) -> QuantizedTensor:
+        """The kernel of a weight that has a state."""
+        state = {name: entry.read() for name, entry in (self.state or {}).items()}
+        return read_bitsandbytes(self.read(), state, name=f"{self.file}: {self.key}")
 
-    def _tensor(self) -> np.ndarray:
+    def read(self) -> np.ndarray:
+        """The tensor as the file has it."""
         # Opened anew for each tensor: pages of a file that stays mapped count as used memory.
         with open_tensors(self.file) as tensors:
             return tensors.get_tensor(self.key)
@@ -133,7 +132,7 @@ def _with_states(entries: Mapping[str, Entry]) -> dict[str, Entry]:
                 " is there; copy the file again"
             )
         entry = weights[key]
-        described = {k: v._tensor() for k, v in state.items() if k.startswith("quant_state")}
+        described = {k: v.read() for k, v in state.items() if k.startswith("quant_state")}
         told = read_description(described, f"{entry.file}: {key}")
         dtype = next(short for short, name in DTYPES.items() if name == told["dtype"])
         weights[key] = dataclasses.replace(

@@ -9,22 +9,39 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Bool, Float, Int
 
 from .._errors import InputError, nearest
 from .._typing import Array
 from ._config import ModelConfig
-from ._layers import MLP, Attention, KVCache, RMSNorm, rope_angles
+from ._layers import MLP, SAVED_NAMES, Attention, KVCache, RMSNorm, rope_angles
 
 STACKED = "model/layers"
 """The path whose parameters carry a leading layer axis."""
 
+INPUT_NAME = "layer_input"
+
 REMAT_POLICIES = {
-    "none": None,
-    "full": jax.checkpoint_policies.nothing_saveable,
+    "everything": None,
+    "nothing": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "names": jax.checkpoint_policies.save_only_these_names(*SAVED_NAMES),
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[INPUT_NAME, *SAVED_NAMES],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
 }
-"""What the backward pass keeps of a layer: everything, only its input, or the products too."""
+"""What the backward pass keeps of a layer; whatever else it needs it computes again.
+
+    everything   all of it: no rematerialization
+    nothing      the layer's input only
+    dots         the products with weights too
+    names        the input, attention's output and the sum that it joins
+    offload      the same three, in the host's memory
+"""
 
 
 class Block(nn.Module):
@@ -36,11 +53,13 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x, angles, mask, start, cache):
         c = self.config
+        # Named inside the scanned body: a stack of carries cannot be sent to the host.
+        x = checkpoint_name(x, INPUT_NAME)
         norm = RMSNorm(c.rms_norm_eps, name="input_layernorm")
         attended, cache = Attention(c, self.dtype, name="self_attn")(
             norm(x), angles, mask, cache, start
         )
-        x = x + attended
+        x = checkpoint_name(x + attended, "residual")
         norm = RMSNorm(c.rms_norm_eps, name="post_attention_layernorm")
         return x + MLP(c, self.dtype, name="mlp")(norm(x)), cache
 
@@ -50,7 +69,7 @@ class Decoder(nn.Module):
 
     config: ModelConfig
     dtype: Any = jnp.float32
-    remat: str = "none"
+    remat: str = "everything"
 
     def setup(self) -> None:
         c = self.config
@@ -61,7 +80,7 @@ class Decoder(nn.Module):
             )
         self.embed_tokens = nn.Embed(c.vocab_size, c.hidden_size, dtype=self.dtype)
         block = Block
-        if self.remat != "none":
+        if self.remat != "everything":
             # Inside scan XLA cannot merge the recomputation away, so prevent_cse only costs.
             block = nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
         axes: Any = (nn.broadcast, nn.broadcast, nn.broadcast, 0)
@@ -103,7 +122,7 @@ class CausalLM(nn.Module):
 
     config: ModelConfig
     dtype: Any = jnp.float32
-    remat: str = "none"
+    remat: str = "everything"
 
     def setup(self) -> None:
         self.model = Decoder(self.config, self.dtype, self.remat)

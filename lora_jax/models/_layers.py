@@ -6,10 +6,15 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Bool, Float, Int
 
 from .._typing import Array
+from ._attention import attend
 from ._config import ModelConfig
+
+SAVED_NAMES = ("attention", "residual")
+"""What `checkpoint_name` marks in a block: attention's output, and the sum that it joins."""
 
 
 @jax.tree_util.register_dataclass
@@ -91,8 +96,8 @@ class Attention(nn.Module):
             key = jax.lax.dynamic_update_slice_in_dim(cache[0], key, start, axis=1)
             value = jax.lax.dynamic_update_slice_in_dim(cache[1], value, start, axis=1)
             cache = (key, value)
-        out = jax.nn.dot_product_attention(query, key, value, mask=mask, is_causal=mask is None)
-        out = out.reshape(batch, seq, c.num_attention_heads * c.head_dim)
+        out = attend(query, key, value, mask).reshape(batch, seq, -1)
+        out = checkpoint_name(out, "attention")
         o_proj = nn.Dense(c.hidden_size, use_bias=c.attention_bias, dtype=self.dtype, name="o_proj")
         return o_proj(out), cache
 

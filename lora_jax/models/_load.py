@@ -51,7 +51,7 @@ def load_pretrained(
     quant: QuantConfig | None = None,
     dtype: str = "float32",
     param_dtype: str | None = None,
-    remat: str = "none",
+    remat: str = "everything",
 ) -> Pretrained:
     """Read a Hugging Face directory: `config.json`, `*.safetensors`, `tokenizer.json`.
 
@@ -64,7 +64,8 @@ def load_pretrained(
             they are, without it.
         dtype: Type of the activations: `"float32"`, `"bfloat16"` or `"float16"`.
         param_dtype: Type of the dense parameters; None keeps the file's.
-        remat: What the backward pass keeps of a layer: `"none"`, `"full"` or `"dots"`.
+        remat: What the backward pass keeps of a layer: `"everything"`, `"nothing"` (its input
+            only), `"dots"`, `"names"` or `"offload"` (see `REMAT_POLICIES`).
 
     Returns:
         The module, its parameters, config and tokenizer.
@@ -223,7 +224,9 @@ def _quant_of(path: str, quant: QuantConfig | None) -> QuantConfig | None:
         return None
     if stack_of(path, (STACKED,)) is not None:
         return quant.of(quant.format) if is_kernel(path) else None
-    return quant.of({_TABLE: quant.embedding, _HEAD_KERNEL: quant.head}.get(path))
+    if path == _TABLE:
+        return quant.of(quant.embedding)
+    return quant.of(quant.head) if path == _HEAD_KERNEL else None
 
 
 def _contracted(path: str) -> int | tuple[int, ...]:
@@ -281,7 +284,7 @@ def _read_quantized(parts: list[Entry], quant: QuantConfig | None, dtype: Any) -
         )
     stack: Any = None
     for i, part in enumerate(parts):
-        layer = dataclasses.replace(part.read(), dtype=dtype)
+        layer = dataclasses.replace(part.read_quantized(), dtype=dtype)
         stack = _stack_of_zeros(layer, len(parts)) if stack is None else stack
         if jax.tree.structure(layer) != jax.tree.structure(stack):
             raise InputError(

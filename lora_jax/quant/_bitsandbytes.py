@@ -69,11 +69,11 @@ def read_bitsandbytes(
     rows = np.concatenate([nibbles, padding]).reshape(columns, -1, block).transpose(1, 2, 0)
     first, second = np.split(rows, 2, axis=1)
     return QuantizedTensor(
-        codes=np.ascontiguousarray((first << 4) | second),
-        scales=np.ascontiguousarray(absmax.reshape(columns, -1).T),
+        codes=jnp.asarray((first << 4) | second),
+        scales=jnp.asarray(absmax.reshape(columns, -1).T),
         zeros=None,
-        nested_scales=nested_scales,
-        offset=offset,
+        nested_scales=None if nested_scales is None else jnp.asarray(nested_scales),
+        offset=None if offset is None else jnp.asarray(offset, jnp.float32),
         format=told["quant_type"],
         block_size=block,
         kernel_shape=(d_in, d_out),
@@ -125,9 +125,9 @@ def read_description(state: Mapping[str, np.ndarray], name: str) -> dict[str, An
 
 def _absmax(
     state: Mapping[str, np.ndarray], told: Mapping[str, Any], blocks: int, name: str
-) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
+) -> tuple[np.ndarray, np.ndarray | None, float | None]:
     """Scales, nested scales and offset."""
-    codebook = np.float32(CODEBOOKS[told["quant_type"]])
+    codebook = np.asarray(CODEBOOKS[told["quant_type"]], np.float32)
     _check_table(_tensor(state, "quant_map", name), codebook, f"{name}.quant_map")
     absmax = _tensor(state, "absmax", name).reshape(-1)
     if absmax.size != blocks:
@@ -138,16 +138,16 @@ def _absmax(
     if told.get("nested_blocksize") is None:
         return _finite(absmax.astype(np.float32), f"{name}.absmax"), None, None
     nested = _tensor(state, "nested_absmax", name).reshape(-1).astype(np.float32)
-    dynamic = np.asarray(dynamic_values(np.arange(256, dtype=np.uint8)))
+    dynamic = np.asarray(dynamic_values(jnp.arange(256, dtype=jnp.uint8)))
     _check_table(_tensor(state, "nested_quant_map", name), dynamic, f"{name}.nested_quant_map")
     size, offset = told["nested_blocksize"], told.get("nested_offset")
     fits = size == GROUP and nested.size == -(-blocks // GROUP) and absmax.dtype == np.uint8
-    if not fits or type(offset) not in (int, float) or not math.isfinite(offset):
+    if not fits or not isinstance(offset, float) or not math.isfinite(offset):
         raise InputError(
             f"{name}: absmax {absmax.dtype} in {nested.size} groups of {size!r} with offset"
             f" {offset!r} is not supported; known: uint8 in groups of {GROUP}, and a mean"
         )
-    return absmax, _finite(nested, f"{name}.nested_absmax"), np.float32(offset)
+    return absmax, _finite(nested, f"{name}.nested_absmax"), offset
 
 
 def _tensor(state: Mapping[str, np.ndarray], key: str, name: str) -> np.ndarray:

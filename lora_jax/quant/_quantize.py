@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Float
 
 from .._config import QuantConfig
@@ -201,7 +202,7 @@ def _check_finite(weight: Any, arrays: _Arrays) -> None:
     """Refuse NaN and infinity where values are at hand; a block's absmax shows them."""
     _, scales, _, nested_scales, offset = arrays
     shown = scales if offset is None else (nested_scales, offset)
-    if isinstance(scales, jax.core.Tracer) or all(
+    if isinstance(scales, Tracer) or all(
         bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(shown)
     ):
         return

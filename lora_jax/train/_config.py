@@ -21,8 +21,9 @@ class ModelSection:
     """Type of the activations."""
     param_dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Type of the dense weights; null keeps the file's, but trains all of them in float32."""
-    remat: Literal["none", "full", "dots"] = "full"
-    """What the backward pass keeps of a layer; `full` keeps its input only."""
+    remat: Literal["everything", "nothing", "dots", "names", "offload"] = "nothing"
+    """What the backward pass keeps of a layer beside its input: everything, nothing, its products
+    with weights, a few named tensors, or those and the input in the host's memory."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,8 +189,8 @@ def run_config(raw: dict[str, Any], overrides: list[str], where: str) -> RunConf
 
     Example:
         >>> raw = {"data": {"train": "rows.jsonl"}, "output": "runs/mine"}
-        >>> run_config(raw, ["--model.remat", "none"], "here").model.remat
-        'none'
+        >>> run_config(raw, ["--model.remat", "dots"], "here").model.remat
+        'dots'
     """
     return read_dataclass(RunConfig, apply_overrides(raw, overrides), where)
 

@@ -64,7 +64,9 @@ def next_token_loss(
 def _chunk_loss(head: Jaxpr, states: Array, weights: Any, targets: Array, mask: Array) -> Array:
     closed = ClosedJaxpr(head, weights)
     logits = jaxpr_as_fun(closed)(states.reshape(-1, states.shape[-1]))[0].astype(jnp.float32)
-    picked = jnp.take_along_axis(logits, targets.reshape(-1, 1), axis=-1)[:, 0]
+    # A gather needs the float32 logits in memory, and its gradient once more; a sum does not.
+    ours = jax.nn.one_hot(targets.reshape(-1), logits.shape[-1], dtype=bool)
+    picked = jnp.sum(jnp.where(ours, logits, 0.0), axis=-1)
     loss = jax.nn.logsumexp(logits, axis=-1) - picked
     return jnp.sum(jnp.where(mask.reshape(-1), loss, 0.0))
 

@@ -31,12 +31,13 @@ class TrainState:
     randomness; `loss_scale` is 1, and stays so, unless float16 takes part.
     """
 
-    step: Array
+    # Arrays, or only their shapes where a step is compiled and not run.
+    step: Any
     trainable: Any
     opt_state: Any
-    key: Key
-    loss_scale: Array
-    good_steps: Array
+    key: Any
+    loss_scale: Any
+    good_steps: Any
 
 
 def init_state(

@@ -1,4 +1,4 @@
-"""The decoder: packing, caching, rematerialization, depth, dtypes, quantized leaves."""
+"""The decoder: packing, caching, depth, dtypes, quantized leaves."""
 
 import dataclasses
 
@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from lora_jax import QuantConfig
-from lora_jax._errors import InputError
 from lora_jax._tree import map_with_path
 from lora_jax.models import CausalLM, init_cache
 from lora_jax.quant import QuantizedTensor, dequantize, quantize
@@ -81,55 +80,15 @@ def loss(model, params, ids):
     return -jnp.mean(picked)
 
 
-@pytest.mark.parametrize("remat", ["full", "dots"])
-def test_remat_gives_the_same_gradients(config, params, remat):
-    ids = jax.random.randint(jax.random.key(1), (2, 8), 0, config.vocab_size)
-    grad = jax.jit(jax.grad(loss, argnums=1), static_argnums=0)
-    expected = grad(CausalLM(config), params, ids)
-    got = grad(CausalLM(config, remat=remat), params, ids)
-    for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(got), strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-5 * float(jnp.abs(a).max()))
-
-
-def test_full_remat_keeps_only_the_carry_of_each_layer(config, random_params):
-    """Temporary memory grows by one carry (batch, seq, d) per layer."""
-
-    def temporaries(layers):
-        deep = dataclasses.replace(config, num_hidden_layers=layers)
-        params = jax.eval_shape(lambda: random_params(deep))
-        model, ids = CausalLM(deep, remat="full"), jax.ShapeDtypeStruct((4, 32), jnp.int32)
-        # The base is frozen in use: its gradients are not part of what is asked here.
-        frozen = jax.jit(
-            lambda params, scale, ids: jax.grad(
-                lambda s: loss(model, params | {"model": _scaled(params["model"], s)}, ids)
-            )(scale)
-        )
-        compiled = frozen.lower(params, jnp.float32(1), ids).compile()
-        return compiled.memory_analysis().temp_size_in_bytes
-
-    carry = 4 * 32 * config.hidden_size * 4
-    assert (temporaries(16) - temporaries(8)) / 8 <= 1.1 * carry
-
-
-def _scaled(model, scale):
-    embedding = model["embed_tokens"]["embedding"] * scale
-    return model | {"embed_tokens": {"embedding": embedding}}
-
-
 def test_program_size_does_not_depend_on_depth(config):
     def lines(layers):
-        model = CausalLM(dataclasses.replace(config, num_hidden_layers=layers), remat="full")
+        model = CausalLM(dataclasses.replace(config, num_hidden_layers=layers), remat="nothing")
         ids = jnp.ones((1, 8), jnp.int32)
         params = jax.eval_shape(model.init, jax.random.key(0), ids)["params"]
         step = jax.jit(jax.grad(lambda params, ids: loss(model, params, ids)))
         return len(step.lower(params, ids).as_text().splitlines())
 
     assert lines(4) == lines(32)
-
-
-def test_unknown_remat_policy_is_refused(config):
-    with pytest.raises(InputError, match=r"remat: unknown policy 'ful' \(did you mean 'full'"):
-        CausalLM(config, remat="ful").init(jax.random.key(0), jnp.ones((1, 2), jnp.int32))
 
 
 def test_bfloat16_compute_is_near_float32(config, params):
@@ -140,7 +99,7 @@ def test_bfloat16_compute_is_near_float32(config, params):
     assert np.abs(got - expected).max() < 0.05 * np.abs(expected).max()
 
 
-@pytest.mark.parametrize("remat", ["none", "full"])
+@pytest.mark.parametrize("remat", ["everything", "nothing"])
 def test_quantized_leaf_works_in_plain_apply(config, params, remat):
     """Flax opens the box; inside the scan only one layer is dense at a time."""
     ids = jax.random.randint(jax.random.key(1), (2, 8), 0, config.vocab_size)

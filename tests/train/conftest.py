@@ -25,7 +25,7 @@ def make_config(base_dir: Path, rows_file: Path, tmp_path: Path) -> Callable[...
     ) -> RunConfig:
         plain = {"steps": 6, "batch_size": 2, "learning_rate": 1e-2, "log_every": 2}
         config = RunConfig(
-            model=ModelSection(**{"path": str(base_dir), "remat": "none", **(model or {})}),
+            model=ModelSection(**{"path": str(base_dir), "remat": "everything", **(model or {})}),
             data=DataSection(
                 **{"train": str(rows_file), "max_length": 48, "eval_share": 0.2, **(data or {})}
             ),

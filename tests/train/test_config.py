@@ -68,7 +68,7 @@ def test_words_win_over_the_file(load):
         ("train: {method: full}\nquant: {}", "quant: full training needs dense weights"),
         ("train: {method: full, adapter: a}", "train.adapter: goes with method lora"),
         ("model: {dtype: float8}", "model.dtype: got 'float8'"),
-        ("model: {remat: some}", "model.remat: got 'some'; use none, full, dots"),
+        ("model: {remat: some}", "model.remat: got 'some'; use everything, nothing, dots"),
         ("quant: {format: fp4}", "quant.format: got 'fp4' (did you mean 'nf4'?)"),
         (
             "quant: {block_size: 16}",

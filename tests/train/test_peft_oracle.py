@@ -25,7 +25,7 @@ def job(base_dir, rows_file, tmp_path_factory):
 
     return prepare(
         RunConfig(
-            model=ModelSection(path=str(base_dir), remat="none"),
+            model=ModelSection(path=str(base_dir), remat="everything"),
             data=DataSection(train=str(rows_file), max_length=48, eval_share=0.2, packing=False),
             lora=LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"),
             train=TrainSection(

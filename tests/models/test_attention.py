@@ -1,0 +1,87 @@
+"""Attention in parts against attention at once, and against JAX's own."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lora_jax.models._attention import attend
+
+BATCH, SEQ, HEADS, KV_HEADS, D = 2, 11, 4, 2, 8
+
+
+def draw(keys=SEQ, dtype=jnp.float32) -> Any:
+    shapes = (BATCH, SEQ, HEADS, D), (BATCH, keys, KV_HEADS, D), (BATCH, keys, KV_HEADS, D)
+    random = jax.random.split(jax.random.key(0), 3)
+    return [jax.random.normal(k, s, dtype) for k, s in zip(random, shapes, strict=True)]
+
+
+def packed(keys):
+    """Two segments, each seen causally, the queries being the last of the keys."""
+    rows, columns = np.arange(keys - SEQ, keys)[:, None], np.arange(keys)
+    segments = np.arange(keys) // 6
+    mask = (columns <= rows) & (segments == segments[keys - SEQ :, None])
+    return jnp.broadcast_to(jnp.asarray(mask), (BATCH, 1, SEQ, keys))
+
+
+def value_and_gradients(function: Any, arrays):
+    def loss(arrays):
+        out = function(*arrays)
+        weights = jnp.arange(out.size, dtype=jnp.float32).reshape(out.shape) / out.size
+        return jnp.sum(out.astype(jnp.float32) * weights), out
+
+    (_, out), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(arrays)
+    return [out, *gradients]
+
+
+def assert_close(found, expected, tolerance):
+    for f, e in zip(found, expected, strict=True):
+        assert f.dtype == e.dtype
+        f, e = np.asarray(f, np.float64), np.asarray(e, np.float64)
+        assert np.linalg.norm(f - e) <= tolerance * np.linalg.norm(e)
+
+
+@pytest.mark.parametrize("queries", [1, 4, 5, SEQ])
+@pytest.mark.parametrize("keys", [SEQ, 15])
+def test_parts_equal_jax(queries, keys):
+    arrays, mask = draw(keys), packed(keys)
+    bytes_of_parts = 4 * BATCH * HEADS * keys * queries
+    found = value_and_gradients(lambda *x: attend(*x, mask, score_bytes=bytes_of_parts), arrays)
+    expected = value_and_gradients(
+        lambda *x: jax.nn.dot_product_attention(*x, mask=mask, implementation="xla"), arrays
+    )
+    assert_close(found, expected, 1e-6)
+
+
+def test_no_mask_is_causal():
+    arrays = draw()
+    expected = jax.nn.dot_product_attention(*arrays, is_causal=True, implementation="xla")
+    for score_bytes in (1, 2**20):
+        assert_close([attend(*arrays, score_bytes=score_bytes)], [expected], 1e-6)
+
+
+def test_gradients_of_16_bits_are_summed_in_32():
+    """However many parts, a key's gradient is rounded a few times, not once for each part."""
+    wide = draw()
+    arrays = [x.astype(jnp.bfloat16) for x in wide]
+    exact = value_and_gradients(attend, [x.astype(jnp.float32) for x in arrays])
+    found = value_and_gradients(lambda *x: attend(*x, score_bytes=1), arrays)
+    assert_close(found, [x.astype(jnp.bfloat16) for x in exact], 1e-2)
+
+
+def test_scores_do_not_exist_at_once():
+    seq, heads = 512, 4
+    x = jax.ShapeDtypeStruct((1, seq, heads, 8), jnp.float32)
+
+    def temporaries(score_bytes):
+        def loss(*arrays):
+            return jnp.sum(attend(*arrays, score_bytes=score_bytes) ** 2)
+
+        compiled: Any = jax.jit(jax.grad(loss, (0, 1, 2))).lower(x, x, x).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    scores = 4 * heads * seq**2
+    assert temporaries(scores) > scores
+    assert temporaries(scores // 16) < 0.6 * scores
