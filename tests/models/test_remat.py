@@ -102,19 +102,7 @@ def test_offload_sends_the_names_and_the_input_to_the_host(platform):
     assert len(stacked) == 3 and all("host" in str(x) for x in stacked)
 
 
-@pytest.mark.parametrize(
-    "quant",
-    [
-        None,
-        pytest.param(
-            QuantConfig(),
-            marks=pytest.mark.xfail(
-                reason="the lookup's constants leave the scan, as large as a kernel"
-            ),
-        ),
-    ],
-    ids=["dense", "nf4"],
-)
+@pytest.mark.parametrize("quant", [None, QuantConfig()], ids=["dense", "nf4"])
 def test_nothing_large_is_computed_before_the_layers(quant):
     """What a layer computes from constants alone JAX moves before the scan, and keeps."""
     step, shapes = train_step("nothing", 12, quant=quant)
