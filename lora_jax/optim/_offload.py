@@ -12,7 +12,8 @@ def offload_state(tx: optax.GradientTransformation) -> optax.GradientTransformat
     Inside `update` the state is copied to the device, used, and copied back, so it takes no device
     memory during the forward and backward passes.  The copies cost the state's bytes over the
     host's bus, twice in each step, and the update itself may hold the state on the device, old and
-    new (one leaf compiled for a TPU v5e does).  Where host and device are one memory (the CPU backend) it saves nothing.
+    new (one leaf compiled for a TPU v5e does).  Where host and device are one memory (the CPU
+    backend) it saves nothing.
 
     Args:
         tx: Any optax transformation.  Put this outermost: what wraps it would compute on arrays
