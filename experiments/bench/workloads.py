@@ -5,7 +5,7 @@ from typing import Any
 
 Spec = dict[str, Any]
 
-KEEP_NOTHING = "full"  # the remat policy that keeps only a layer's input, by lora_jax's name
+KEEP_NOTHING = "nothing"  # the remat policy that keeps only a layer's input, by lora_jax's name
 
 BLOCK = {
     "vocab_size": 4096,
