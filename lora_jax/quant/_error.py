@@ -39,6 +39,7 @@ def quantization_error(
         Float32 errors, one of each kind for every kernel of the stack.
 
     Example:
+        >>> import jax
         >>> weight = jax.random.normal(jax.random.key(0), (256, 64))
         >>> error = quantization_error(weight, QuantConfig(format="int8"))
         >>> round(float(error.rms), 4), float(error.outliers)
