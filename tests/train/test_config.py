@@ -69,7 +69,7 @@ def test_words_win_over_the_file(load):
         ("train: {method: full, adapter: a}", "train.adapter: goes with method lora"),
         ("model: {dtype: float8}", "model.dtype: got 'float8'"),
         ("model: {remat: some}", "model.remat: got 'some'; use everything, nothing, dots"),
-        ("quant: {format: fp4}", "quant.format: got 'fp4' (did you mean 'nf4'?)"),
+        ("quant: {format: nf5}", "quant.format: got 'nf5' (did you mean 'nf4'?)"),
         (
             "quant: {block_size: 16}",
             "quant: block_size must be an even number from 32 to 4096, got 16",
