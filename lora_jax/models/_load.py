@@ -253,21 +253,20 @@ def _read_leaf(
         return _read_quantized(parts, quant, dtype)
     transpose = is_kernel(path)
     if stack_of(path, (STACKED,)) is None:
-        tensor = parts[0].read()
+        tensor = parts[0].read() if quant is None else _read_finite(parts[0])
         tensor = tensor.T if transpose else tensor
         if quant is None:
             return jnp.array(tensor, dtype)
         leaf = _quantized(jnp.asarray(tensor), quant, contracting=_contracted(path), dtype=dtype)
-        _check_finite(leaf, parts)
         return leaf
     shape = parts[0].shape[::-1] if transpose else parts[0].shape
     stack = _stored(path, jax.ShapeDtypeStruct((len(parts), *shape), dtype), quant)
     stack = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), stack)
     for i, part in enumerate(parts):
-        filled = _fill(stack, part.read(), i, transpose=transpose, quant=quant)
+        tensor = part.read() if quant is None else _read_finite(part)
+        filled = _fill(stack, tensor, i, transpose=transpose, quant=quant)
         # Without waiting, many tensors are read before the first is written.
         stack = jax.block_until_ready(filled)
-    _check_finite(stack, parts)
     return stack
 
 
@@ -314,15 +313,12 @@ def _stack_of_zeros(layer: Any, layers: int) -> Any:
     return jax.tree.map(lambda x: jnp.zeros((layers, *np.shape(x)), x.dtype), layer)
 
 
-def _check_finite(leaf: Any, parts: list[Entry]) -> None:
-    """Refuse NaN and infinity in what was quantized, by the name of its tensor."""
-    if not isinstance(leaf, QuantizedTensor):
-        return
-    kept = leaf.scales if leaf.offset is None else leaf.offset
-    finite = np.isfinite(np.asarray(kept, np.float32).reshape(len(parts), -1)).all(axis=1)
-    if not finite.all():
-        part = parts[int(np.argmin(finite))]
+def _read_finite(part: Entry) -> np.ndarray:
+    """A tensor that is to be quantized; NaN and infinity are refused by its name."""
+    tensor = part.read()
+    if not np.isfinite(tensor.astype(np.float32, copy=False)).all():
         raise InputError(
             f"{part.file}: {part.key} holds weights that are not finite, which cannot be"
             " quantized; the file is damaged, copy it again"
         )
+    return tensor
