@@ -316,7 +316,7 @@ def _stack_of_zeros(layer: Any, layers: int) -> Any:
 def _read_finite(part: Entry) -> np.ndarray:
     """A tensor that is to be quantized; NaN and infinity are refused by its name."""
     tensor = part.read()
-    if not np.isfinite(tensor.astype(np.float32, copy=False)).all():
+    if not np.isfinite(tensor).all():
         raise InputError(
             f"{part.file}: {part.key} holds weights that are not finite, which cannot be"
             " quantized; the file is damaged, copy it again"

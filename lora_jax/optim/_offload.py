@@ -54,9 +54,12 @@ def to_host(tree: Any) -> Any:
 
 def to_device(tree: Any) -> Any:
     """Every array in device memory, in or outside `jit`."""
-    # Whatever its type says: a ShapeDtypeStruct, or what orbax restores, may have a sharding in
-    # host memory and yet be traced as if it were on the device.
-    move = lambda leaf: jax.device_put(leaf, jax.memory.Space.Device) if leaf.ndim else leaf  # noqa: E731
+
+    def move(leaf: Any) -> Any:
+        # Whatever its type says: a ShapeDtypeStruct, or what orbax restores, may have a sharding in
+        # host memory and yet be traced as if it were on the device.
+        return jax.device_put(leaf, jax.memory.Space.Device) if leaf.ndim else leaf
+
     return jax.tree.map(move, tree)
 
 

@@ -111,6 +111,8 @@ def _quantize_matrix(config: QuantConfig, matrix: Array) -> _Arrays:
         absmax = jnp.maximum(values.max(axis=1), 0) - lowest
     else:
         lowest, absmax = None, jnp.abs(values).max(axis=1)
+    # XLA:CPU's maximum drops NaN where it is vectorized, and a damaged block would look whole.
+    absmax = jnp.where(jnp.isfinite(values).all(axis=1), absmax, jnp.nan)
     stored, kept = _keep(config, absmax)
     # QLoRA's codes stand for W over the exact absmax; ours, for what it will be read back as.
     qlora = config.double_quant and config.format in ("nf4", "fp4")
@@ -166,7 +168,7 @@ def _mean(x: Array) -> Array:
         half = total.size // 2
         total = total[:half] + total[half:]
     # It is not negative; saying so keeps what subtracts it from being fused into one rounding.
-    return jnp.maximum(total[0] / x.size, 0.0)
+    return jnp.abs(total[0] / x.size)
 
 
 def _normalize(values: Array, absmax: Array) -> Array:
