@@ -55,8 +55,8 @@ def test_integers_are_at_most_half_a_step_off(format, zero_point, steps, shape, 
     assert np.all(error <= allowed * absmax_of_rows(q) / steps * (1 + 1e-5))
 
 
-@every_config
-@pytest.mark.parametrize("block", [32, 34, 128, 1024, 4096])
+@pytest.mark.parametrize("config", [*CONFIGS[::2], CONFIGS[1], BFLOAT16], ids=name)
+@pytest.mark.parametrize("block", [32, 34, 128, 4096])
 def test_any_block(config, block):
     """One absmax for each block, and none for rows that are not there."""
     kernel = normal(300, 5) * jnp.linspace(1, 9, 300)[:, None]

@@ -40,7 +40,10 @@ def weights(directory):
 
 @pytest.mark.parametrize(
     "train",
-    [{"optimizer": "adamw_8bit"}, {"optimizer": "adamw_8bit", "offload_optimizer": True}],
+    [
+        pytest.param({"optimizer": "adamw_8bit"}, marks=pytest.mark.slow),
+        {"optimizer": "adamw_8bit", "offload_optimizer": True},
+    ],
     ids=["8 bits", "8 bits on the host"],
 )
 def test_resumed_run_is_the_same(make_job, tmp_path, records, train):
