@@ -169,6 +169,7 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     p.add_argument("model", metavar="MODEL")
     p.add_argument("--quant", action="store_true", required=True, help="compare the formats")
     p.add_argument("--data", metavar="FILE", help="held-out rows, or stdlib-heldout")
+    p.add_argument("--formats", metavar="A,B", help="only these, such as nf4,int4-zero")
 
     p = add(
         "merge",
@@ -301,7 +302,8 @@ def _evaluate(options: argparse.Namespace, overrides: list[str]) -> None:
 def _inspect(options: argparse.Namespace, overrides: list[str]) -> None:
     from ._inspect import inspect_quantization
 
-    for line in inspect_quantization(options.model, options.data, overrides):
+    o = options
+    for line in inspect_quantization(o.model, o.formats, o.data, overrides):
         print(line, flush=True)
 
 

@@ -98,16 +98,20 @@ def test_evaluate_merge_and_generate_agree(trained: Path, base_dir, rows_file, t
 
 
 def test_inspect_shows_every_layer_and_the_loss_of_every_format(base_dir, rows_file, capsys):
-    main(["inspect", str(base_dir), "--quant", "--data", str(rows_file), "--data.max_length", "64"])
+    words = ["--data", str(rows_file), "--data.max_length", "64", "--formats", "int4-zero,int8"]
+    main(["inspect", str(base_dir), "--quant", *words])
     out = capsys.readouterr().out
     lines = out.splitlines()
     layers = [line for line in lines if line.startswith("model/layers/")]
     assert len(layers) == 2 * 7 and layers[0].startswith("model/layers/0/mlp/down_proj ")
-    assert len(re.findall(r"0\.\d{4}", layers[0])) == 11
+    assert len(re.findall(r"0\.\d{4}", layers[0])) == 5
     dense = float(re.search(r"held-out loss ([\d.]+) nats", out)[1])
-    losses = {name: float(x) for name, x in re.findall(r"^  (\w[\w ]+?) +([\d.]+) \(", out, re.M)}
-    assert list(losses) == ["nf4", "fp4", "int4", "int4 zero", "int8"]
+    losses = {name: float(x) for name, x in re.findall(r"^  ([\w-]+) +([\d.]+) \(", out, re.M)}
+    assert list(losses) == ["int4-zero", "int8"]
     assert abs(losses["int8"] - dense) < 0.01
+    assert "(did you mean 'nf4'?)" in refused(
+        capsys, "inspect", str(base_dir), "--quant", "--formats", "nf5"
+    )
 
 
 def test_generate_talks_until_an_empty_line(base_dir: Path, monkeypatch, capsys):

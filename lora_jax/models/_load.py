@@ -250,15 +250,14 @@ def _read_leaf(
     """Read one leaf; a stack is allocated once and filled, so one layer at most is twice there."""
     dtype = jnp.dtype(param_dtype or jnp.result_type(*(DTYPES[part.dtype] for part in parts)))
     if any(part.state for part in parts):
-        return _read_quantized(parts, quant, dtype)
+        return _read_quantized(path, parts, quant, dtype)
     transpose = is_kernel(path)
     if stack_of(path, (STACKED,)) is None:
         tensor = parts[0].read() if quant is None else _read_finite(parts[0])
         tensor = tensor.T if transpose else tensor
         if quant is None:
             return jnp.array(tensor, dtype)
-        leaf = _quantized(jnp.asarray(tensor), quant, contracting=_contracted(path), dtype=dtype)
-        return leaf
+        return _quantized(jnp.asarray(tensor), quant, contracting=_contracted(path), dtype=dtype)
     shape = parts[0].shape[::-1] if transpose else parts[0].shape
     stack = _stored(path, jax.ShapeDtypeStruct((len(parts), *shape), dtype), quant)
     stack = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), stack)
@@ -270,8 +269,15 @@ def _read_leaf(
     return stack
 
 
-def _read_quantized(parts: list[Entry], quant: QuantConfig | None, dtype: Any) -> QuantizedTensor:
-    """A stack of kernels that bitsandbytes quantized; they stay as they are."""
+def _read_quantized(
+    path: str, parts: list[Entry], quant: QuantConfig | None, dtype: Any
+) -> QuantizedTensor:
+    """A kernel, or a stack of them, that bitsandbytes quantized; they stay as they are."""
+    if not is_kernel(path):
+        raise InputError(
+            f"{parts[0].file}: {parts[0].key} is in four bits, which only kernels may be; keep it"
+            " dense"
+        )
     if quant is not None:
         raise InputError(
             f"{parts[0].file}: {parts[0].key} is in four bits already; leave quant out"
@@ -281,6 +287,8 @@ def _read_quantized(parts: list[Entry], quant: QuantConfig | None, dtype: Any) -
             f"{dense[0].file}: {dense[0].key} is not quantized, but {parts[0].key} or another layer"
             " of its stack is; quantize all layers alike, or none"
         )
+    if stack_of(path, (STACKED,)) is None:
+        return dataclasses.replace(parts[0].read_quantized(), dtype=dtype)
     stack: Any = None
     for i, part in enumerate(parts):
         layer = dataclasses.replace(part.read_quantized(), dtype=dtype)

@@ -21,7 +21,7 @@ from lora_jax.quant import QuantizedTensor  # noqa: E402
 pytestmark = pytest.mark.oracle
 
 
-def four_bits(directory, out, *, double=True, skip=()):
+def four_bits(directory, out, *, double=True, skip=(), also=()):
     """The same directory with its blocks' kernels as bitsandbytes saves them; the dense values."""
     out.mkdir()
     config = json.loads((directory / "config.json").read_text())
@@ -29,7 +29,7 @@ def four_bits(directory, out, *, double=True, skip=()):
     (out / "config.json").write_text(json.dumps(config))
     tensors, dense = {}, {}
     for name, value in load_file(directory / "model.safetensors").items():
-        if "proj" not in name or name in skip:
+        if not ("proj" in name or name in also) or name in skip:
             tensors[name] = value
             continue
         packed, state = functional.quantize_4bit(
@@ -59,6 +59,13 @@ def test_kernels_are_theirs(tmp_path, model_dir, double):
     assert np.isfinite(logits).all()
 
 
+def test_a_head_outside_of_the_stack(tmp_path, model_dir):
+    dense = four_bits(model_dir, tmp_path / "m", also=["lm_head.weight"])
+    kernel = load_pretrained(tmp_path / "m").params["lm_head"]["kernel"]
+    assert isinstance(kernel, QuantizedTensor)
+    np.testing.assert_allclose(kernel.unbox().T, dense["lm_head.weight"], rtol=0, atol=1e-6)
+
+
 def test_what_cannot_be_read_is_refused(tmp_path, model_dir):
     one = "model.layers.1.mlp.up_proj.weight"
     four_bits(model_dir, tmp_path / "m")
@@ -73,6 +80,9 @@ def test_what_cannot_be_read_is_refused(tmp_path, model_dir):
     save_file(lost, tmp_path / "m" / "model.safetensors")
     with pytest.raises(InputError, match=f"{one} is missing, whose"):
         load_pretrained(tmp_path / "m")
+    four_bits(model_dir, tmp_path / "table", also=["model.embed_tokens.weight"])
+    with pytest.raises(InputError, match="which only kernels may be; keep it dense"):
+        load_pretrained(tmp_path / "table")
     four_bits(model_dir, tmp_path / "mixed", skip=[one])
     with pytest.raises(InputError, match=f"{one} is not quantized, but"):
         load_pretrained(tmp_path / "mixed")
