@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .._errors import InputError
-from ._codebook import CODEBOOKS, dynamic_values
+from ._codebook import CODEBOOKS, dynamic_table
 from ._tensor import GROUP, QuantizedTensor
 
 _DESCRIPTION = "quant_state.bitsandbytes__"
@@ -138,8 +138,8 @@ def _absmax(
     if told.get("nested_blocksize") is None:
         return _finite(absmax.astype(np.float32), f"{name}.absmax"), None, None
     nested = _tensor(state, "nested_absmax", name).reshape(-1).astype(np.float32)
-    dynamic = np.asarray(dynamic_values(jnp.arange(256, dtype=jnp.uint8)))
-    _check_table(_tensor(state, "nested_quant_map", name), dynamic, f"{name}.nested_quant_map")
+    dynamic = _tensor(state, "nested_quant_map", name)
+    _check_table(dynamic, dynamic_table(signed=True), f"{name}.nested_quant_map")
     size, offset = told["nested_blocksize"], told.get("nested_offset")
     fits = size == GROUP and nested.size == -(-blocks // GROUP) and absmax.dtype == np.uint8
     if not fits or not isinstance(offset, float) or not math.isfinite(offset):

@@ -111,6 +111,27 @@ def dynamic_values(codes: Array, *, signed: bool = True) -> Array:
     127 ± p with k = 0..6 cut `10^(k-6)·[0.1, 1]`, 127 is 0.  Unsigned: codes p - 1 with
     k = 1..7 cut `10^(k-7)·[0.1, 1]`, 0 is 0.  Both end at 255, which is 1.
     """
+    # On CPUs the arithmetic takes longer than all the rest of dequantizing; elsewhere it fuses, and
+    # gathers do not.
+    return jax.lax.platform_dependent(
+        codes,
+        cpu=functools.partial(_gather_dynamic, signed=signed),
+        default=functools.partial(_compute_dynamic, signed=signed),
+    )
+
+
+def _gather_dynamic(codes: Array, signed: bool) -> Array:
+    return jnp.asarray(dynamic_table(signed))[codes.astype(jnp.int32)]
+
+
+@functools.cache
+def dynamic_table(signed: bool) -> np.ndarray:
+    """The values of all 256 codes."""
+    with jax.ensure_compile_time_eval():
+        return np.asarray(_compute_dynamic(jnp.arange(256, dtype=jnp.uint8), signed))
+
+
+def _compute_dynamic(codes: Array, signed: bool) -> Array:
     decades = _decades(signed)
     position = codes.astype(jnp.int32) - (ZERO_CODE if signed else -1)
     part = jnp.abs(position).astype(jnp.float32)
@@ -124,9 +145,7 @@ def dynamic_values(codes: Array, *, signed: bool = True) -> Array:
 
 def nearest_byte(x: Array, *, signed: bool = True) -> Array:
     """Code of the nearest dynamic value; the lower one on a tie."""
-    with jax.ensure_compile_time_eval():
-        every = jnp.arange(256, dtype=jnp.uint8)
-        bounds = midpoints(np.asarray(dynamic_values(every, signed=signed)))
+    bounds = midpoints(dynamic_table(signed))
     # The part of its decade that a number is in has its nearest value or that value's neighbour.
     # Unlike a binary search, this stays one elementwise loop without temporary arrays.
     guess = _part_of_decade(jnp.abs(x), _decades(signed))

@@ -153,8 +153,6 @@ def _dequantize(q: QuantizedTensor, dtype: Any) -> Array:
 def matrix(q: QuantizedTensor, dtype: Any) -> Array:
     """The dense `(*stack, d_in, d_out)`."""
     per_row = absmax(q)[..., None, :]
-    # Scaled before they are put together: XLA fuses a last elementwise step into every product
-    # that uses it, and computes all of this once for each.
     parts = [part * per_row for part in block_values(q)]
     rows = jnp.stack(parts, axis=-3).astype(dtype)
     rows = rows.reshape(*q.codes.shape[:-3], -1, q.codes.shape[-1])

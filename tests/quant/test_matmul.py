@@ -146,7 +146,10 @@ def test_one_layer_at_a_time_is_dense(format, checkpointed):
     memory = gradient.lower(x, stack).compile().memory_analysis()
     if memory is None:
         pytest.skip("this backend reports no memory")
-    assert memory.temp_size_in_bytes < 2 * DENSE_LAYER
+    # The recomputed product and the transposed one stand in one body: XLA:CPU takes dequantizing
+    # for cheap, and fuses it into each of them.
+    products = 2 if checkpointed else 1
+    assert memory.temp_size_in_bytes < (products + 1) * DENSE_LAYER
 
 
 def test_bad_inputs_are_refused():
