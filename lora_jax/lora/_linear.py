@@ -59,9 +59,7 @@ def lora_delta(
         (2, 3)
     """
     scaling = jax.lax.stop_gradient(jnp.asarray(scaling, jnp.float32))
-    flat = x.reshape(-1, x.shape[-1])
-    delta = _delta(flat, lora_A.astype(x.dtype), lora_B.astype(x.dtype), scaling)
-    return delta.reshape(*x.shape[:-1], lora_B.shape[-1])
+    return _delta(x, lora_A.astype(x.dtype), lora_B.astype(x.dtype), scaling)
 
 
 def look_up_delta(
@@ -127,17 +125,20 @@ def _delta(x: Array, a: Array, b: Array, scaling: Array) -> Array:
 
 def _delta_forward(x: Array, a: Array, b: Array, scaling: Array):
     h = _scaled(x, a, scaling)
+    # As it came: reshaped here, the input that three projections share would be kept three times.
     return h @ b, (x, a, b, scaling, h)
 
 
 def _delta_backward(residuals, g: Array):
-    x, a, b, scaling, h = residuals
+    whole, a, b, scaling, h = residuals
+    x, h, g = (y.reshape(-1, y.shape[-1]) for y in (whole, h, g))
     # As xᵀ·(g·Bᵀ) the thin products have a badly laid out left operand (5 times slower on
     # XLA:CPU); as (rank, tokens) matrices they have not.  The barriers keep XLA from turning
     # them back, by way of dA's transpose too, and from recomputing activations inside them.
     thin_g, thin_h = jax.lax.optimization_barrier((_scaled(b, g.T, scaling), h.T))
     da = jax.lax.optimization_barrier(thin_g @ x).T
-    return thin_g.T @ a.T, da, thin_h @ g, jnp.zeros_like(scaling)
+    dx = (thin_g.T @ a.T).reshape(whole.shape)
+    return dx, da, thin_h @ g, jnp.zeros_like(scaling)
 
 
 def _scaled(x: Array, y: Array, scaling: Array) -> Array:

@@ -1,13 +1,24 @@
-"""Causal attention that never holds all scores: a part of the queries at a time."""
+"""Causal attention that keeps no scores, and computes few of those that nobody sees."""
+
+import functools
+from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Bool, Float
 
 from .._typing import Array
 
+NAME = "attention"
+"""What `checkpoint_name` calls the output and the log-sum-exp of the scores."""
 SCORE_BYTES = 64 * 2**20
 """Float32 scores that exist at one time; few enough, and attention is one plain product."""
+STAGES = 4
+"""Stages into which a causal sequence's queries are cut, each with the keys up to its own end:
+5/8 of the work of all pairs, where twice as many stages would still do 9/16."""
+_SHORTEST_STAGE = 32
 _HIDDEN = 1e30
 
 
@@ -19,15 +30,17 @@ def attend(
     *,
     score_bytes: int = SCORE_BYTES,
 ) -> Float[Array, "batch seq heads d"]:
-    """softmax(q·kᵀ/√d over what the mask shows)·v, grouped heads sharing keys and values.
+    """softmax(q·kᵀ/√d over what is seen)·v, grouped heads sharing keys and values.
 
-    Scores are float32. Where those of all queries exceed `score_bytes`, queries take turns and
-    the backward pass computes each part's scores again.
+    Scores are float32 and live in one pass only: the backward pass computes them again from what
+    it keeps, which is the arguments, the output and each query's log-sum-exp. Reverse mode only.
 
     Args:
         query, key, value: Of one type; heads are a multiple of kv_heads.
         mask: True where a query sees a key; None is plain causal. Every query must see a key.
-        score_bytes: Bytes of scores at one time (at least one query of each row and head).
+            With as many keys as queries, no query sees a later key, whatever the mask says.
+        score_bytes: Bytes of scores at one time (at least one query of each row and head);
+            queries take turns where there would be more.
 
     Returns:
         Outputs in the type of the query.
@@ -37,45 +50,145 @@ def attend(
         >>> bool(jnp.allclose(attend(x, x, x), 1.0))
         True
 
-    Source: Vaswani et al. 2017, equation 1; Rabe & Staats 2021, "Self-attention does not need
-    O(n²) memory".
+    Source: Vaswani et al. 2017, equation 1; Dao et al. 2022, "FlashAttention", algorithms 1 and 4;
+    Rabe & Staats 2021, "Self-attention does not need O(n²) memory".
     """
     batch, seq, heads, d = query.shape
     keys, kv_heads = key.shape[1:3]
     seen: Array = jnp.tril(jnp.ones((1, 1, seq, keys), bool)) if mask is None else mask
-    # What depends on constants alone JAX computes before a scan over layers, and keeps: the mask
-    # spread over heads is as large as the scores. It must seem to depend on the layer's input.
-    query, seen = jax.lax.optimization_barrier((query, seen))
-    query = query.reshape(batch, seq, kv_heads, heads // kv_heads, d)
-    length = min(max(score_bytes // (4 * batch * heads * keys), 1), seq)
-    if length == seq:
-        return _attend(query, key, value, seen).reshape(batch, seq, heads, d)
-    parts = -(-seq // length)
-    queries = _parts(query, 1, parts, length)
-    masks = _parts(seen, 2, parts, length)
-    # Their gradients are sums over the parts, in the type that they have out here.
-    wide = key.astype(jnp.float32), value.astype(jnp.float32)
-
-    @jax.checkpoint
-    def part(query: Array, mask: Array, wide: tuple[Array, Array]) -> Array:
-        return _attend(query, wide[0].astype(key.dtype), wide[1].astype(value.dtype), mask)
-
-    out = jax.lax.map(lambda xs: part(*xs, wide), (queries, masks))
-    return jnp.moveaxis(out, 0, 1).reshape(batch, parts * length, heads, d)[:, :seq]
+    grouped = query.reshape(batch, seq, kv_heads, heads // kv_heads, d)
+    by_head = (
+        grouped.transpose(0, 2, 3, 1, 4),
+        key.transpose(0, 2, 1, 3),
+        value.transpose(0, 2, 1, 3),
+    )
+    # XLA on CPUs multiplies twice as fast what lies head by head in memory.
+    by_head = jax.lax.optimization_barrier(by_head)
+    out = jax.lax.optimization_barrier(_attend(score_bytes, *by_head, seen[:, :, None]))
+    return out.transpose(0, 3, 1, 2, 4).reshape(batch, seq, heads, d)
 
 
-def _attend(query: Array, key: Array, value: Array, mask: Array) -> Array:
-    scores = jnp.einsum("bqkgd,bskd->bkgqs", query, key, preferred_element_type=jnp.float32)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(
+    score_bytes: int,
+    query: Float[Array, "batch kv_heads group seq d"],
+    key: Float[Array, "batch kv_heads keys d"],
+    value: Float[Array, "batch kv_heads keys d"],
+    mask: Bool[Array, "batch_or_1 1 1 seq keys"],
+) -> Float[Array, "batch kv_heads group seq d"]:
+    return _forward(score_bytes, query, key, value, mask)[0]
+
+
+def _forward(
+    score_bytes: int, query: Array, key: Array, value: Array, mask: Array
+) -> tuple[Array, Any]:
+    query, seen = _together(query, mask)
+    outs, sums = [], []
+    for queries, keys, parts in _stages(query.shape, key.shape[2], score_bytes):
+        k, v = key[:, :, keys], value[:, :, keys]
+
+        def part(_: None, xs: tuple[Array, Array], k: Array = k, v: Array = v) -> Any:
+            scores = _scores(xs[0], k, xs[1])
+            top = jnp.max(scores, axis=-1, keepdims=True)
+            weights = jnp.exp(scores - top)
+            total = jnp.sum(weights, axis=-1, keepdims=True)
+            out = _product("bkgqs,bksd->bkgqd", weights.astype(v.dtype), v) / total
+            return None, (out.astype(query.dtype), top + jnp.log(total))
+
+        cut = query[..., queries, :], seen[..., queries, keys]
+        _, (out, lse) = _in_parts(part, None, cut, parts)
+        outs.append(out)
+        sums.append(lse)
+    out = checkpoint_name(jnp.concatenate(outs, axis=3), NAME)
+    lse = checkpoint_name(jnp.concatenate(sums, axis=3), NAME)
+    return out, (query, key, value, mask, out, lse)
+
+
+def _backward(score_bytes: int, residuals: Any, gradient: Array) -> tuple[Any, ...]:
+    query, key, value, mask, out, lse = residuals
+    gradient, seen = _together(gradient, mask)
+    scale = query.shape[-1] ** -0.5
+    mean = jnp.sum(gradient.astype(jnp.float32) * out, axis=-1, keepdims=True)
+    # A key's gradient is a sum over the queries' parts: in 32 bits, whatever the type.
+    d_key, d_value = jnp.zeros(key.shape, jnp.float32), jnp.zeros(value.shape, jnp.float32)
+    d_query = []
+    for queries, keys, parts in _stages(query.shape, key.shape[2], score_bytes):
+        k, v = key[:, :, keys], value[:, :, keys]
+
+        def part(sums: tuple[Array, Array], xs: Any, k: Array = k, v: Array = v) -> Any:
+            q, shown, g, of_lse, of_mean = xs
+            weights = jnp.exp(_scores(q, k, shown) - of_lse)
+            d_weights = _product("bkgqd,bksd->bkgqs", g, v)
+            d_scores = (weights * (d_weights - of_mean) * scale).astype(q.dtype)
+            dk = _product("bkgqs,bkgqd->bksd", d_scores, q)
+            dv = _product("bkgqs,bkgqd->bksd", weights.astype(g.dtype), g)
+            dq = _product("bkgqs,bksd->bkgqd", d_scores, k).astype(q.dtype)
+            return (sums[0] + dk, sums[1] + dv), dq
+
+        cut = [x[..., queries, :] for x in (query, gradient, lse, mean)]
+        xs = (cut[0], seen[..., queries, keys], *cut[1:])
+        sums, dq = _in_parts(part, (d_key[:, :, keys], d_value[:, :, keys]), xs, parts)
+        d_key, d_value = d_key.at[:, :, keys].set(sums[0]), d_value.at[:, :, keys].set(sums[1])
+        d_query.append(dq)
+    dq = jnp.concatenate(d_query, axis=3)
+    return dq, d_key.astype(key.dtype), d_value.astype(value.dtype), None
+
+
+_attend.defvjp(_forward, _backward)
+
+
+def _together(x: Array, mask: Array) -> tuple[Array, Array]:
+    """Let the mask seem to depend on a layer's own array.
+
+    What depends on constants alone JAX computes before a scan over layers, and keeps: the mask
+    spread over heads is as large as the scores.
+    """
+    return jax.lax.optimization_barrier((x, mask))
+
+
+def _stages(
+    shape: tuple[int, ...], keys: int, score_bytes: int
+) -> Iterator[tuple[slice, slice, int]]:
+    """Queries, the keys that they may see, and the parts in which their scores are few enough."""
+    batch, kv_heads, group, seq, _ = shape
+    count = max(min(STAGES, seq // _SHORTEST_STAGE), 1) if seq == keys else 1
+    for stage in range(count):
+        start, end = (seq * at // count for at in (stage, stage + 1))
+        visible = keys * (stage + 1) // count
+        length = max(score_bytes // (4 * batch * kv_heads * group * visible), 1)
+        yield slice(start, end), slice(0, visible), -(-(end - start) // length)
+
+
+def _in_parts(part: Any, carry: Any, xs: Any, parts: int) -> tuple[Any, Any]:
+    """`jax.lax.scan` over parts of the queries, the last axis but one; at once if there is one.
+
+    The last part is filled up with zeros; a query that sees nothing has no gradient to give.
+    """
+    if parts == 1:
+        return part(carry, xs)
+    seq = jax.tree.leaves(xs)[0].shape[-2]
+    length = -(-seq // parts)
+
+    def cut(x: Array) -> Array:
+        padding = [(0, 0)] * x.ndim
+        padding[-2] = (0, parts * length - seq)
+        x = jnp.pad(x, padding)
+        return jnp.moveaxis(x.reshape(*x.shape[:-2], parts, length, x.shape[-1]), -3, 0)
+
+    def join(x: Array) -> Array:
+        x = jnp.moveaxis(x, 0, -3)
+        return x.reshape(*x.shape[:-3], parts * length, x.shape[-1])[..., :seq, :]
+
+    carry, out = jax.lax.scan(part, carry, jax.tree.map(cut, xs))
+    return carry, jax.tree.map(join, out)
+
+
+def _scores(query: Array, key: Array, mask: Array) -> Array:
     # Sums and products with a scalar rather than a select, whose constant would be as large as
     # the scores. A hidden score is so low that the true one vanishes beside it.
-    scores = scores * query.shape[-1] ** -0.5 + (mask[:, :, None].astype(jnp.float32) - 1) * _HIDDEN
-    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    return jnp.einsum("bkgqs,bskd->bqkgd", weights, value)
+    scores = _product("bkgqd,bksd->bkgqs", query, key) * query.shape[-1] ** -0.5
+    return scores + (mask.astype(jnp.float32) - 1) * _HIDDEN
 
 
-def _parts(x: Array, axis: int, parts: int, length: int) -> Array:
-    """Cut an axis into parts, the last one padded with zeros, and put them first."""
-    padding = [(0, 0)] * x.ndim
-    padding[axis] = (0, parts * length - x.shape[axis])
-    x = jnp.pad(x, padding)
-    return jnp.moveaxis(x.reshape(*x.shape[:axis], parts, length, *x.shape[axis + 1 :]), axis, 0)
+def _product(equation: str, x: Array, y: Array) -> Array:
+    return jnp.einsum(equation, x, y, preferred_element_type=jnp.float32)

@@ -1,6 +1,7 @@
 """The parts of a decoder block: RMSNorm, rotary positions, attention, gated MLP."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -10,10 +11,11 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Bool, Float, Int
 
 from .._typing import Array
+from ._attention import NAME as ATTENTION
 from ._attention import attend
 from ._config import ModelConfig
 
-SAVED_NAMES = ("attention", "residual")
+SAVED_NAMES = (ATTENTION, "residual")
 """What `checkpoint_name` marks in a block: attention's output, and the sum that it joins."""
 
 
@@ -97,7 +99,6 @@ class Attention(nn.Module):
             value = jax.lax.dynamic_update_slice_in_dim(cache[1], value, start, axis=1)
             cache = (key, value)
         out = attend(query, key, value, mask).reshape(batch, seq, -1)
-        out = checkpoint_name(out, "attention")
         o_proj = nn.Dense(c.hidden_size, use_bias=c.attention_bias, dtype=self.dtype, name="o_proj")
         return o_proj(out), cache
 
@@ -115,6 +116,13 @@ class MLP(nn.Module):
         def dense(name: str, features: int) -> nn.Dense:
             return nn.Dense(features, use_bias=c.mlp_bias, dtype=self.dtype, name=name)
 
-        gate = nn.silu(dense("gate_proj", c.intermediate_size)(x))
+        gate = dense("gate_proj", c.intermediate_size)(x)
         up = dense("up_proj", c.intermediate_size)(x)
-        return dense("down_proj", c.hidden_size)(gate * up)
+        return dense("down_proj", c.hidden_size)(_gated(gate, up))
+
+
+# Inside a scan over layers XLA cannot merge the recomputation away: no barrier is needed.
+@functools.partial(jax.checkpoint, prevent_cse=False)
+def _gated(gate: Array, up: Array) -> Array:
+    """silu(gate)·up, whose gradient takes the two alone: they are half of what a layer keeps."""
+    return nn.silu(gate) * up
