@@ -92,6 +92,15 @@ def test_package_is_found_after_the_folder_moved(checkout):
     assert (path_file.parent / path_file.read_text().strip()).resolve() == checkout.resolve()
 
 
+def test_memory_comes_in_large_pages_unless_told_otherwise(checkout):
+    lora(checkout, "train")
+    python = checkout / ".venv/bin/python"
+    python.write_text('#!/bin/sh\necho "$GLIBC_TUNABLES"\n')
+    assert lora(checkout, "train").stdout == "glibc.malloc.hugetlb=1\n"
+    own = "glibc.malloc.hugetlb=0"
+    assert lora(checkout, "train", GLIBC_TUNABLES=own).stdout == own + "\n"
+
+
 def test_changed_pins_are_installed(checkout):
     lora(checkout, "train")
     with open(checkout / "requirements/cpu.txt", "a") as file:

@@ -111,6 +111,8 @@ def _environment(threads: int, more: dict[str, str]) -> dict[str, str]:
         **{name: str(count) for name, count in counts.items()},
         "PYTHONPATH": os.pathsep.join(filter(None, path)),
         "TOKENIZERS_PARALLELISM": "false",
+        # As `./lora` has it, for everybody.
+        "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
         "HF_HUB_OFFLINE": "1",
         **more,
     }

@@ -33,7 +33,7 @@ class Run:
         self.notes: dict[str, Any] = {}
 
     def child(self, entry: Entry, **more: Any) -> Child:
-        return Child(entry.module, entry.case, self.spec | more, self.threads)
+        return Child(entry.module, entry.case, self.spec | {"env": entry.env} | more, self.threads)
 
     def leave_out(self, entry: Entry, error: CaseError) -> None:
         """A peer that does not run is told of; our own case stops everything."""

@@ -45,6 +45,8 @@ class Entry:
     """Somebody else's: left out, with the reason, where it does not run."""
     gate: int = 3
     """Steps whose losses are compared before anything is timed."""
+    env: dict[str, str] = dataclasses.field(default_factory=dict)
+    """What this case alone has in its environment."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +111,8 @@ STEP = Workload(
         LORA,
         jax_case("train_step", "train_step", "lora_jax, step of lora_jax.train", "adapter"),
         jax_case("plain", "plain_autodiff", "lora_jax without its own VJP", "adapter"),
+        jax_case("small_pages", "lora", "lora_jax LoRA, memory in pages of 4 KiB", "adapter",
+                 env={"GLIBC_TUNABLES": "glibc.malloc.hugetlb=0"}),
         qwix_case("qwix", "lora", "qwix LoRA", "adapter"),
         torch_case("peft", "peft", "PEFT LoRA, eager", "adapter"),
         torch_case("peft_compile", "peft_compile", "PEFT LoRA, torch.compile", "adapter"),
@@ -123,8 +127,10 @@ STEP = Workload(
         Row("full fine-tuning in JAX over torch", "full", "torch_full"),
         Row("LoRA step without our VJP over the frozen base", "plain", "base"),
         Row("step of lora_jax.train over the bare LoRA step", "train_step", "lora"),
+        Row("LoRA step with memory in pages of 4 KiB over that in large ones", "small_pages",
+            "lora"),
     ),
-)
+)  # fmt: skip
 
 NF4_STEP = Workload(
     "nf4",

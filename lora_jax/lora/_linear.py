@@ -129,9 +129,9 @@ def _delta_forward(x: Array, a: Array, b: Array, scaling: Array):
     return h @ b, (x, a, b, scaling, h)
 
 
-def _delta_backward(residuals, g: Array):
+def _delta_backward(residuals, g):
     whole, a, b, scaling, h = residuals
-    x, h, g = (y.reshape(-1, y.shape[-1]) for y in (whole, h, g))
+    x, h, g = (jnp.asarray(y).reshape(-1, y.shape[-1]) for y in (whole, h, g))
     # As xᵀ·(g·Bᵀ) the thin products have a badly laid out left operand (5 times slower on
     # XLA:CPU); as (rank, tokens) matrices they have not.  The barriers keep XLA from turning
     # them back, by way of dA's transpose too, and from recomputing activations inside them.

@@ -104,9 +104,9 @@ def _forward(
     return out, (query, key, value, mask, out, lse)
 
 
-def _backward(score_bytes: int, residuals: Any, gradient: Array) -> tuple[Any, ...]:
+def _backward(score_bytes: int, residuals: Any, gradient: Any) -> tuple[Any, ...]:
     query, key, value, mask, out, lse = residuals
-    gradient, seen = _together(gradient, mask)
+    gradient, seen = _together(jnp.asarray(gradient), mask)
     scale = query.shape[-1] ** -0.5
     mean = jnp.sum(gradient.astype(jnp.float32) * out, axis=-1, keepdims=True)
     # A key's gradient is a sum over the queries' parts: in 32 bits, whatever the type.

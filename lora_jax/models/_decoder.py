@@ -14,8 +14,9 @@ from jaxtyping import Bool, Float, Int
 
 from .._errors import InputError, nearest
 from .._typing import Array
+from ._attention import NAME as ATTENTION
 from ._config import ModelConfig
-from ._layers import MLP, SAVED_NAMES, Attention, KVCache, RMSNorm, rope_angles
+from ._layers import MLP, PRODUCT, RESIDUAL, Attention, KVCache, RMSNorm, rope_angles
 
 STACKED = "model/layers"
 """The path whose parameters carry a leading layer axis."""
@@ -25,11 +26,11 @@ INPUT_NAME = "layer_input"
 REMAT_POLICIES = {
     "everything": None,
     "nothing": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "names": jax.checkpoint_policies.save_only_these_names(*SAVED_NAMES),
+    "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT),
+    "names": jax.checkpoint_policies.save_only_these_names(ATTENTION, RESIDUAL),
     "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
         names_which_can_be_saved=[],
-        names_which_can_be_offloaded=[INPUT_NAME, *SAVED_NAMES],
+        names_which_can_be_offloaded=[INPUT_NAME, ATTENTION, RESIDUAL],
         offload_src="device",
         offload_dst="pinned_host",
     ),
@@ -38,9 +39,9 @@ REMAT_POLICIES = {
 
     everything   all of it: no rematerialization
     nothing      the layer's input only
-    dots         the products with weights too
-    names        the input, attention's output and the sum that it joins
-    offload      the same three, in the host's memory
+    dots         the products with weights too, each once with its adapter's delta
+    names        the input, attention's output and log-sum-exp, and the sum that it joins
+    offload      the same four, in the host's memory
 """
 
 

@@ -11,12 +11,11 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Bool, Float, Int
 
 from .._typing import Array
-from ._attention import NAME as ATTENTION
 from ._attention import attend
 from ._config import ModelConfig
 
-SAVED_NAMES = (ATTENTION, "residual")
-"""What `checkpoint_name` marks in a block: attention's output, and the sum that it joins."""
+RESIDUAL, PRODUCT = "residual", "product"
+"""What `checkpoint_name` calls the sum that attention joins, and products with weights."""
 
 
 @jax.tree_util.register_dataclass
@@ -89,7 +88,8 @@ class Attention(nn.Module):
             dense = nn.Dense(
                 heads * c.head_dim, use_bias=c.attention_bias, dtype=self.dtype, name=name
             )
-            return dense(x).reshape(batch, seq, heads, c.head_dim)
+            product = checkpoint_name(dense(x), PRODUCT)
+            return product.reshape(batch, seq, heads, c.head_dim)
 
         query = rotate(project("q_proj", c.num_attention_heads), angles)
         key = rotate(project("k_proj", c.num_key_value_heads), angles)
@@ -100,7 +100,7 @@ class Attention(nn.Module):
             cache = (key, value)
         out = attend(query, key, value, mask).reshape(batch, seq, -1)
         o_proj = nn.Dense(c.hidden_size, use_bias=c.attention_bias, dtype=self.dtype, name="o_proj")
-        return o_proj(out), cache
+        return checkpoint_name(o_proj(out), PRODUCT), cache
 
 
 class MLP(nn.Module):
@@ -113,12 +113,13 @@ class MLP(nn.Module):
     def __call__(self, x: Float[Array, "batch seq d"]) -> Float[Array, "batch seq d"]:
         c = self.config
 
-        def dense(name: str, features: int) -> nn.Dense:
-            return nn.Dense(features, use_bias=c.mlp_bias, dtype=self.dtype, name=name)
+        def dense(name: str, features: int, x: Array) -> Array:
+            layer = nn.Dense(features, use_bias=c.mlp_bias, dtype=self.dtype, name=name)
+            return checkpoint_name(layer(x), PRODUCT)
 
-        gate = dense("gate_proj", c.intermediate_size)(x)
-        up = dense("up_proj", c.intermediate_size)(x)
-        return dense("down_proj", c.hidden_size)(_gated(gate, up))
+        gate = dense("gate_proj", c.intermediate_size, x)
+        up = dense("up_proj", c.intermediate_size, x)
+        return dense("down_proj", c.hidden_size, _gated(gate, up))
 
 
 # Inside a scan over layers XLA cannot merge the recomputation away: no barrier is needed.
