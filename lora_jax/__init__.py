@@ -14,6 +14,8 @@ from ._tree import combine as combine
 from ._tree import partition as partition
 from .lora import KernelLayout as KernelLayout
 from .lora import init_adapter as init_adapter
+from .lora import init_loftq as init_loftq
+from .lora import init_pissa as init_pissa
 from .lora import lora_linear as lora_linear
 from .lora import merge_adapter as merge_adapter
 from .lora import trainable_mask as trainable_mask

@@ -5,6 +5,8 @@ from ._box import box_adapters as box_adapters
 from ._box import check_shapes as check_shapes
 from ._init import init_adapter as init_adapter
 from ._init import with_dropout as with_dropout
+from ._init_svd import init_loftq as init_loftq
+from ._init_svd import init_pissa as init_pissa
 from ._layout import KernelLayout as KernelLayout
 from ._layout import Layouts as Layouts
 from ._layout import matrix_shape as matrix_shape

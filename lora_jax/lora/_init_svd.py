@@ -1,0 +1,180 @@
+"""Adapters that start from singular vectors of the weights, and move the base for it."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from .._config import LoraConfig, QuantConfig
+from .._errors import InputError
+from .._tree import combine, leaves_with_path, map_with_path, tree_from_paths
+from .._typing import Array, Params
+from ..quant import QuantizedTensor, dequantize, quantize
+from ._init import init_adapter
+from ._layout import Layouts
+from ._linear import dense_delta
+from ._targets import Target, adapter_names, find_targets
+
+
+def init_pissa(
+    base_params: Params,
+    config: LoraConfig,
+    quant: QuantConfig | None = None,
+    *,
+    layouts: Layouts | None = None,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Give the adapter the largest singular directions of each weight, and the base the rest.
+
+        W = U·S·Vᵀ,    A = U_r·√(S_r/scaling),    B = √(S_r/scaling)·V_rᵀ,    W0 = W - scaling·A·B
+
+    Args:
+        base_params: Dense weights; they stay as they are.
+        config: Ranks and targets, as for `init_adapter`.
+        quant: How the base of each target is quantized, if at all. What is left without its
+            largest directions is narrower, and loses less.
+        layouts: Axes of kernels that are not plain matrices, and of stacked layers.
+
+    Returns:
+        The base with its targets moved, and the adapter. Without `quant` they compute what the
+        base did; an adapter trained so belongs to the moved base.
+
+    Raises:
+        InputError: if a target is quantized already, or has a rank above its smaller dimension.
+
+    Example:
+        >>> base = {"q_proj": {"kernel": jax.random.normal(jax.random.key(0), (4, 6))}}
+        >>> config = LoraConfig(r=2, target_modules=["q_proj"])
+        >>> moved, adapter = init_pissa(base, config)
+        >>> jnp.linalg.matrix_rank(moved["q_proj"]["kernel"], rtol=1e-5)
+        Array(2, dtype=int32)
+
+    Source: Meng et al. 2024, "PiSSA", equations 2 to 4; QPiSSA in its section 4.
+    """
+
+    def split(weight: Array, target: Target) -> tuple[Any, Array, Array]:
+        a, b = _low_rank(weight, target, config)
+        rest = weight - _delta(a, b, target, weight.shape)
+        return (rest if quant is None else _quantize(rest, quant, target)), a, b
+
+    return _split(base_params, config, layouts, split)
+
+
+def init_loftq(
+    base_params: Params,
+    config: LoraConfig,
+    quant: QuantConfig,
+    *,
+    iterations: int = 1,
+    layouts: Layouts | None = None,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Quantize each weight, and let the adapter start where it makes good most of the error.
+
+        Q = quantize(W - scaling·A·B),    scaling·A·B = the rank-r SVD of W - dequantize(Q)
+
+    in turn, `iterations` times, from A·B = 0. The scaling is part of it, whatever alpha is.
+
+    Args:
+        base_params: Dense weights; they stay as they are.
+        config: Ranks and targets, as for `init_adapter`.
+        quant: How the targets are quantized, in any format.
+        iterations: How often the two take turns.
+        layouts: Axes of kernels that are not plain matrices, and of stacked layers.
+
+    Returns:
+        The base with its targets quantized, and the adapter.
+
+    Raises:
+        InputError: as `init_pissa`, or if there is no iteration.
+
+    Example:
+        >>> base = {"q_proj": {"kernel": jax.random.normal(jax.random.key(0), (64, 64))}}
+        >>> config = LoraConfig(r=8, target_modules=["q_proj"])
+        >>> quantized, adapter = init_loftq(base, config, QuantConfig())
+        >>> q = quantized["q_proj"]["kernel"]
+        >>> bare = dequantize(q) - base["q_proj"]["kernel"]
+        >>> delta = adapter["q_proj"]["lora_A"] @ adapter["q_proj"]["lora_B"]
+        >>> bool(jnp.linalg.norm(bare + delta) < 0.85 * jnp.linalg.norm(bare))
+        True
+
+    Source: Li et al. 2023, "LoftQ", algorithm 1.
+    """
+    if iterations < 1:
+        raise InputError(f"init_loftq: iterations must be at least 1, got {iterations}")
+
+    def split(weight: Array, target: Target) -> tuple[Any, Array, Array]:
+        delta: Any = 0.0
+        for _ in range(iterations):
+            q = _quantize(weight - delta, quant, target)
+            a, b = _low_rank(weight - dequantize(q, jnp.float32), target, config)
+            delta = _delta(a, b, target, weight.shape)
+        return q, a, b
+
+    return _split(base_params, config, layouts, split)
+
+
+def _split(
+    base_params: Params,
+    config: LoraConfig,
+    layouts: Layouts | None,
+    split: Callable[[Array, Target], tuple[Any, Array, Array]],
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The base and the adapter once every target's weight has been split, one after the other."""
+    params = dict(leaves_with_path(base_params))
+    moved: dict[str, Any] = {}
+    factors: dict[str, Any] = {}
+    for target in find_targets(base_params, config, layouts=layouts):
+        weight = params[target.path]
+        if isinstance(weight, QuantizedTensor):
+            raise InputError(
+                f"{target.path}: is quantized already, and its error cannot be known; give the"
+                " dense weights"
+            )
+        if max(target.ranks) > min(target.d_in, target.d_out):
+            raise InputError(
+                f"{target.path}: rank {max(target.ranks)} exceeds the smaller side of"
+                f" ({target.d_in}, {target.d_out}); lower r or rank_pattern"
+            )
+        own, a, b = split(jnp.asarray(weight, jnp.float32), target)
+        dense = not isinstance(own, QuantizedTensor)
+        moved[target.path] = own.astype(weight.dtype) if dense else own
+        name_a, name_b, _ = adapter_names(target.path)
+        factors |= {name_a: a, name_b: b}
+    # Scalings and whole modules; the factors in it are replaced.
+    fresh = init_adapter(jax.random.key(0), base_params, config, layouts=layouts)
+    base = map_with_path(lambda path, leaf: moved.get(path, leaf), base_params)
+    return base, combine(fresh, tree_from_paths(factors))
+
+
+def _low_rank(weight: Array, target: Target, config: LoraConfig) -> tuple[Array, Array]:
+    """A and B, in the adapter's type, with scaling·A·B nearest to the weight at the ranks given."""
+    width, scalings = max(target.ranks), jnp.asarray(target.scalings, jnp.float32)
+    u, s, vt = jnp.linalg.svd(_matrices(weight, target), full_matrices=False)
+    used = jnp.arange(width) < jnp.asarray(target.ranks)[:, None]
+    root = jnp.where(used, jnp.sqrt(s[:, :width] / jnp.where(used, scalings[:, None], 1.0)), 0.0)
+    a, b = u[..., :width] * root[:, None, :], root[:, :, None] * vt[:, :width]
+    a, b = (a, b) if target.stacked else (a[0], b[0])
+    dtype = jnp.dtype(config.adapter_dtype)
+    return a.astype(dtype), b.astype(dtype)
+
+
+def _matrices(weight: Array, target: Target) -> Array:
+    """Every single layer's weight as a matrix: (layers, d_in, d_out)."""
+    stacked = int(target.stacked)
+    inputs = tuple(axis + stacked for axis in _contracting(target))
+    order = inputs + tuple(x for x in range(stacked, weight.ndim) if x not in inputs)
+    return weight.transpose(*range(stacked), *order).reshape(-1, target.d_in, target.d_out)
+
+
+def _delta(a: Array, b: Array, target: Target, shape: tuple[int, ...]) -> Array:
+    scalings = jnp.asarray(target.scalings, jnp.float32)
+    scaling = scalings if target.stacked else scalings[0]
+    return dense_delta(a, b, scaling, shape[int(target.stacked) :], _contracting(target))
+
+
+def _quantize(weight: Array, quant: QuantConfig, target: Target) -> QuantizedTensor:
+    return quantize(weight, quant, stacked=int(target.stacked), contracting=_contracting(target))
+
+
+def _contracting(target: Target) -> tuple[int, ...]:
+    return target.layout.contracting or (0,)
