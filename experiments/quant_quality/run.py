@@ -1,0 +1,418 @@
+"""What four bits cost in quality, and what an adapter wins back: real models, equal budget.
+
+    python experiments/quant_quality/run.py [--seeds 3] [--steps 60] [--model DIR --data FILE]
+    python experiments/quant_quality/run.py --table      # only render what was measured
+
+Trains the bundled base (or the model and rows given) on rows, and measures held-out rows: in full
+precision and under each format, without an adapter, with LoRA, with LoftQ, and with a PiSSA start.
+Each run is appended to `results.jsonl` as it ends, and what is there already is not run again.
+"""
+
+import argparse
+import dataclasses
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax import (
+    QuantConfig,
+    combine,
+    dequantize,
+    init_adapter,
+    init_loftq,
+    init_pissa,
+    lora_linen,
+    merge_adapter,
+    quantize,
+    trainable_mask,
+)
+from lora_jax._names import is_kernel
+from lora_jax._tree import leaves_with_path, map_with_path
+from lora_jax.data import batch_iterator, eval_batches
+from lora_jax.quant import quantization_error
+from lora_jax.train import (
+    Job,
+    RunConfig,
+    evaluate,
+    init_state,
+    load_config,
+    make_eval_step,
+    make_optimizer,
+    make_step,
+    prepare,
+)
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+FORMATS: dict[str, QuantConfig | None] = {
+    "float32": None,
+    "int8": QuantConfig("int8"),
+    "nf4": QuantConfig("nf4"),
+    "fp4": QuantConfig("fp4"),
+    "int4": QuantConfig("int4"),
+}
+STARTS = ("lora", "loftq", "pissa")
+FULL_RATES = (1e-4, 3e-4, 1e-3)
+"""Learning rates of full fine-tuning, of which the first seed shows the best."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Bench:
+    """One model and its rows, made ready once."""
+
+    job: Job
+    step: Any
+    eval_step: Any
+
+    @property
+    def config(self) -> RunConfig:
+        return self.job.config
+
+    def loss(self, params: Any, examples: Any = None) -> float:
+        """Nats per trained token."""
+        section = self.config
+        batches = eval_batches(
+            self.job.eval if examples is None else examples,
+            batch_size=section.train.batch_size,
+            seq_length=section.data.seq_length,
+            packing=section.data.packing,
+        )
+        return evaluate(self.eval_step, params, batches).loss
+
+    def hidden(self, params: Any) -> tuple[np.ndarray, np.ndarray]:
+        """Last hidden states and predicted tokens of some held-out batches."""
+        section, states, best = self.config, [], []
+        batches = eval_batches(
+            self.job.eval,
+            batch_size=section.train.batch_size,
+            seq_length=section.data.seq_length,
+            packing=section.data.packing,
+        )
+        for _, batch in zip(range(2), batches, strict=False):
+            h, top = _predict(self.job.model, params, {k: batch[k] for k in _INPUTS})
+            real = np.asarray(batch["segment_ids"]) > 0
+            states.append(np.asarray(h)[real])
+            best.append(np.asarray(top)[real])
+        return np.concatenate(states), np.concatenate(best)
+
+
+_INPUTS = ("input_ids", "positions", "segment_ids")
+
+
+@jax.jit(static_argnums=0)
+def _predict(model: Any, params: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
+    hidden, _ = model.apply({"params": params}, *batch.values(), method="hidden_states")
+    logits = model.apply({"params": params}, hidden, method="logits")
+    return hidden, jnp.argmax(logits, axis=-1)
+
+
+def make_bench(options: argparse.Namespace) -> Bench:
+    raw = load_config(ROOT / "configs" / "quickstart.yaml")
+    changes = {"quant": None, "output": "runs/quant_quality"}
+    train = dataclasses.replace(raw.train, steps=options.steps)
+    config = dataclasses.replace(raw, train=train, **changes)
+    if options.model:
+        data = dataclasses.replace(
+            config.data, train=options.data, eval=None, template="auto", train_rows=None
+        )
+        model = dataclasses.replace(config.model, path=options.model)
+        config = dataclasses.replace(config, model=model, data=data)
+    job = prepare(config)
+    tx = make_optimizer(config.train, options.steps, lambda p: trainable_mask(p, config.lora))
+    chunk = config.train.loss_chunk
+    return Bench(job, make_step(job.model, tx, chunk=chunk), make_eval_step(job.model, chunk=chunk))
+
+
+def start(bench: Bench, format: str, how: str, seed: int) -> tuple[Any, Any]:
+    """The base and the adapter before training."""
+    dense, lora, layouts = bench.job.base, bench.config.lora, bench.job.layouts
+    quant = FORMATS[format]
+    if how == "pissa":
+        return init_pissa(dense, lora, quant, layouts=layouts)
+    if how == "loftq" and quant is not None:
+        return init_loftq(dense, lora, quant, iterations=5, layouts=layouts)
+    adapter = init_adapter(jax.random.key(seed), dense, lora, layouts=layouts)
+    return quantized(dense, quant), adapter
+
+
+def quantized(params: Any, quant: QuantConfig | None) -> Any:
+    """The blocks' kernels in a format; everything else as it is."""
+
+    def leaf(path: str, x: Any) -> Any:
+        return quantize(x, quant, stacked=1) if _in_block(path) and quant else x
+
+    return map_with_path(leaf, params)
+
+
+def _in_block(path: str) -> bool:
+    return is_kernel(path) and path.startswith("model/layers/")
+
+
+def train(
+    bench: Bench, base: Any, trainable: Any, seed: int, tx: Any = None, step: Any = None
+) -> Any:
+    """The trained tree after the budget's steps, on the same batches for a seed."""
+    section = bench.config
+    if tx is None:
+        lora = section.lora
+        tx = make_optimizer(section.train, section.train.steps, lambda p: trainable_mask(p, lora))
+        step = bench.step
+    state = init_state(trainable, tx, jax.random.key(seed))
+    batches = batch_iterator(
+        bench.job.train,
+        batch_size=section.train.batch_size,
+        seq_length=section.data.seq_length,
+        packing=section.data.packing,
+        seed=seed,
+    )
+    for _, batch in zip(range(section.train.steps), batches, strict=False):
+        stacked = {k: np.asarray(v)[None] for k, v in batch.items() if k != "rows"}
+        state, _ = step(state, base, stacked)
+    return state.trainable
+
+
+def weight_error(bench: Bench, base: Any, adapter: Any) -> float:
+    """‖W - (W0 + scaling·A·B)‖ / ‖W‖ over all targets."""
+    merged = merge_adapter(base, adapter, layouts=bench.job.layouts, dtype=jnp.float32)
+    found, exact = dict(leaves_with_path(merged)), dict(leaves_with_path(bench.job.base))
+    paths = [target.path for target in bench.job.targets]
+    off = sum(float(jnp.sum((found[p] - exact[p]) ** 2)) for p in paths)
+    return (off / sum(float(jnp.sum(exact[p] ** 2)) for p in paths)) ** 0.5
+
+
+def agreement(first: tuple[Any, Any], second: tuple[Any, Any]) -> dict[str, float]:
+    """Shares of positions with the same nearest neighbour, and with the same likeliest token."""
+    neighbours = [_nearest(states[:1500]) for states, _ in (first, second)]
+    return {
+        "neighbour": float(np.mean(neighbours[0] == neighbours[1])),
+        "top1": float(np.mean(first[1] == second[1])),
+    }
+
+
+def _nearest(states: np.ndarray) -> np.ndarray:
+    unit = states / np.maximum(np.linalg.norm(states, axis=1, keepdims=True), 1e-9)
+    alike = unit @ unit.T
+    np.fill_diagonal(alike, -2)
+    return alike.argmax(axis=1)
+
+
+def embeddings(bench: Bench, quant: QuantConfig) -> dict[str, float]:
+    """What quantizing the table of embeddings does to its rows."""
+    table = jnp.asarray(dict(leaves_with_path(bench.job.base))["model/embed_tokens/embedding"])
+    after = np.asarray(dequantize(quantize(table, quant, contracting=(1,)), jnp.float32))
+    near = _nearest(np.asarray(table, np.float32)), _nearest(after)
+    return {
+        "rows": len(after),
+        "equal_rows": len(after) - len(np.unique(after, axis=0)),
+        "equal_before": len(after) - len(np.unique(np.asarray(table), axis=0)),
+        "neighbour": float(np.mean(near[0] == near[1])),
+    }
+
+
+def bare(bench: Bench, reference: Any, format: str, _: str, __: int) -> dict[str, Any]:
+    """A format without an adapter."""
+    quant = FORMATS[format]
+    params = quantized(bench.job.base, quant)
+    found = {"heldout": bench.loss(params), **agreement(reference, bench.hidden(params))}
+    if quant is not None:
+        kernels = {p: x for p, x in leaves_with_path(bench.job.base) if _in_block(p)}
+        errors = [quantization_error(x, quant) for x in kernels.values()]
+        found["rms"] = float(np.mean([np.mean(e.rms) for e in errors]))
+        found["bits"] = (
+            8
+            * sum(quantize(x, quant, stacked=1).nbytes for x in kernels.values())
+            / sum(x.size for x in kernels.values())
+        )
+        found["embedding"] = embeddings(bench, quant)
+    return found
+
+
+def tuned(bench: Bench, reference: Any, format: str, how: str, seed: int) -> dict[str, Any]:
+    """An adapter trained over a format, from one of the starts."""
+    base, adapter = start(bench, format, how, seed)
+    found: dict[str, Any] = {"error": weight_error(bench, base, adapter)}
+    found["start"] = bench.loss(combine(base, adapter))
+    adapter = train(bench, base, adapter, seed)
+    params = combine(base, adapter)
+    found |= {"heldout": bench.loss(params), "train": bench.loss(params, some(bench.job.train))}
+    if how == "lora":
+        found |= merging(bench, base, adapter, FORMATS[format])
+    return found
+
+
+def merging(bench: Bench, base: Any, adapter: Any, quant: QuantConfig | None) -> dict[str, float]:
+    """Loss once merged into the dequantized base, and once that is quantized again."""
+    merged = merge_adapter(base, adapter, layouts=bench.job.layouts, dtype=jnp.float32)
+    found = {"merged": bench.loss(merged)}
+    if quant is not None:
+        found["requantized"] = bench.loss(quantized(merged, quant))
+    return found
+
+
+def full(bench: Bench, reference: Any, format: str, how: str, seed: int) -> dict[str, Any]:
+    """All parameters trained, in bfloat16 in every pass, with a float32 copy that is updated."""
+    section = dataclasses.replace(bench.config.train, learning_rate=float(how.split()[1]))
+    model = lora_linen(bench.job.pretrained.module.clone(dtype=jnp.bfloat16))
+    tx = make_optimizer(section, section.steps, lambda p: jax.tree.map(lambda _: True, p))
+    step = make_step(model, tx, chunk=section.loss_chunk)
+    params = train(bench, {}, bench.job.base, seed, tx, step)
+    return {"heldout": bench.loss(params), "train": bench.loss(params, some(bench.job.train))}
+
+
+def some(examples: Any, count: int = 120) -> Any:
+    """As many training rows as there are held-out ones."""
+    return dataclasses.replace(examples, examples=examples.examples[:count])
+
+
+def best_rate(results: Path) -> float:
+    records = [json.loads(line) for line in _lines(results)]
+    tried = [x for x in records if x["how"].startswith("full") and x["seed"] == 0]
+    return float(min(tried, key=lambda x: x["heldout"])["how"].split()[1])
+
+
+Measure = Callable[[Bench, Any, str, str, int], dict[str, Any]]
+
+
+def cases(seeds: int, results: Path) -> Iterator[tuple[Measure, str, str, int]]:
+    """Everything that is measured, a seed at a time."""
+    for format in FORMATS:
+        yield bare, format, "bare", 0
+    for seed in range(seeds):
+        for rate in FULL_RATES if seed == 0 else [best_rate(results)]:
+            yield full, "float32", f"full {rate:g}", seed
+        for format, quant in FORMATS.items():
+            for how in STARTS:
+                if quant is not None or how != "loftq":
+                    yield tuned, format, how, seed
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="What four bits cost in quality.")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--model", help="directory of another model")
+    parser.add_argument("--data", help="its rows")
+    parser.add_argument("--results", type=Path, default=HERE / "results.jsonl")
+    parser.add_argument("--table", action="store_true")
+    options = parser.parse_args()
+    if not options.table:
+        measure(options)
+    print(table(options.results))
+
+
+def measure(options: argparse.Namespace) -> None:
+    bench = make_bench(options)
+    reference = bench.hidden(bench.job.base)
+    old = [json.loads(line) for line in _lines(options.results)]
+    done = {(x["format"], x["how"], x["seed"]) for x in old}
+    for function, format, how, seed in cases(options.seeds, options.results):
+        if (format, how, seed) in done:
+            continue
+        begun = time.perf_counter()
+        found = function(bench, reference, format, how, seed)
+        record = {"format": format, "how": how, "seed": seed, "steps": options.steps, **found}
+        with options.results.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        seconds = time.perf_counter() - begun
+        print(f"{format} {how} {seed}: {found['heldout']:.4f} ({seconds:.0f} s)", flush=True)
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+
+
+def table(path: Path) -> str:
+    """Markdown: medians over the seeds, with their range."""
+    by: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for record in map(json.loads, _lines(path)):
+        by.setdefault((record["format"], record["how"]), []).append(record)
+    bare_of = {format: found[0] for (format, how), found in by.items() if how == "bare"}
+    return "\n\n".join([losses(by, bare_of), likeness(bare_of), merges(by)])
+
+
+def losses(by: dict[Any, Any], bare_of: dict[str, Any]) -> str:
+    """Every start of every base; what is left of the loss that rounding cost."""
+    floor = bare_of["float32"]["heldout"]
+    tuned_floor = _median(by.get(("float32", "lora"), []), "heldout")
+    rows = []
+    for (format, how), found in by.items():
+        before = bare_of[format]["heldout"]
+        cost, after = before - floor, _median(found, "heldout")
+        shown = how in STARTS and cost > 0
+        rows.append([
+            format,
+            f"{bare_of[format].get('bits', 32):.2f}",
+            how,
+            _cell(found, "error") or _cell(found, "rms"),
+            _cell(found, "start") or f"{before:.4f}",
+            "" if how == "bare" else _cell(found, "heldout"),
+            _cell(found, "train"),
+            _cell(found, "gap"),
+            f"{(after - tuned_floor) / cost:+.2f}" if shown else "",
+        ])  # fmt: skip
+    head = "base,bits,start,weight error,loss before,after,on training rows,gap,rounding cost left"
+    return _markdown(head, rows)
+
+
+def likeness(bare_of: dict[str, Any]) -> str:
+    """Whether tokens that are close stay so."""
+    rows = []
+    for format, x in bare_of.items():
+        e = x.get("embedding", {"neighbour": 1.0, "equal_rows": 0, "equal_before": 0})
+        equal = e["equal_rows"] - e["equal_before"]
+        shares = (x["top1"], x["neighbour"], e["neighbour"])
+        rows.append([format, *(f"{share:.3f}" for share in shares), str(equal)])
+    return _markdown(
+        "base,same likeliest token,same nearest state,same nearest embedding,rows that became equal",
+        rows,
+    )
+
+
+def merges(by: dict[Any, Any]) -> str:
+    """The cost of merging."""
+    rows = [
+        [format, *(_cell(by[format, "lora"], x) for x in ("heldout", "merged", "requantized"))]
+        for format in FORMATS
+        if (format, "lora") in by
+    ]
+    return _markdown("base,adapter apart,merged into dense,quantized again", rows)
+
+
+def _markdown(head: str, rows: list[list[str]]) -> str:
+    columns = head.split(",")
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _values(records: list[dict[str, Any]], name: str) -> list[float]:
+    if name == "gap":
+        return [x["heldout"] - x["train"] for x in records if "train" in x]
+    return [x[name] for x in records if name in x]
+
+
+def _median(records: list[dict[str, Any]], name: str) -> float:
+    values = _values(records, name)
+    return statistics.median(values) if values else float("nan")
+
+
+def _cell(records: list[dict[str, Any]], name: str) -> str:
+    values = _values(records, name)
+    if not values:
+        return ""
+    spread = (
+        f" ({min(values):.4f} to {max(values):.4f})"
+        if len(values) > 1 and min(values) < max(values)
+        else ""
+    )
+    return f"{statistics.median(values):.4f}{spread}"
+
+
+if __name__ == "__main__":
+    main()
