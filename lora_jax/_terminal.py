@@ -89,6 +89,7 @@ def describe_job(job: Job) -> str:
         "",
         f"trainable: {counts['trainable']:,} parameters, {human_bytes(counts['trainable_bytes'])}",
         f"frozen: {counts['frozen']:,} parameters, {human_bytes(counts['frozen_bytes'])}",
+        f"attention: {job.pretrained.attention_path}",
     ]
     for name, examples in (("training", job.train), ("held-out", job.eval)):
         report = examples.report

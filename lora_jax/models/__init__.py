@@ -1,5 +1,6 @@
 """Decoders: their shape, loading, saving and generation."""
 
+from ._attention import attention_path as attention_path
 from ._bundled import bundled_model as bundled_model
 from ._config import ModelConfig as ModelConfig
 from ._decoder import CausalLM as CausalLM

@@ -10,6 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Bool, Float
 
 from .._typing import Array
+from ._cudnn import fused_attend, why_not
 
 NAME = "attention"
 """What `checkpoint_name` calls the output and the log-sum-exp of the scores."""
@@ -34,6 +35,8 @@ def attend(
 
     Scores are float32 and live in one pass only: the backward pass computes them again from what
     it keeps, which is the arguments, the output and each query's log-sum-exp. Reverse mode only.
+    On a GPU cuDNN does it in 16 bits, if it works there (`attention_path`) and there are as many
+    keys as queries.
 
     Args:
         query, key, value: Of one type; heads are a multiple of kv_heads.
@@ -55,6 +58,8 @@ def attend(
     """
     batch, seq, heads, d = query.shape
     keys, kv_heads = key.shape[1:3]
+    if seq == keys and seq > 1 and attention_path(query.dtype, heads // kv_heads, d) == "cudnn":
+        return checkpoint_name(fused_attend(query, key, value, mask), NAME)
     seen: Array = jnp.tril(jnp.ones((1, 1, seq, keys), bool)) if mask is None else mask
     grouped = query.reshape(batch, seq, kv_heads, heads // kv_heads, d)
     by_head = (
@@ -66,6 +71,22 @@ def attend(
     by_head = jax.lax.optimization_barrier(by_head)
     out = jax.lax.optimization_barrier(_attend(score_bytes, *by_head, seen[:, :, None]))
     return out.transpose(0, 3, 1, 2, 4).reshape(batch, seq, heads, d)
+
+
+def attention_path(dtype: Any, group: int, d: int) -> str:
+    """How `attend` computes here: `cudnn`, or `xla` and why; tried once in a process.
+
+    Args:
+        dtype: Type of the activations.
+        group: Query heads that share a key.
+        d: Width of a head.
+
+    Example:
+        >>> attention_path(jnp.float32, 4, 128)
+        'xla: float32 has more than 16 bits'
+    """
+    refusal = why_not(jnp.dtype(dtype).name, group, d)
+    return "cudnn" if refusal is None else f"xla: {refusal}"
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

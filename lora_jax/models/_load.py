@@ -16,6 +16,7 @@ from .._tree import leaves_with_path, map_with_path, tree_from_paths
 from .._typing import Params
 from ..lora import KernelLayout
 from ..quant import QuantizedTensor, quantize
+from ._attention import attention_path
 from ._checkpoint import DTYPES, HEAD, Entry, checkpoint_entries, float_dtype, read_config
 from ._config import ModelConfig
 from ._decoder import STACKED, CausalLM
@@ -38,6 +39,12 @@ class Pretrained:
     tokenizer: Any
     directory: Path
     stacked: tuple[str, ...] = (STACKED,)
+
+    @property
+    def attention_path(self) -> str:
+        """How attention is computed here: `cudnn`, or `xla` and why."""
+        group = self.config.num_attention_heads // self.config.num_key_value_heads
+        return attention_path(self.module.dtype, group, self.config.head_dim)
 
     @property
     def layouts(self) -> dict[str, KernelLayout]:

@@ -1,0 +1,85 @@
+"""The choice of cuDNN's attention, with JAX's own in its place: no GPU is at hand."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lora_jax.models import _attention, _cudnn
+
+
+def draw(dtype=jnp.bfloat16):
+    keys = jax.random.split(jax.random.key(0), 3)
+    shapes = (2, 8, 4, 16), (2, 8, 2, 16), (2, 8, 2, 16)
+    return [jax.random.normal(k, s, dtype) for k, s in zip(keys, shapes, strict=True)]
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A process that believes it has a GPU, whose cuDNN is the function that is set here."""
+
+    def use(attention):
+        def fused(query, key, value, mask, by):
+            function = attention if by == "cudnn" else by_xla
+            return function(query, key, value, mask)
+
+        monkeypatch.setattr(_cudnn, "_attention", fused)
+        monkeypatch.setattr(_cudnn.jax, "default_backend", lambda: "gpu")
+
+    _cudnn.why_not.cache_clear()
+    yield use
+    monkeypatch.undo()
+    _cudnn.why_not.cache_clear()
+
+
+def by_xla(query, key, value, mask):
+    return jax.nn.dot_product_attention(
+        query, key, value, mask=mask, is_causal=True, implementation="xla"
+    )
+
+
+def test_what_works_is_used(gpu):
+    calls = []
+
+    def attention(*arrays):
+        calls.append(arrays[0].shape)
+        return by_xla(*arrays)
+
+    gpu(attention)
+    assert _attention.attention_path(jnp.bfloat16, 2, 16) == "cudnn"
+    arrays, tried = draw(), len(calls)
+    # Also while a step is traced, where the trial must run all the same.
+    found = jax.jit(lambda *x: _attention.attend(*x))(*arrays)
+    assert calls[tried:] == [(2, 8, 4, 16)]
+    expected = by_xla(*(x.astype(jnp.float32) for x in arrays), None)
+    np.testing.assert_allclose(found.astype(jnp.float32), expected, atol=0.03)
+    _attention.attend(*draw(jnp.float32))
+    _attention.attend(arrays[0][:, :3], *arrays[1:])
+    assert len(calls) == tried + 1, "32 bits and a cache go the other way"
+
+
+def test_it_is_tried_while_a_step_is_traced(gpu):
+    gpu(by_xla)
+    jax.jit(lambda *x: _attention.attend(*x))(*draw())
+    assert _cudnn.why_not.cache_info().currsize == 1
+    assert _cudnn.why_not("bfloat16", 2, 16) is None
+
+
+def test_what_is_refused_falls_back(gpu):
+    def attention(*_):
+        raise RuntimeError("No execution plans support the graph.\nmore")
+
+    gpu(attention)
+    words = "xla: cuDNN refuses: No execution plans support the graph."
+    assert _attention.attention_path(jnp.bfloat16, 2, 16) == words
+    assert _attention.attend(*draw()).shape == (2, 8, 4, 16)
+
+
+def test_what_is_wrong_falls_back(gpu):
+    """A backend that ignores the mask has been seen."""
+    gpu(lambda query, key, value, mask: by_xla(query, key, value, None))
+    assert "xla: cuDNN's results were" in _attention.attention_path(jnp.bfloat16, 2, 16)
+
+
+def test_without_a_gpu_the_reason_is_told():
+    assert _attention.attention_path(jnp.bfloat16, 4, 128) == "xla: there is no GPU, but cpu"
