@@ -30,9 +30,9 @@ def write(directory: Path, width: int, layers: int) -> None:
         num_attention_heads=width // 128,
         tie_word_embeddings=False,
     )
-    shapes = jax.eval_shape(
-        CausalLM(config).init, jax.random.key(0), jnp.ones((1, 1), jnp.int32)
-    )["params"]
+    shapes = jax.eval_shape(CausalLM(config).init, jax.random.key(0), jnp.ones((1, 1), jnp.int32))[
+        "params"
+    ]
     # The same numbers everywhere: what they are matters to nobody.
     params = jax.tree.map(lambda x: jnp.full(x.shape, 0.01, jnp.bfloat16), shapes)
     save_pretrained(directory, params, config, dtype="bfloat16")

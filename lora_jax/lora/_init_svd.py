@@ -23,7 +23,7 @@ def init_pissa(
     quant: QuantConfig | None = None,
     *,
     layouts: Layouts | None = None,
-) -> tuple[dict[str, Any], dict[str, Any]]:
+) -> tuple[Params, dict[str, Any]]:
     """Give the adapter the largest singular directions of each weight, and the base the rest.
 
         W = U·S·Vᵀ,    A = U_r·√(S_r/scaling),    B = √(S_r/scaling)·V_rᵀ,    W0 = W - scaling·A·B
@@ -67,7 +67,7 @@ def init_loftq(
     *,
     iterations: int = 1,
     layouts: Layouts | None = None,
-) -> tuple[dict[str, Any], dict[str, Any]]:
+) -> tuple[Params, dict[str, Any]]:
     """Quantize each weight, and let the adapter start where it makes good most of the error.
 
         Q = quantize(W - scaling·A·B),    scaling·A·B = the rank-r SVD of W - dequantize(Q)
@@ -103,11 +103,11 @@ def init_loftq(
         raise InputError(f"init_loftq: iterations must be at least 1, got {iterations}")
 
     def split(weight: Array, target: Target) -> tuple[Any, Array, Array]:
-        delta: Any = 0.0
-        for _ in range(iterations):
-            q = _quantize(weight - delta, quant, target)
+        q = _quantize(weight, quant, target)
+        a, b = _low_rank(weight - dequantize(q, jnp.float32), target, config)
+        for _ in range(iterations - 1):
+            q = _quantize(weight - _delta(a, b, target, weight.shape), quant, target)
             a, b = _low_rank(weight - dequantize(q, jnp.float32), target, config)
-            delta = _delta(a, b, target, weight.shape)
         return q, a, b
 
     return _split(base_params, config, layouts, split)
@@ -118,7 +118,7 @@ def _split(
     config: LoraConfig,
     layouts: Layouts | None,
     split: Callable[[Array, Target], tuple[Any, Array, Array]],
-) -> tuple[dict[str, Any], dict[str, Any]]:
+) -> tuple[Params, dict[str, Any]]:
     """The base and the adapter once every target's weight has been split, one after the other."""
     params = dict(leaves_with_path(base_params))
     moved: dict[str, Any] = {}

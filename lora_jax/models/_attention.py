@@ -40,8 +40,8 @@ def attend(
 
     Args:
         query, key, value: Of one type; heads are a multiple of kv_heads.
-        mask: True where a query sees a key; None is plain causal. Every query must see a key.
-            With as many keys as queries, no query sees a later key, whatever the mask says.
+        mask: True where a query sees a key; None is plain causal. Every query must see a key,
+            and with as many keys as queries none after its own position.
         score_bytes: Bytes of scores at one time (at least one query of each row and head);
             queries take turns where there would be more.
 

@@ -73,7 +73,7 @@ def _distance(exact: list[Array], dtype: str, mask: Array | None) -> float:
         gradients = pull(arrays[0])  # any cotangent of the output's shape
         return [np.asarray(x, np.float32) for x in (out, *gradients)]
 
-    found = results(lambda *x: fused_attend(*x, mask), [x.astype(dtype) for x in exact])
+    found = results(lambda q, k, v: fused_attend(q, k, v, mask), [x.astype(dtype) for x in exact])
     wanted = results(lambda q, k, v: _attention(q, k, v, mask, "xla"), exact)
     pairs = zip(found, wanted, strict=True)
     return max(float(np.linalg.norm(f - e) / np.linalg.norm(e)) for f, e in pairs)

@@ -12,8 +12,8 @@ from lora_jax.models._attention import attend
 BATCH, SEQ, HEADS, KV_HEADS, D = 2, 11, 4, 2, 8
 
 
-def draw(keys=SEQ, dtype=jnp.float32) -> Any:
-    shapes = (BATCH, SEQ, HEADS, D), (BATCH, keys, KV_HEADS, D), (BATCH, keys, KV_HEADS, D)
+def draw(keys=SEQ, dtype=jnp.float32, seq=SEQ) -> Any:
+    shapes = (BATCH, seq, HEADS, D), (BATCH, keys, KV_HEADS, D), (BATCH, keys, KV_HEADS, D)
     random = jax.random.split(jax.random.key(0), 3)
     return [jax.random.normal(k, s, dtype) for k, s in zip(random, shapes, strict=True)]
 
@@ -53,6 +53,37 @@ def test_parts_equal_jax(queries, keys):
         lambda *x: jax.nn.dot_product_attention(*x, mask=mask, implementation="xla"), arrays
     )
     assert_close(found, expected, 1e-6)
+
+
+@pytest.mark.parametrize("score_bytes", [4 * BATCH * HEADS * 131 * 7, 2**20])
+@pytest.mark.parametrize("seq", [64, 131])
+def test_stages_equal_jax(seq, score_bytes):
+    """Long sequences: the queries of a stage see the keys up to its end, and no query loses one."""
+    arrays, segments = draw(seq, seq=seq), np.arange(seq) // 50
+    same = jnp.asarray(np.tril(segments[:, None] == segments))
+    for mask in (None, jnp.broadcast_to(same, (BATCH, 1, seq, seq))):
+        found = value_and_gradients(
+            lambda *x, mask=mask: attend(*x, mask, score_bytes=score_bytes), arrays
+        )
+        expected = value_and_gradients(
+            lambda *x, mask=mask: jax.nn.dot_product_attention(
+                *x, mask=mask, is_causal=True, implementation="xla"
+            ),
+            arrays,
+        )
+        assert_close(found, expected, 2e-6)
+
+
+def test_later_keys_are_not_multiplied():
+    """A causal sequence's scores: five eighths of all."""
+    q, k, v = (jax.ShapeDtypeStruct((1, 512, 1, 64), jnp.float32) for _ in range(3))
+    one_query = jax.ShapeDtypeStruct((1, 511, 1, 64), jnp.float32)
+
+    def flops(*shapes):
+        compiled: Any = jax.jit(attend).lower(*shapes).compile()
+        return compiled.cost_analysis()["flops"]
+
+    assert flops(q, k, v) < 0.66 * flops(one_query, k, v) * 512 / 511
 
 
 def test_no_mask_is_causal():
