@@ -5,6 +5,9 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+CLEAR = 0.02
+"""Loss that rounding must cost for a share of it to mean anything."""
+
 
 def of(path: Path) -> str:
     """Markdown: medians over the seeds, with their range."""
@@ -23,7 +26,7 @@ def losses(by: dict[Any, Any], bare_of: dict[str, Any]) -> str:
     for (format, how), found in by.items():
         before = bare_of[format]["heldout"]
         cost, after = before - floor, _median(found, "heldout")
-        shown = how in ("lora", "loftq", "pissa") and cost > 0
+        shown = how in ("lora", "loftq", "pissa") and cost > CLEAR
         rows.append([
             format,
             f"{bare_of[format].get('bits', 32):.2f}",
