@@ -64,8 +64,7 @@ def test_pissa_takes_the_largest_directions_of_every_layer(name, ranks):
         assert not a[:, rank:].any() and not b[rank:].any()
 
 
-@pytest.mark.parametrize("iterations", [1, 3])
-@pytest.mark.parametrize("format", ["nf4", "int4", "int8"])
+@pytest.mark.parametrize("format, iterations", [("nf4", 1), ("int4", 3)])
 def test_loftq_leaves_what_no_adapter_of_its_rank_could_win_back(format, iterations):
     """Against the base it returns, scaling·A·B is the best of its rank (Eckart and Young)."""
     base, quant = weights(), QuantConfig(format, double_quant=False)
@@ -104,28 +103,3 @@ def test_what_cannot_be_split_is_named():
         init_pissa(base, wide, layouts=LAYOUTS)
     with pytest.raises(InputError, match="iterations must be at least 1, got 0"):
         init_loftq(base, CONFIG, QuantConfig(), iterations=0, layouts=LAYOUTS)
-
-
-def test_pissa_equals_peft():
-    torch = pytest.importorskip("torch")
-    peft = pytest.importorskip("peft")
-    kernel = np.asarray(weights()["layers"]["q"]["kernel"][0])
-    linear = torch.nn.Linear(64, 48, bias=False)
-    linear.weight.data = torch.from_numpy(kernel.T.copy())
-    theirs = peft.get_peft_model(
-        torch.nn.Sequential(linear),
-        peft.LoraConfig(r=8, lora_alpha=24, target_modules=["0"], init_lora_weights="pissa"),
-    ).base_model.model[0]
-    config = LoraConfig(r=8, lora_alpha=24, target_modules=["q"])
-    moved, adapter = init_pissa({"q": {"kernel": jnp.asarray(kernel)}}, config)
-    # Each is 8e-6 from a float64 decomposition: float32 is relative to the largest direction.
-    largest = float(np.linalg.norm(kernel, 2))
-    their_base = theirs.base_layer.weight.detach().numpy().T
-    np.testing.assert_allclose(moved["q"]["kernel"], their_base, rtol=0, atol=1e-6 * largest)
-    a, b = adapter["q"]["lora_A"], adapter["q"]["lora_B"]
-    their_a = theirs.lora_A["default"].weight.detach().numpy().T
-    their_b = theirs.lora_B["default"].weight.detach().numpy().T
-    np.testing.assert_allclose(a @ b, their_a @ their_b, rtol=0, atol=1e-6 * largest)
-    np.testing.assert_allclose(
-        np.linalg.norm(a, axis=0), np.linalg.norm(their_a, axis=0), rtol=1e-5
-    )
