@@ -48,7 +48,6 @@ def test_what_works_is_used(gpu):
     gpu(attention)
     assert _attention.attention_path(jnp.bfloat16, 2, 16) == "cudnn"
     arrays, tried = draw(), len(calls)
-    # Also while a step is traced, where the trial must run all the same.
     found = jax.jit(lambda *x: _attention.attend(*x))(*arrays)
     assert calls[tried:] == [(2, 8, 4, 16)]
     expected = by_xla(*(x.astype(jnp.float32) for x in arrays), None)
@@ -76,7 +75,7 @@ def test_what_is_refused_falls_back(gpu):
 
 
 def test_what_is_wrong_falls_back(gpu):
-    """A backend that ignores the mask has been seen."""
+    """A backend that ignores the mask, say."""
     gpu(lambda query, key, value, mask: by_xla(query, key, value, None))
     assert "xla: cuDNN's results were" in _attention.attention_path(jnp.bfloat16, 2, 16)
 
