@@ -9,6 +9,7 @@ from ._init_svd import init_loftq as init_loftq
 from ._init_svd import init_pissa as init_pissa
 from ._layout import KernelLayout as KernelLayout
 from ._layout import Layouts as Layouts
+from ._layout import as_matrix as as_matrix
 from ._layout import matrix_shape as matrix_shape
 from ._layout import paths_of_layers as paths_of_layers
 from ._layout import rule_for as rule_for

@@ -12,7 +12,7 @@ from .._tree import combine, leaves_with_path, map_with_path, tree_from_paths
 from .._typing import Array, Params
 from ..quant import QuantizedTensor, dequantize, quantize
 from ._init import init_adapter
-from ._layout import Layouts
+from ._layout import Layouts, as_matrix
 from ._linear import dense_delta
 from ._targets import Target, adapter_names, find_targets
 
@@ -149,21 +149,15 @@ def _split(
 def _low_rank(weight: Array, target: Target, config: LoraConfig) -> tuple[Array, Array]:
     """A and B, in the adapter's type, with scaling·A·B nearest to the weight at the ranks given."""
     width, scalings = max(target.ranks), jnp.asarray(target.scalings, jnp.float32)
-    u, s, vt = jnp.linalg.svd(_matrices(weight, target), full_matrices=False)
+    layers = weight if target.stacked else weight[None]
+    matrices = jax.vmap(lambda kernel: as_matrix(kernel, _contracting(target)))(layers)
+    u, s, vt = jnp.linalg.svd(matrices, full_matrices=False)
     used = jnp.arange(width) < jnp.asarray(target.ranks)[:, None]
     root = jnp.where(used, jnp.sqrt(s[:, :width] / jnp.where(used, scalings[:, None], 1.0)), 0.0)
     a, b = u[..., :width] * root[:, None, :], root[:, :, None] * vt[:, :width]
     a, b = (a, b) if target.stacked else (a[0], b[0])
     dtype = jnp.dtype(config.adapter_dtype)
     return a.astype(dtype), b.astype(dtype)
-
-
-def _matrices(weight: Array, target: Target) -> Array:
-    """Every single layer's weight as a matrix: (layers, d_in, d_out)."""
-    stacked = int(target.stacked)
-    inputs = tuple(axis + stacked for axis in _contracting(target))
-    order = inputs + tuple(x for x in range(stacked, weight.ndim) if x not in inputs)
-    return weight.transpose(*range(stacked), *order).reshape(-1, target.d_in, target.d_out)
 
 
 def _delta(a: Array, b: Array, target: Target, shape: tuple[int, ...]) -> Array:

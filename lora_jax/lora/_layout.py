@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Mapping
+from typing import Any
 
 from .._errors import InputError
 from .._tree import is_below, layer_paths
@@ -73,6 +74,19 @@ def matrix_shape(shape: tuple[int, ...], contracting: tuple[int, ...]) -> tuple[
     """
     d_in = math.prod(shape[axis] for axis in contracting)
     return d_in, math.prod(shape) // max(d_in, 1)
+
+
+def as_matrix(kernel: Any, contracting: tuple[int, ...]) -> Any:
+    """A single layer's kernel as (d_in, d_out).
+
+    Example:
+        >>> import numpy as np
+        >>> as_matrix(np.zeros((4, 16, 64)), (0, 1)).shape
+        (64, 64)
+    """
+    features = tuple(i for i in range(kernel.ndim) if i not in contracting)
+    shape = matrix_shape(kernel.shape, contracting)
+    return kernel.transpose(*contracting, *features).reshape(shape)
 
 
 def paths_of_layers(path: str, layout: KernelLayout, shape: tuple[int, ...]) -> list[str]:

@@ -16,11 +16,11 @@ from ..lora import (
     KernelLayout,
     Layouts,
     LoraParam,
+    as_matrix,
     box_adapters,
     check_shapes,
     leaf_shape,
     look_up_delta,
-    matrix_shape,
     rule_for,
 )
 from ..quant import QuantizedTensor, look_up, quantized_matmul
@@ -186,9 +186,7 @@ def _as_matrix(base: Any, contracting: tuple[int, ...]) -> Any:
     """The kernel as (d_in, d_out)."""
     if isinstance(base, QuantizedTensor):
         return base
-    features = tuple(i for i in range(base.ndim) if i not in contracting)
-    shape = matrix_shape(base.shape, contracting)
-    return base.transpose(*contracting, *features).reshape(shape)
+    return as_matrix(base, contracting)
 
 
 def _look_up(module: Any, param: LoraParam | QuantizedTensor, ids: Array) -> Array:
