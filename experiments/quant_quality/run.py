@@ -68,6 +68,7 @@ class Bench:
     """One model and its rows, made ready once."""
 
     job: Job
+    tx: Any
     step: Any
     eval_step: Any
 
@@ -77,25 +78,23 @@ class Bench:
 
     def loss(self, params: Any, examples: Any = None) -> float:
         """Nats per trained token."""
-        section = self.config
-        batches = eval_batches(
-            self.job.eval if examples is None else examples,
-            batch_size=section.train.batch_size,
-            seq_length=section.data.seq_length,
-            packing=section.data.packing,
-        )
-        return evaluate(self.eval_step, params, batches).loss
+        examples = self.job.eval if examples is None else examples
+        return evaluate(self.eval_step, params, eval_batches(examples, **self.sizes)).loss
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """How rows are laid out, in training as in measuring."""
+        train, data = self.config.train, self.config.data
+        return {
+            "batch_size": train.batch_size,
+            "seq_length": data.seq_length,
+            "packing": data.packing,
+        }
 
     def hidden(self, params: Any) -> tuple[np.ndarray, np.ndarray]:
         """Last hidden states and predicted tokens of some held-out batches."""
-        section, states, best = self.config, [], []
-        batches = eval_batches(
-            self.job.eval,
-            batch_size=section.train.batch_size,
-            seq_length=section.data.seq_length,
-            packing=section.data.packing,
-        )
-        for _, batch in zip(range(2), batches, strict=False):
+        states, best = [], []
+        for _, batch in zip(range(2), eval_batches(self.job.eval, **self.sizes), strict=False):
             h, top = _predict(self.job.model, params, {k: batch[k] for k in _INPUTS})
             real = np.asarray(batch["segment_ids"]) > 0
             states.append(np.asarray(h)[real])
@@ -115,9 +114,8 @@ def _predict(model: Any, params: Any, batch: Any) -> tuple[jax.Array, jax.Array]
 
 def make_bench(options: argparse.Namespace) -> Bench:
     raw = load_config(ROOT / "configs" / "quickstart.yaml")
-    changes = {"quant": None, "output": "runs/quant_quality"}
     train = dataclasses.replace(raw.train, steps=options.steps)
-    config = dataclasses.replace(raw, train=train, **changes)
+    config = dataclasses.replace(raw, train=train, quant=None)
     if options.model:
         data = dataclasses.replace(
             config.data, train=options.data, eval=None, template="auto", train_rows=None
@@ -127,7 +125,8 @@ def make_bench(options: argparse.Namespace) -> Bench:
     job = prepare(config)
     tx = make_optimizer(config.train, options.steps, lambda p: trainable_mask(p, config.lora))
     chunk = config.train.loss_chunk
-    return Bench(job, make_step(job.model, tx, chunk=chunk), make_eval_step(job.model, chunk=chunk))
+    step, eval_step = make_step(job.model, tx, chunk=chunk), make_eval_step(job.model, chunk=chunk)
+    return Bench(job, tx, step, eval_step)
 
 
 def start(bench: Bench, format: str, how: str, seed: int) -> tuple[Any, Any]:
@@ -159,20 +158,10 @@ def train(
     bench: Bench, base: Any, trainable: Any, seed: int, tx: Any = None, step: Any = None
 ) -> Any:
     """The trained tree after the budget's steps, on the same batches for a seed."""
-    section = bench.config
-    if tx is None:
-        lora = section.lora
-        tx = make_optimizer(section.train, section.train.steps, lambda p: trainable_mask(p, lora))
-        step = bench.step
+    tx, step = tx or bench.tx, step or bench.step
     state = init_state(trainable, tx, jax.random.key(seed))
-    batches = batch_iterator(
-        bench.job.train,
-        batch_size=section.train.batch_size,
-        seq_length=section.data.seq_length,
-        packing=section.data.packing,
-        seed=seed,
-    )
-    for _, batch in zip(range(section.train.steps), batches, strict=False):
+    batches = batch_iterator(bench.job.train, **bench.sizes, seed=seed)
+    for _, batch in zip(range(bench.config.train.steps), batches, strict=False):
         stacked = {k: np.asarray(v)[None] for k, v in batch.items() if k != "rows"}
         state, _ = step(state, base, stacked)
     return state.trainable
@@ -302,6 +291,8 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=HERE / "results.jsonl")
     parser.add_argument("--table", action="store_true")
     options = parser.parse_args()
+    if options.model and (not options.data or options.results == parser.get_default("results")):
+        parser.error("--model takes --data, and --results of its own")
     if not options.table:
         measure(options)
     print(table.of(options.results))
