@@ -44,7 +44,7 @@ def inspect_quantization(
     """
     chosen = _named(formats)
     base = load_base(ModelSection(path=model))
-    kernels = {p: leaf for p, leaf in leaves_with_path(base.params) if _chosen(p, base.stacked)}
+    kernels = {p: leaf for p, leaf in leaves_with_path(base.params) if in_block(p, base.stacked)}
     if any(isinstance(kernel, QuantizedTensor) for kernel in kernels.values()):
         raise InputError(f"{model}: is in four bits already; give the float checkpoint")
     width = max(len(name) for p in kernels for name in _layers(p, kernels[p], base.stacked))
@@ -79,7 +79,7 @@ def _losses(
     dense = measure(base.params)
     yield f"held-out loss {dense.loss:.4f} nats per token over {dense.tokens:,} tokens, dense"
     for name, config in formats.items():
-        loss = measure(_quantized(base.params, base.stacked, config)).loss
+        loss = measure(quantized(base.params, base.stacked, config)).loss
         yield f"  {name:9} {loss:.4f} ({loss - dense.loss:+.4f})"
 
 
@@ -88,14 +88,18 @@ def _error(kernel: Any, config: QuantConfig) -> QuantizationError:
     return quantization_error(kernel, config)
 
 
-def _quantized(params: Params, stacked: tuple[str, ...], config: QuantConfig) -> Params:
+def quantized(params: Params, stacked: tuple[str, ...], config: QuantConfig) -> Params:
+    """The kernels of stacked layers in a format; everything else as it is."""
+
     def leaf(path: str, x: Any) -> Any:
-        return quantize(jnp.asarray(x), config, stacked=x.ndim - 2) if _chosen(path, stacked) else x
+        return (
+            quantize(jnp.asarray(x), config, stacked=x.ndim - 2) if in_block(path, stacked) else x
+        )
 
     return map_with_path(leaf, params)
 
 
-def _chosen(path: str, stacked: tuple[str, ...]) -> bool:
+def in_block(path: str, stacked: tuple[str, ...]) -> bool:
     return is_kernel(path) and stack_of(path, stacked) is not None
 
 

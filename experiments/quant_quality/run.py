@@ -33,8 +33,9 @@ from lora_jax import (
     quantize,
     trainable_mask,
 )
-from lora_jax._names import is_kernel
-from lora_jax._tree import leaves_with_path, map_with_path
+from lora_jax._inspect import FORMATS as INSPECTED
+from lora_jax._inspect import in_block, quantized
+from lora_jax._tree import leaves_with_path
 from lora_jax.data import batch_iterator, eval_batches
 from lora_jax.quant import quantization_error
 from lora_jax.train import (
@@ -53,10 +54,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 FORMATS: dict[str, QuantConfig | None] = {
     "float32": None,
-    "int8": QuantConfig("int8"),
-    "nf4": QuantConfig("nf4"),
-    "fp4": QuantConfig("fp4"),
-    "int4": QuantConfig("int4"),
+    **{name: INSPECTED[name] for name in ("int8", "nf4", "fp4", "int4")},
 }
 STARTS = ("lora", "loftq", "pissa")
 FULL_RATES = (1e-4, 3e-4, 1e-3)
@@ -138,20 +136,11 @@ def start(bench: Bench, format: str, how: str, seed: int) -> tuple[Any, Any]:
     if how == "loftq" and quant is not None:
         return init_loftq(dense, lora, quant, iterations=5, layouts=layouts)
     adapter = init_adapter(jax.random.key(seed), dense, lora, layouts=layouts)
-    return quantized(dense, quant), adapter
+    return in_format(bench, dense, quant), adapter
 
 
-def quantized(params: Any, quant: QuantConfig | None) -> Any:
-    """The blocks' kernels in a format; everything else as it is."""
-
-    def leaf(path: str, x: Any) -> Any:
-        return quantize(x, quant, stacked=1) if _in_block(path) and quant else x
-
-    return map_with_path(leaf, params)
-
-
-def _in_block(path: str) -> bool:
-    return is_kernel(path) and path.startswith("model/layers/")
+def in_format(bench: Bench, params: Any, quant: QuantConfig | None) -> Any:
+    return params if quant is None else quantized(params, bench.job.pretrained.stacked, quant)
 
 
 def train(
@@ -208,10 +197,11 @@ def embeddings(bench: Bench, quant: QuantConfig) -> dict[str, float]:
 def bare(bench: Bench, reference: Any, format: str, _: str, __: int) -> dict[str, Any]:
     """A format without an adapter."""
     quant = FORMATS[format]
-    params = quantized(bench.job.base, quant)
+    params = in_format(bench, bench.job.base, quant)
     found = {"heldout": bench.loss(params), **agreement(reference, bench.hidden(params))}
     if quant is not None:
-        kernels = {p: x for p, x in leaves_with_path(bench.job.base) if _in_block(p)}
+        stacked = bench.job.pretrained.stacked
+        kernels = {p: x for p, x in leaves_with_path(bench.job.base) if in_block(p, stacked)}
         errors = [quantization_error(x, quant) for x in kernels.values()]
         found["rms"] = float(np.mean([np.mean(e.rms) for e in errors]))
         found["bits"] = (
@@ -241,7 +231,7 @@ def merging(bench: Bench, base: Any, adapter: Any, quant: QuantConfig | None) ->
     merged = merge_adapter(base, adapter, layouts=bench.job.layouts, dtype=jnp.float32)
     found = {"merged": bench.loss(merged)}
     if quant is not None:
-        found["requantized"] = bench.loss(quantized(merged, quant))
+        found["requantized"] = bench.loss(in_format(bench, merged, quant))
     return found
 
 
