@@ -9,14 +9,13 @@ from typing import Any
 
 import machine
 from child import CaseError, Child
-from stats import disagreement, rotated
+from stats import Samples, disagreement, rotated
 from workloads import Entry, Workload
 
 TOLERANCE = 1e-3
 """Relative difference of losses above which cases do not do the same work."""
 PAUSE = 0.05
 """Seconds between steps, in which threads that spin go to sleep."""
-Samples = dict[str, dict[str, list[float]]]
 
 
 class GateError(Exception):

@@ -16,8 +16,8 @@ import machine
 import measure
 import plot
 import table
-from stats import met, ratio, spread
-from workloads import WORKLOADS, Row, Workload
+from stats import spread
+from workloads import WORKLOADS, Workload
 
 HERE = Path(__file__).resolve().parent
 RESULTS, TRIALS = HERE / "results", HERE.parents[1] / "runs" / "bench"
@@ -100,24 +100,8 @@ def result_of(
             }
             for key, metrics in samples.items()
         },
-        "rows": [row_of(row, samples) for row in workload.rows],
+        "rows": [table.row_of(row, samples) for row in workload.rows],
     }
-
-
-def row_of(row: Row, samples: measure.Samples) -> dict[str, Any]:
-    """A row of the table with its figures; without them where a case is missing."""
-    known = {"text": row.text, "of": row.of, "over": row.over, "metric": row.metric}
-    known |= {"target": row.target, "stretch": row.stretch}
-    if row.of not in samples or (row.over is not None and row.over not in samples):
-        return known | {"figures": None}
-    figures = quotient(row, row.metric, samples)
-    more = {"cpu": quotient(row, "cpu", samples)} if row.metric == "wall" else {}
-    return known | {"figures": figures, **more, "met": met(figures["median"], row.target)}
-
-
-def quotient(row: Row, metric: str, samples: measure.Samples) -> dict[str, float]:
-    of = samples[row.of][metric]
-    return spread(of) if row.over is None else ratio(of, samples[row.over][metric])
 
 
 if __name__ == "__main__":

@@ -4,6 +4,9 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+Samples = dict[str, dict[str, list[float]]]
+"""Figures by case and metric, one for each round."""
+
 
 def spread(values: Sequence[float]) -> dict[str, float]:
     """Median, quartiles, least and number.

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from stats import Samples, met, ratio, spread
 from workloads import GPU_ROWS, WORKLOADS, Row
 
 HERE = Path(__file__).resolve().parent
@@ -60,6 +61,22 @@ def number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3f}"
 
 
+def row_of(row: Row, samples: Samples) -> dict[str, Any]:
+    """A row of the table with its figures; without them where a case is missing."""
+    known = {"text": row.text, "of": row.of, "over": row.over, "metric": row.metric}
+    known |= {"target": row.target, "stretch": row.stretch}
+    if row.of not in samples or (row.over is not None and row.over not in samples):
+        return known | {"figures": None}
+    figures = quotient(row, row.metric, samples)
+    more = {"cpu": quotient(row, "cpu", samples)} if row.metric == "wall" else {}
+    return known | {"figures": figures, **more, "met": met(figures["median"], row.target)}
+
+
+def quotient(row: Row, metric: str, samples: Samples) -> dict[str, float]:
+    of = samples[row.of][metric]
+    return spread(of) if row.over is None else ratio(of, samples[row.over][metric])
+
+
 def expected(rows: Iterable[Row]) -> dict[str, Any]:
     """What stands in the table before a workload has been measured."""
     blank = {"figures": None, "met": ""}
@@ -71,7 +88,7 @@ def expected(rows: Iterable[Row]) -> dict[str, Any]:
 
 
 def whole(results: Path) -> str:
-    """All rows, and below them where and when they were measured."""
+    """All rows, from the samples, and below them where and when they were measured."""
     lines, footer = [HEAD], []
     rows = {name: w.rows for name, w in WORKLOADS.items()} | {"gpu": GPU_ROWS}
     for name, own in rows.items():
@@ -82,7 +99,8 @@ def whole(results: Path) -> str:
                       for row in blank]  # fmt: skip
             continue
         result = json.loads(file.read_text(encoding="utf-8"))
-        lines += [line(row, result) for row in result["rows"]]
+        samples = {key: case["samples"] for key, case in result["cases"].items()}
+        lines += [line(row_of(row, samples), result) for row in own]
         footer.append(f"- `{name}`: {conditions(result)}")
     return "\n".join([*lines, "", *footer]).rstrip() + "\n"
 

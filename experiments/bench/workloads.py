@@ -125,6 +125,8 @@ STEP = Workload(
         Row("CPU LoRA step over full fine-tuning in JAX", "lora", "full"),
         Row("PEFT eager over full fine-tuning in torch", "peft", "torch_full"),
         Row("full fine-tuning in JAX over torch", "full", "torch_full"),
+        Row("PEFT eager over our frozen base", "peft", "base"),
+        Row("qwix over our frozen base", "qwix", "base"),
         Row("LoRA step without our VJP over the frozen base", "plain", "base"),
         Row("step of lora_jax.train, loss in chunks, over the frozen base", "train_step", "base",
             "<= 1.15", "1.10"),
