@@ -14,7 +14,7 @@ from ..quant import QuantizedTensor, dequantize, quantize
 from ._init import init_adapter
 from ._layout import Layouts, as_matrix
 from ._linear import dense_delta
-from ._targets import Target, adapter_names, find_targets
+from ._targets import Target, adapter_names, find_targets, is_embedding
 
 
 def init_pissa(
@@ -167,7 +167,9 @@ def _delta(a: Array, b: Array, target: Target, shape: tuple[int, ...]) -> Array:
 
 
 def _quantize(weight: Array, quant: QuantConfig, target: Target) -> QuantizedTensor:
-    return quantize(weight, quant, stacked=int(target.stacked), contracting=_contracting(target))
+    # Rows of a table are looked up, and its blocks therefore run along a row.
+    axes = (1,) if is_embedding(target.path) else _contracting(target)
+    return quantize(weight, quant, stacked=int(target.stacked), contracting=axes)
 
 
 def _contracting(target: Target) -> tuple[int, ...]:

@@ -204,10 +204,13 @@ def is_embedding(param_path: str) -> bool:
 
 
 def known_contracting(layouts: Layouts | None, path: str, leaf: Any) -> tuple[int, ...] | None:
-    """The contracted axes as ruled, or as a quantized tensor says itself."""
+    """The contracted axes as ruled, or as a quantized tensor says itself.
+
+    An embedding's adapter begins with its words, along whichever axis its blocks run.
+    """
     ruled = rule_for(layouts, path).contracting
     if ruled is None and isinstance(leaf, QuantizedTensor):
-        return leaf.contracting
+        return (0,) if is_embedding(path) else leaf.contracting
     return ruled
 
 

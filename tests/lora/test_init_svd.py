@@ -1,5 +1,6 @@
 """Adapters from singular vectors: against PEFT, and by what they promise."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -103,3 +104,26 @@ def test_what_cannot_be_split_is_named():
         init_pissa(base, wide, layouts=LAYOUTS)
     with pytest.raises(InputError, match="iterations must be at least 1, got 0"):
         init_loftq(base, CONFIG, QuantConfig(), iterations=0, layouts=LAYOUTS)
+
+
+class Table(nn.Module):
+    @nn.compact
+    def __call__(self, ids):
+        return nn.Embed(64, 32, name="embed_tokens")(ids)
+
+
+def test_a_table_is_quantized_along_its_rows():
+    """Where rows are looked up in four bits, and the adapter's words stay its first axis."""
+    table, ids = jax.random.normal(jax.random.key(1), (64, 32)), jnp.arange(1, 60, 9)
+    base = {"embed_tokens": {"embedding": table}}
+    config = LoraConfig(r=4, lora_alpha=12, target_modules=["embed_tokens"])
+    quantized, adapter = init_loftq(base, config, QuantConfig())
+    q = quantized["embed_tokens"]["embedding"]
+    assert q.contracting == (1,) and adapter["embed_tokens"]["embedding_lora_A"].shape == (64, 4)
+    found = lora_linen(Table()).apply({"params": combine(quantized, adapter)}, ids)
+    merged = merge_adapter(quantized, adapter)["embed_tokens"]["embedding"]
+    np.testing.assert_allclose(found, merged[ids], atol=1e-5)
+    fresh = init_adapter(jax.random.key(2), quantized, config)
+    assert fresh["embed_tokens"]["embedding_lora_A"].shape == (64, 4)
+    found = lora_linen(Table()).apply({"params": combine(quantized, fresh)}, ids)
+    np.testing.assert_allclose(found, dequantize(q)[ids], atol=1e-6)
