@@ -10,9 +10,12 @@ from lora_jax import (
     InputError,
     LoraConfig,
     QuantConfig,
+    combine,
     dequantize,
+    init_adapter,
     init_loftq,
     init_pissa,
+    lora_linen,
     merge_adapter,
     quantize,
 )
