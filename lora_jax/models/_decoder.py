@@ -52,17 +52,18 @@ class Block(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x, angles, mask, start, cache):
+    def __call__(self, carry, layer, angles, mask, start):
         c = self.config
+        x, cache = carry
         # Named inside the scanned body: a stack of carries cannot be sent to the host.
         x = checkpoint_name(x, INPUT_NAME)
         norm = RMSNorm(c.rms_norm_eps, name="input_layernorm")
         attended, cache = Attention(c, self.dtype, name="self_attn")(
-            norm(x), angles, mask, cache, start
+            norm(x), angles, mask, cache, (layer, start)
         )
         x = checkpoint_name(x + attended, "residual")
         norm = RMSNorm(c.rms_norm_eps, name="post_attention_layernorm")
-        return x + MLP(c, self.dtype, name="mlp")(norm(x)), cache
+        return (x + MLP(c, self.dtype, name="mlp")(norm(x)), cache), None
 
 
 class Decoder(nn.Module):
@@ -84,7 +85,7 @@ class Decoder(nn.Module):
         if self.remat != "everything":
             # Inside scan XLA cannot merge the recomputation away, so prevent_cse only costs.
             block = nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
-        axes: Any = (nn.broadcast, nn.broadcast, nn.broadcast, 0)
+        axes: Any = (0, nn.broadcast, nn.broadcast, nn.broadcast)
         self.layers = nn.scan(
             block,
             variable_axes={"params": 0},
@@ -96,10 +97,14 @@ class Decoder(nn.Module):
 
     def __call__(self, input_ids, positions, mask, cache: KVCache | None) -> tuple[Array, Any]:
         angles = rope_angles(positions, self.config.head_dim, self.config.rope_theta)
-        layer_cache = None if cache is None else (cache.key, cache.value)
+        # The cache is carried whole and written to in place; as an input of each layer and its
+        # output, every layer's part would be copied twice for each token.
+        filled = None if cache is None else (cache.key, cache.value)
         start = None if cache is None else cache.length
-        x, layer_cache = self.layers(self.embed_tokens(input_ids), angles, mask, start, layer_cache)
-        return self.norm(x), layer_cache
+        layers = jnp.arange(self.config.num_hidden_layers)
+        carry = (self.embed_tokens(input_ids), filled)
+        (x, filled), _ = self.layers(carry, layers, angles, mask, start)
+        return self.norm(x), filled
 
 
 class CausalLM(nn.Module):

@@ -77,10 +77,10 @@ class Attention(nn.Module):
         angles: Float[Array, "batch seq half"],
         mask: Bool[Array, "batch 1 seq keys"] | None,
         cache: tuple[Array, Array] | None,
-        start: Array | None,
+        where: tuple[Array, Array | None],
     ) -> tuple[Float[Array, "batch seq d"], tuple[Array, Array] | None]:
-        """`mask` None means plain causal; `cache` holds this layer's keys and values, and new
-        ones are written from slot `start` on."""
+        """`mask` None means plain causal; `cache` holds all layers' keys and values, and new
+        ones are written to the layer and from the slot that `where` tells."""
         c = self.config
         batch, seq, _ = x.shape
 
@@ -94,13 +94,20 @@ class Attention(nn.Module):
         query = rotate(project("q_proj", c.num_attention_heads), angles)
         key = rotate(project("k_proj", c.num_key_value_heads), angles)
         value = project("v_proj", c.num_key_value_heads)
-        if cache is not None and start is not None:
-            key = jax.lax.dynamic_update_slice_in_dim(cache[0], key, start, axis=1)
-            value = jax.lax.dynamic_update_slice_in_dim(cache[1], value, start, axis=1)
-            cache = (key, value)
+        if cache is not None:
+            cache = (_written(cache[0], key, where), _written(cache[1], value, where))
+            key, value = (
+                jax.lax.dynamic_index_in_dim(filled, where[0], keepdims=False) for filled in cache
+            )
         out = attend(query, key, value, mask).reshape(batch, seq, -1)
         o_proj = nn.Dense(c.hidden_size, use_bias=c.attention_bias, dtype=self.dtype, name="o_proj")
         return checkpoint_name(o_proj(out), PRODUCT), cache
+
+
+def _written(cache: Array, new: Array, where: tuple[Array, Any]) -> Array:
+    """The cache of all layers with one layer's new keys or values in their slots."""
+    layer, start = where
+    return jax.lax.dynamic_update_slice(cache, new[None], (layer, 0, start, 0, 0))
 
 
 class MLP(nn.Module):

@@ -35,6 +35,7 @@ FP4 = (*_MAGNITUDES, *(-value for value in _MAGNITUDES))
 INT4 = tuple((index - 8) / 7.5 for index in range(16))
 CODEBOOKS = {"nf4": NF4, "fp4": FP4, "int4": INT4}
 ZERO_CODE = 127
+GROUP = 256  # absmax values under one nested absmax
 
 
 def midpoints(values: Sequence[float] | np.ndarray) -> np.ndarray:

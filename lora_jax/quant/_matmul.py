@@ -11,12 +11,14 @@ from jaxtyping import Float
 
 from .._errors import InputError, nearest
 from .._typing import Array
+from . import _gpu
 from ._tensor import QuantizedTensor, absmax, block_values, matrix
 
 PATHS = {
     "dense": "one dense kernel in front of one product",
     "split": "one product for each half of a block, which XLA fuses with the dequantization",
     "slabs": "slabs of columns in turn, each dense in front of its product",
+    "kernel": "one GPU kernel that multiplies each code as it is read",
 }
 """How a product may be computed, by name."""
 LARGEST_DENSE = 256 * 2**20
@@ -108,12 +110,15 @@ def explain(
     backend = backend or jax.default_backend()
     tokens = math.prod(x.shape[:-1])
     whole = q.d_in * q.d_out * x.dtype.itemsize
+    no_kernel = _gpu.why_not(q, x.dtype) if backend == "gpu" else None
+    if backend == "gpu" and no_kernel is None and tokens <= _gpu.most_rows():
+        return MatmulPath("kernel", f"{tokens} tokens", 0)
     if columns := _columns(q, whole):
         return MatmulPath("slabs", f"{whole / 2**20:.0f} MiB in all", whole * columns // q.d_out)
     if backend == "tpu" and tokens <= SPLIT_TOKENS and not q.flat:
         return MatmulPath("split", f"{tokens} tokens", 0)
     why = "blocks run over columns" if q.flat else "fits and is read once"
-    return MatmulPath("dense", why, whole)
+    return MatmulPath("dense", f"{why}; {no_kernel}" if no_kernel else why, whole)
 
 
 def _check(x: Any, q: QuantizedTensor, path: str | None) -> None:
@@ -132,6 +137,8 @@ def _check(x: Any, q: QuantizedTensor, path: str | None) -> None:
             f"quantized_matmul: there is no path {path!r}{nearest(path, PATHS)}; use"
             f" {', '.join(PATHS)}, or leave it out"
         )
+    if path == "kernel" and (why := _gpu.why_not(q, x.dtype)):
+        raise InputError(f"quantized_matmul: path 'kernel' is not to be had: {why}; leave it out")
     if path in ("split", "slabs") and q.flat:
         raise InputError(
             f"quantized_matmul: path {path!r} needs blocks along d_in, and this kernel's run over"
@@ -171,18 +178,21 @@ def _backward(
 _matmul.defvjp(_forward, _backward)
 
 
+# How `platform_dependent` calls what `explain` calls a backend.
+_BACKENDS = {"cpu": "cpu", "cuda": "gpu", "tpu": "tpu"}
+
+
 def _on_each_platform(
     products: Any, precision: Any, path: str | None, x: Array, q: QuantizedTensor
 ) -> Array:
     """`products` on the path given, or on the one of the platform this is compiled for."""
     shape = jax.ShapeDtypeStruct((*x.shape[:-1], q.d_in), x.dtype)
-    names = {backend: path or explain(shape, q, backend=backend).name for backend in ("cpu", "tpu")}
-    on_tpu, elsewhere = (
-        functools.partial(products[names[backend]], precision) for backend in ("tpu", "cpu")
-    )
-    if names["tpu"] == names["cpu"]:
+    paths = {b: path or explain(shape, q, backend=_BACKENDS[b]).name for b in _BACKENDS}
+    elsewhere = functools.partial(products[paths.pop("cpu")], precision)
+    special = {b: functools.partial(products[name], precision) for b, name in paths.items()}
+    if all(branch.func is elsewhere.func for branch in special.values()):
         return elsewhere(x, q)
-    return jax.lax.platform_dependent(x, q, tpu=on_tpu, default=elsewhere)
+    return jax.lax.platform_dependent(x, q, **special, default=elsewhere)
 
 
 def _dense(precision: Any, x: Array, q: QuantizedTensor) -> Array:
@@ -271,5 +281,14 @@ def _slabs_transposed(precision: Any, x: Array, q: QuantizedTensor) -> Array:
     return total.astype(x.dtype)
 
 
-_PRODUCTS = {"dense": _dense, "split": _split, "slabs": _slabs}
-_TRANSPOSED = {"dense": _dense_transposed, "split": _split_transposed, "slabs": _slabs_transposed}
+def _kernel(precision: Any, x: Array, q: QuantizedTensor) -> Array:
+    return _gpu.with_plain(_gpu.product, functools.partial(_dense, precision))(x, q)
+
+
+_PRODUCTS = {"dense": _dense, "split": _split, "slabs": _slabs, "kernel": _kernel}
+_TRANSPOSED = {
+    "dense": _dense_transposed,
+    "split": _split_transposed,
+    "slabs": _slabs_transposed,
+    "kernel": _dense_transposed,
+}

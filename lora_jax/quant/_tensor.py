@@ -13,9 +13,8 @@ from jaxtyping import Float
 
 from .._errors import InputError
 from .._typing import Array
-from ._codebook import dynamic_values, lookup, unpack
-
-GROUP = 256  # absmax values under one nested absmax
+from . import _gpu
+from ._codebook import GROUP, dynamic_values, lookup, unpack
 
 
 @functools.partial(
@@ -151,7 +150,15 @@ def _dequantize(q: QuantizedTensor, dtype: Any) -> Array:
 
 
 def matrix(q: QuantizedTensor, dtype: Any) -> Array:
-    """The dense `(*stack, d_in, d_out)`."""
+    """The dense `(*stack, d_in, d_out)`, by a kernel where one reads it."""
+    by_xla = functools.partial(_matrix, dtype=dtype)
+    if _gpu.why_not(q, dtype):
+        return by_xla(q)
+    by_kernel = _gpu.with_plain(functools.partial(_gpu.dense, dtype=dtype), by_xla)
+    return jax.lax.platform_dependent(q, cuda=by_kernel, default=by_xla)
+
+
+def _matrix(q: QuantizedTensor, dtype: Any) -> Array:
     per_row = absmax(q)[..., None, :]
     parts = [part * per_row for part in block_values(q)]
     rows = jnp.stack(parts, axis=-3).astype(dtype)

