@@ -1,12 +1,16 @@
 """How lora_jax stands on the GPU that JAX finds, beside PEFT and bitsandbytes on the same card.
 
-    python experiments/bench/gpu.py [--remat POLICY] [--steps 24] [--small] [--device gpu|cpu]
+    python experiments/bench/gpu.py [--remat POLICY] [--steps 24] [--passes 2]
+                                    [--small] [--device gpu|cpu]
 
 An 8B shape in bfloat16.  A card holds one such model at a time, so the cases run one after the
-other in fresh processes, in two passes of opposite order.  `--small --device cpu` tries the code.
+other in fresh processes, in passes of alternating order; what is measured is written at once.
+`--small --device cpu` tries the code.
 """
 
 import argparse
+import concurrent.futures
+import functools
 import json
 import os
 import subprocess
@@ -18,9 +22,8 @@ from typing import Any
 import machine
 import measure
 import plot
-import table
-from run import RESULTS, TRIALS, result_of
-from workloads import GPU_ROWS, KEEP_NOTHING, SMALL_BLOCK, Entry, Workload
+from run import RESULTS, TRIALS, result_of, told
+from workloads import GPU_ROWS, SMALL_BLOCK, Entry, Workload
 
 LLAMA_8B = {
     "vocab_size": 128256,
@@ -37,7 +40,6 @@ SMALL = {"shape": SMALL_BLOCK, "batch": 2, "seq": 64, "rank": 4, "alpha": 8,
          "matrix": [2, 128, 256], "repeats": 2, "new_tokens": 8}  # fmt: skip
 GATE = {"batch": 1, "seq": 512}
 GATE_LAYERS = 2
-PASSES = 2
 
 ENTRIES = (
     Entry("lora", "cases_gpu", "lora", "lora_jax LoRA, bf16", "adapter"),
@@ -63,28 +65,42 @@ def main() -> int:
         print(f"no GPU that JAX can use (it finds {platform or 'nothing'}): nothing measured")
         return 0
     run = run_of(options)
-    before = machine.wait_for_quiet(0.0 if options.small else 60.0)
+    before = machine.wait_for_quiet(0.0 if options.small else 10.0)
+    save = functools.partial(written, run, options, before, card)
     try:
         gate(run)
-        samples = passes(run)
+        samples = passes(run, options.passes, save)
     except (measure.GateError, measure.CaseError) as error:
         print(f"gpu: stopped: {error}", file=sys.stderr)
         return 1
-    result = result_of(run, samples, before, options.small)
+    result, out = save(samples)
+    plot.draw(result, out / "gpu.png")
+    told(result)
+    return 0
+
+
+def written(
+    run: measure.Run,
+    options: argparse.Namespace,
+    before: dict[str, Any],
+    card: str,
+    samples: measure.Samples,
+) -> tuple[dict[str, Any], Path]:
+    """What has been measured, and the folder where it now stands."""
+    result = result_of(run, samples, dict(before), options.small)
     result["hardware"]["accelerator"] = card
     out = options.out or (TRIALS if options.small else RESULTS)
     out.mkdir(parents=True, exist_ok=True)
     (out / "gpu.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    plot.draw(result, out / "gpu.png")
-    print(table.of_result(result))
-    return 0
+    return result, out
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="lora_jax against its peers, on a GPU.")
     parser.add_argument("--device", choices=("gpu", "cpu"), default="gpu")
-    parser.add_argument("--remat", default=KEEP_NOTHING, help="what a layer's backward pass keeps")
+    parser.add_argument("--remat", default="everything", help="what our backward pass keeps")
     parser.add_argument("--steps", type=int, default=24, help="timed steps in all passes")
+    parser.add_argument("--passes", type=int, default=2, help="fresh processes of each case")
     parser.add_argument("--small", action="store_true", help="tiny shapes, 4 steps: a trial")
     parser.add_argument("--only", nargs="*", choices=[e.key for e in ENTRIES], help="these cases")
     parser.add_argument("--out", type=Path, help="where results are written")
@@ -134,9 +150,16 @@ def gate(run: measure.Run) -> None:
     with tempfile.TemporaryDirectory(prefix="bench-") as directory:
         run.spec = gated | {"dir": directory}
         prepare = Entry("prepare", "cases_gpu", "prepare", "prepare")
-        for entry in (prepare, *(e for e in ENTRIES if e.group and e.key not in run.left_out)):
-            answer = alone(run, entry, lambda child: child.ask("build", gate=2))
-            if answer is not None and entry is not prepare:
+        alone(run, prepare, lambda child: child.ask("build", gate=2))
+        gated_entries = [e for e in ENTRIES if e.group and e.key not in run.left_out]
+        # Nothing is timed here, and a card holds all of these small models.
+        with concurrent.futures.ThreadPoolExecutor() as together:
+            answers = together.map(
+                lambda entry: alone(run, entry, lambda child: child.ask("build", gate=2)),
+                gated_entries,
+            )
+        for entry, answer in zip(gated_entries, answers, strict=True):
+            if answer is not None:
                 built[entry.key] = answer
     run.spec = full
     measure.check(run, built)
@@ -153,18 +176,19 @@ def alone(run: measure.Run, entry: Entry, use: Any) -> Any:
         child.close()
 
 
-def passes(run: measure.Run) -> measure.Samples:
-    """Every case alone on the card, once in this order and once in the other."""
+def passes(run: measure.Run, count: int, save: Any) -> measure.Samples:
+    """Every case alone on the card, now in this order and now in the other."""
     samples: measure.Samples = {}
-    for turn in range(PASSES):
+    for turn in range(count):
         for entry in ENTRIES if turn % 2 == 0 else reversed(ENTRIES):
             if entry.key in run.left_out:
                 continue
-            found = alone(run, entry, lambda child: timed(child, run.rounds // PASSES))
+            found = alone(run, entry, lambda child: timed(child, run.rounds // count))
             if found is not None:
                 measure.say(f"measured: {entry.label}")
                 for metric, values in found.items():
                     samples.setdefault(entry.key, {}).setdefault(metric, []).extend(values)
+                save({key: x for key, x in samples.items() if key not in run.left_out})
     return {key: x for key, x in samples.items() if key not in run.left_out}
 
 

@@ -37,7 +37,7 @@ def main() -> int:
             continue
         (out / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         plot.draw(result, out / f"{name}.png")
-        print(table.of_result(result), flush=True)
+        told(result)
     return 1 if failed else 0
 
 
@@ -70,14 +70,19 @@ def measured(workload: Workload, options: argparse.Namespace) -> dict[str, Any]:
     return result_of(run, samples, before, options.small)
 
 
+def told(result: dict[str, Any]) -> None:
+    """The table of one workload, and whether it may be believed."""
+    if not result["quiet"]:
+        print("NOT QUIET: others used this machine; these figures are not to be published")
+    print(table.of_result(result), flush=True)
+
+
 def result_of(
     run: measure.Run, samples: measure.Samples, before: dict[str, Any], small: bool
 ) -> dict[str, Any]:
     """Figures, rows, and under which conditions they were measured."""
     workload = run.workload
     quiet = before.pop("quiet") and run.notes.get("others", 0.0) <= machine.QUIET_SHARE
-    if not quiet:
-        print("NOT QUIET: others used this machine; these figures are not to be published")
     labels = {entry.key: entry.label for entry in workload.entries}
     return {
         "workload": workload.name,

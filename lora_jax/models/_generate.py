@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int
 
 from .._errors import InputError
 from .._typing import Array, Key, Params
+from ..quant import QuantizedTensor
 from ._decoder import CausalLM, init_cache
 from ._layers import KVCache
 
@@ -70,7 +71,7 @@ def generate(
     length = _bucket(max(map(len, prompts)))
     ids, segments = _left_padded(prompts, _bucket(len(prompts), 1), length, pad_id)
     logits, cache = _prefill(module, params, ids, segments, room=_bucket(max_new_tokens))
-    tokens, _ = _decode(
+    tokens, _ = _decoder(_sliced_by_copies(params))(
         module,
         params,
         cache,
@@ -160,7 +161,30 @@ def _prefill(
     return module.apply({"params": params}, hidden[:, -1], method="logits"), cache
 
 
-@functools.partial(jax.jit, static_argnames=("module", "room"), donate_argnames="cache")
+def _sliced_by_copies(params: Params) -> bool:
+    """Whether a GPU would copy each layer's weights out of their stack for every token."""
+    kernels = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, QuantizedTensor))
+    return jax.default_backend() == "gpu" and not any(
+        isinstance(kernel, QuantizedTensor) for kernel in kernels
+    )
+
+
+@functools.cache
+def _decoder(no_triton: bool) -> Any:
+    """`_decode`, compiled with or without XLA's own matrix products on GPUs.
+
+    They want a layer's kernel in an array of its own, where cuBLAS reads it in its stack: 82 and
+    170 tokens per second of an 8B model on an H200. Four bits are read by neither.
+    """
+    options = {"xla_gpu_enable_triton_gemm": False} if no_triton else None
+    return jax.jit(
+        _decode,
+        static_argnames=("module", "room"),
+        donate_argnames="cache",
+        compiler_options=options,
+    )
+
+
 def _decode(
     module: Any,
     params: Any,

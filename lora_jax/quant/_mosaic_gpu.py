@@ -27,12 +27,14 @@ from ._codebook import CODEBOOKS, GROUP, dynamic_table
 THREADS = 128
 WIDTHS = (4, 2, 1)
 """Columns of a thread: bytes that it loads at once."""
-ROWS = 16
-"""Rows of bytes whose loads are under way at once; more take registers from other warps."""
+ROWS = 32
+"""Rows of bytes whose loads are under way at once."""
 PROGRAMS = 400
-"""Programs that keep an H200's 132 multiprocessors busy; more write more partial sums."""
-PAIRS = (256, 16, 2)
-"""Both values of every byte, once for each of 16 lanes, so that no two lanes share a bank."""
+"""Programs that keep an H200's 132 multiprocessors busy; more write more partial sums.
+
+On an H200 16 microseconds for one row times 4096 x 14336, with 8 to 32 rows, 400 to 1,600 programs,
+and values looked up in shared memory instead: instructions bound it, not memory.
+"""
 MOST_ROWS = 8
 """Rows of `x` up to which multiplying while reading takes less time than a dense kernel."""
 
@@ -53,7 +55,7 @@ def tile_of(codes: Any) -> int | None:
     """Columns of a program; None for shapes that these kernels do not read."""
     rows, d_out = codes.shape[-2:]
     fitting = (THREADS * width for width in WIDTHS if d_out % (THREADS * width) == 0)
-    return next(fitting, None) if rows % ROWS == 0 else None
+    return next(fitting, None) if rows % min(rows, ROWS) == 0 else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +64,6 @@ class Operations:
 
     load: `(ref, tile) -> (tile,)`. store: `(ref, (tile,))`. entries: 128 floats of a ref, one for
     each thread. look_up: `((tile,) bytes, entries) ->` values of the high and the low nibbles.
-    fill: a ref's entries spread to `PAIRS` in shared memory. look_up_pairs: look_up from there.
     gather: `(ref, (tile,) indices) -> (tile,)` floats. spread: an array laid out as loads are.
     """
 
@@ -70,8 +71,6 @@ class Operations:
     store: Callable[..., Any]
     entries: Callable[..., Any]
     look_up: Callable[..., Any]
-    fill: Callable[..., Any]
-    look_up_pairs: Callable[..., Any]
     gather: Callable[..., Any]
     spread: Callable[..., Any]
 
@@ -82,35 +81,34 @@ def product(
     """`x·dequantize(q)` for a few rows `(n, d_in)`, reading each code once, summed in float32."""
     (n, _), (blocks, rows, d_out), tile = x.shape, q.codes.shape, tile_of(q.codes)
     assert tile is not None
-    on, nested = on or GPU, q.offset is not None
+    on, nested, step = on or GPU, q.offset is not None, min(rows, ROWS)
     split = _blocks_of_a_program(blocks, d_out // tile)
 
     def program(x_ref: Any, codes: Any, scales: Any, table: Any, *more: Any) -> None:
-        *more, out, pairs = more
+        *more, out = more
         column, part = jax.lax.axis_index("columns") * tile, jax.lax.axis_index("parts")
-        columns = pl.ds(column, tile)
-        on.fill(table, pairs)
+        columns, entries = pl.ds(column, tile), on.entries(table)
         zero = on.spread(jnp.zeros(tile, jnp.float32))
 
         def block(i: Any, totals: Any) -> Any:
             g = part * split + i
 
             def some_rows(j: Any, sums: Any) -> Any:
-                first, at = j * ROWS, g * 2 * rows + j * ROWS
-                bytes_ = [on.load(codes.at[g, first + r, columns], tile) for r in range(ROWS)]
+                first, at = j * step, g * 2 * rows + j * step
+                bytes_ = [on.load(codes.at[g, first + r, columns], tile) for r in range(step)]
                 high_x, low_x = (
-                    [[x_ref[t, at + half + r] for r in range(ROWS)] for t in range(n)]
+                    [[x_ref[t, at + half + r] for r in range(step)] for t in range(n)]
                     for half in (0, rows)
                 )
                 sums = list(sums)
                 for r, byte in enumerate(bytes_):
-                    high, low = on.look_up_pairs(byte, pairs)
+                    high, low = on.look_up(byte, entries)
                     for t in range(n):
                         sums[t] = sums[t] + high * high_x[t][r].astype(jnp.float32)
                         sums[t] = sums[t] + low * low_x[t][r].astype(jnp.float32)
                 return tuple(sums)
 
-            sums = jax.lax.fori_loop(0, rows // ROWS, some_rows, (zero,) * n)
+            sums = jax.lax.fori_loop(0, rows // step, some_rows, (zero,) * n)
             codes_of_scale = on.load(scales.at[g, columns], tile)
             if not nested:
                 per_column = codes_of_scale.astype(jnp.float32)
@@ -128,7 +126,6 @@ def product(
     run = plgpu.kernel(
         program,
         out_type=jax.ShapeDtypeStruct((parts, 1 + nested, n, d_out), jnp.float32),
-        scratch_types=(plgpu.SMEM(PAIRS, jnp.float32),),
         grid=(d_out // tile, parts),
         grid_names=("columns", "parts"),
         interpret=interpret,
@@ -149,6 +146,7 @@ def dense(
     tile = tile_of(q.codes)
     assert tile is not None
     on, layers, nested = on or GPU, math.prod(stack), q.offset is not None
+    step = min(rows, ROWS)
 
     def program(codes: Any, scales: Any, table: Any, *more: Any) -> None:
         *more, out = more
@@ -165,15 +163,15 @@ def dense(
             per_column = per_column.astype(jnp.float32)
 
         def some_rows(j: Any, carry: Any) -> Any:
-            first = j * ROWS
-            bytes_ = [on.load(codes.at[g, first + r, columns], tile) for r in range(ROWS)]
+            first = j * step
+            bytes_ = [on.load(codes.at[g, first + r, columns], tile) for r in range(step)]
             for r, byte in enumerate(bytes_):
                 for half, value in zip((0, rows), on.look_up(byte, entries), strict=True):
                     row = g * 2 * rows + half + first + r
                     on.store(out.at[row, columns], (value * per_column).astype(dtype))
             return carry
 
-        jax.lax.fori_loop(0, rows // ROWS, some_rows, 0)
+        jax.lax.fori_loop(0, rows // step, some_rows, 0)
 
     run = plgpu.kernel(
         program,
@@ -285,55 +283,6 @@ def _look_up(codes: Any, entries: Any) -> tuple[Any, Any]:
     return look_up(codes, entries)
 
 
-def _fill(table: Any, pairs: Any) -> None:
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType()), return_type=())
-    def fill(_: Any, table: Any, pairs: Any) -> tuple[()]:
-        i32, index = ir.IntegerType.get_signless(32), ir.IndexType.get()
-        thread = mgpu.utils.thread_idx()
-        lane = arith.index_cast(index, arith.remui(thread, mgpu.c(16, i32)))
-        eighth = arith.index_cast(index, arith.divui(thread, mgpu.c(16, i32)))
-        first = arith.muli(eighth, mgpu.c(32, index))
-
-        def entry(i: Any) -> Any:
-            return memref.load(table, [i])
-
-        highs = [
-            entry(arith.addi(arith.muli(eighth, mgpu.c(2, index)), mgpu.c(i, index)))
-            for i in (0, 1)
-        ]
-        lows = [entry(mgpu.c(i, index)) for i in range(16)]
-        zero = mgpu.c(0, index)
-        for i, high in enumerate(highs):
-            for j, low in enumerate(lows):
-                at = arith.addi(first, mgpu.c(16 * i + j, index))
-                vector.store(_floats([high, low]), pairs, [at, lane, zero])
-        mgpu.utils.warpgroup_barrier()
-        return ()
-
-    fill(table, pairs)
-
-
-def _look_up_pairs(codes: Any, pairs: Any) -> tuple[Any, Any]:
-    tile = codes.shape[0]
-    result = _array(tile, jnp.float32)
-
-    @plgpu.inline_mgpu(arg_types=(_layout(tile), plgpu.RefType()), return_type=(result, result))
-    def look_up(_: Any, codes: Any, pairs: Any) -> tuple[Any, Any]:
-        i32, index = ir.IntegerType.get_signless(32), ir.IndexType.get()
-        two = ir.VectorType.get((2,), ir.F32Type.get())
-        lane = arith.remui(mgpu.utils.thread_idx(), mgpu.c(16, i32))
-        lane, zero = arith.index_cast(index, lane), mgpu.c(0, index)
-        (register,) = codes.registers.flat
-        both = [
-            _elements(vector.load(two, pairs, [arith.index_castui(index, byte), lane, zero]))
-            for byte in _elements(register)
-        ]
-        high, low = (_floats([pair[half] for pair in both]) for half in (0, 1))
-        return _like([high], codes), _like([low], codes)
-
-    return look_up(codes, pairs)
-
-
 def _gather(ref: Any, index: Any) -> Any:
     tile = index.shape[0]
 
@@ -354,19 +303,11 @@ def _spread(x: Any) -> Any:
     return plgpu.layout_cast(x, _layout(x.shape[0]))
 
 
-def _pairs(table: Any) -> Any:
-    """The values of both nibbles `(256, 2)`."""
-    byte = jnp.arange(256)
-    return jnp.stack([table[byte >> 4], table[byte & 15]], axis=1)
-
-
 GPU = Operations(
     load=_load,
     store=_store,
     entries=lambda ref: _load(ref, THREADS),
     look_up=_look_up,
-    fill=_fill,
-    look_up_pairs=_look_up_pairs,
     gather=_gather,
     spread=_spread,
 )
@@ -377,10 +318,6 @@ PLAIN = Operations(
     look_up=lambda codes, entries: tuple(
         entries[nibbles.astype(jnp.int32)] for nibbles in (codes >> 4, codes & 15)
     ),
-    fill=lambda table, pairs: pairs.__setitem__(
-        ..., jnp.broadcast_to(_pairs(table[...])[:, None], PAIRS)
-    ),
-    look_up_pairs=lambda codes, pairs: tuple(pairs[...][codes.astype(jnp.int32), 0].T),
     gather=lambda ref, index: ref[...][index],
     spread=lambda x: x,
 )
