@@ -16,8 +16,8 @@ PACKAGES = (
     "jax", "jaxlib", "flax", "optax", "qwix", "torch", "transformers", "peft", "bitsandbytes",
     "numpy",
 )  # fmt: skip
-QUIET_LOAD = 0.5
-"""One-minute load average below which nobody else seems to be there."""
+QUIET_LOAD = 0.25
+"""One-minute load average of a processor below which nobody else seems to be there."""
 QUIET_SHARE = 0.05
 """Share of all processors that others may use."""
 _TICK = os.sysconf("SC_CLK_TCK")
@@ -60,7 +60,7 @@ def wait_for_quiet(patience: float) -> dict[str, Any]:
     end = time.monotonic() + patience
     while True:
         load, share = os.getloadavg()[0], others_share()
-        quiet = load <= QUIET_LOAD and share <= QUIET_SHARE
+        quiet = load <= QUIET_LOAD * (os.cpu_count() or 1) and share <= QUIET_SHARE
         if quiet or time.monotonic() > end:
             return {"load_average": round(load, 2), "others": round(share, 3), "quiet": quiet}
         time.sleep(5)
