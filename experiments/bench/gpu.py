@@ -9,7 +9,6 @@ other in fresh processes, in passes of alternating order; what is measured is wr
 """
 
 import argparse
-import concurrent.futures
 import functools
 import json
 import os
@@ -150,16 +149,10 @@ def gate(run: measure.Run) -> None:
     with tempfile.TemporaryDirectory(prefix="bench-") as directory:
         run.spec = gated | {"dir": directory}
         prepare = Entry("prepare", "cases_gpu", "prepare", "prepare")
-        alone(run, prepare, lambda child: child.ask("build", gate=2))
-        gated_entries = [e for e in ENTRIES if e.group and e.key not in run.left_out]
-        # Nothing is timed here, and a card holds all of these small models.
-        with concurrent.futures.ThreadPoolExecutor() as together:
-            answers = together.map(
-                lambda entry: alone(run, entry, lambda child: child.ask("build", gate=2)),
-                gated_entries,
-            )
-        for entry, answer in zip(gated_entries, answers, strict=True):
-            if answer is not None:
+        # In turn: while it tunes, XLA takes whatever memory a card has.
+        for entry in (prepare, *(e for e in ENTRIES if e.group and e.key not in run.left_out)):
+            answer = alone(run, entry, lambda child: child.ask("build", gate=2))
+            if answer is not None and entry is not prepare:
                 built[entry.key] = answer
     run.spec = full
     measure.check(run, built)
