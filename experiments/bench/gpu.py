@@ -149,7 +149,7 @@ def gate(run: measure.Run) -> None:
     with tempfile.TemporaryDirectory(prefix="bench-") as directory:
         run.spec = gated | {"dir": directory}
         prepare = Entry("prepare", "cases_gpu", "prepare", "prepare")
-        # In turn: while it tunes, XLA takes whatever memory a card has.
+        # In turn: side by side, one of them was seen to take 105 GB of a card.
         for entry in (prepare, *(e for e in ENTRIES if e.group and e.key not in run.left_out)):
             answer = alone(run, entry, lambda child: child.ask("build", gate=2))
             if answer is not None and entry is not prepare:
