@@ -270,15 +270,17 @@ def test_every_command_has_help_with_examples(capsys):
 def test_quickstart_leaves_everything_and_takes_the_next_number(tmp_path: Path, capsys):
     words = ["--train.steps", "2", "--data.eval_rows", "6", "--data.train_rows", "24"]
     words += ["--data.max_length", "128", "--train.batch_size", "2", "--train.tensorboard", "false"]
-    for name in ("quickstart", "quickstart-2"):
-        main(["quickstart", "--output", str(tmp_path / "quickstart"), *words])
-        found = {p.name for p in (tmp_path / name).iterdir()}
-        assert found >= {
-            "base", "adapter", "merged", "metrics.jsonl", "loss.png", "report.md", "config.yaml",
-        }  # fmt: skip
+    taken, run = tmp_path / "quickstart", tmp_path / "quickstart-2"
+    taken.mkdir()
+    (taken / "kept.txt").write_text("of an earlier run")
+    main(["quickstart", "--output", str(taken), *words])
+    assert [p.name for p in taken.iterdir()] == ["kept.txt"]
+    assert {p.name for p in run.iterdir()} >= {
+        "base", "adapter", "merged", "metrics.jsonl", "loss.png", "report.md", "config.yaml",
+    }  # fmt: skip
     out = capsys.readouterr().out
     assert "before:" in out and "after:" in out
-    summary = json.loads((tmp_path / "quickstart" / "summary.json").read_text())
+    summary = json.loads((run / "summary.json").read_text())
     assert summary["merge"]["largest_difference"] < 1e-4
     fair = summary["fair"]
     assert fair["before"] == min(fair["instruction"], fair["natural"])
