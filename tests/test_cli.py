@@ -239,6 +239,7 @@ def test_ctrl_c_gets_one_line(monkeypatch, base_dir: Path, capsys):
     assert (stop.value.code, capsys.readouterr().err) == (130, "error: interrupted\n")
 
 
+@pytest.mark.slow
 def test_full_disk_gets_one_line_to_the_end_of_the_process(run_file: Path, tmp_path: Path):
     """No file may grow beyond 40 kB, which stops the first checkpoint half way."""
     code = (

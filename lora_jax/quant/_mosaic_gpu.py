@@ -85,7 +85,7 @@ def product(
     split = _blocks_of_a_program(blocks, d_out // tile)
 
     def program(x_ref: Any, codes: Any, scales: Any, table: Any, *more: Any) -> None:
-        *more, out = more
+        *for_scales, out = more
         column, part = jax.lax.axis_index("columns") * tile, jax.lax.axis_index("parts")
         columns, entries = pl.ds(column, tile), on.entries(table)
         zero = on.spread(jnp.zeros(tile, jnp.float32))
@@ -114,7 +114,7 @@ def product(
                 per_column = codes_of_scale.astype(jnp.float32)
                 return tuple(t + s * per_column for t, s in zip(totals, sums, strict=True))
             group = _group(column, tile, g, blocks, on)
-            per_column = _nested(codes_of_scale, group, *more, on)
+            per_column = _nested(codes_of_scale, group, for_scales, on)
             scaled = [t + s * per_column for t, s in zip(totals[:n], sums, strict=True)]
             return (*scaled, *(t + s for t, s in zip(totals[n:], sums, strict=True)))
 
@@ -149,16 +149,16 @@ def dense(
     step = min(rows, ROWS)
 
     def program(codes: Any, scales: Any, table: Any, *more: Any) -> None:
-        *more, out = more
+        *for_scales, out = more
         column, g = jax.lax.axis_index("columns") * tile, jax.lax.axis_index("blocks")
         columns, entries = pl.ds(column, tile), on.entries(table)
         per_column = on.load(scales.at[g, columns], tile)
         if nested:
-            *more, offset = more
+            *for_scales, offset = for_scales
             layer = g // blocks
             group = _group(column, tile, g - layer * blocks, blocks, on)
             groups = q.nested_scales.shape[-1]
-            per_column = _nested(per_column, group + layer * groups, *more, on) + offset[layer]
+            per_column = _nested(per_column, group + layer * groups, for_scales, on) + offset[layer]
         else:
             per_column = per_column.astype(jnp.float32)
 
@@ -207,9 +207,13 @@ def _group(column: Any, tile: int, block: Any, blocks: int, on: Operations) -> A
     return (columns * blocks + block) // GROUP
 
 
-def _nested(codes: Any, group: Any, nested_scales: Any, values: Any, on: Operations) -> Any:
-    """Absmax less its mean."""
+def _nested(codes: Any, group: Any, refs: Any, on: Operations) -> Any:
+    """Absmax less its mean, from nested scales and the values of their codes."""
+    nested_scales, values = refs
     return on.gather(values, codes.astype(jnp.int32)) * on.gather(nested_scales, group)
+
+
+_inline: Any = plgpu.inline_mgpu  # its types leave out that it passes a context
 
 
 def _layout(tile: int) -> Any:
@@ -222,8 +226,9 @@ def _array(tile: int, dtype: Any) -> Any:
 
 def _like(registers: Any, array: Any) -> Any:
     """Floats in the places of another array's elements."""
-    placed = np.empty(array.registers.shape, dtype=object)
-    placed.flat = registers
+    placed = np.empty(len(registers), dtype=object)
+    placed[:] = registers
+    placed = placed.reshape(array.registers.shape)
     return mgpu.FragmentedArray(_registers=placed, _layout=array.layout, _is_signed=None)
 
 
@@ -241,7 +246,7 @@ def _elements(register: Any) -> list[Any]:
 
 
 def _load(ref: Any, tile: int) -> Any:
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=_array(tile, ref.dtype))
+    @_inline(arg_types=(plgpu.RefType(),), return_type=_array(tile, ref.dtype))
     def load(_: Any, ref: Any) -> Any:
         signed = False if isinstance(ir.MemRefType(ref.type).element_type, ir.IntegerType) else None
         return mgpu.FragmentedArray.load_strided(ref, is_signed=signed, vec_size=tile // THREADS)
@@ -250,7 +255,7 @@ def _load(ref: Any, tile: int) -> Any:
 
 
 def _store(ref: Any, value: Any) -> None:
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), _layout(value.shape[0])), return_type=())
+    @_inline(arg_types=(plgpu.RefType(), _layout(value.shape[0])), return_type=())
     def store(_: Any, ref: Any, value: Any) -> tuple[()]:
         value.store_untiled(ref, optimized=False)
         return ()
@@ -262,7 +267,7 @@ def _look_up(codes: Any, entries: Any) -> tuple[Any, Any]:
     tile = codes.shape[0]
     result = _array(tile, jnp.float32)
 
-    @plgpu.inline_mgpu(arg_types=(_layout(tile), _layout(THREADS)), return_type=(result, result))
+    @_inline(arg_types=(_layout(tile), _layout(THREADS)), return_type=(result, result))
     def look_up(_: Any, codes: Any, entries: Any) -> tuple[Any, Any]:
         i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
         (register,), (mine,) = codes.registers.flat, entries.registers.flat
@@ -286,9 +291,7 @@ def _look_up(codes: Any, entries: Any) -> tuple[Any, Any]:
 def _gather(ref: Any, index: Any) -> Any:
     tile = index.shape[0]
 
-    @plgpu.inline_mgpu(
-        arg_types=(plgpu.RefType(), _layout(tile)), return_type=_array(tile, jnp.float32)
-    )
+    @_inline(arg_types=(plgpu.RefType(), _layout(tile)), return_type=_array(tile, jnp.float32))
     def gather(_: Any, ref: Any, index: Any) -> Any:
         def value(i: Any) -> Any:
             return memref.load(ref, [arith.index_castui(ir.IndexType.get(), i)])
@@ -360,7 +363,7 @@ def _trial(format: str, scales: str) -> tuple[Blocks, np.ndarray]:
     values = np.asarray(CODEBOOKS[format], np.float32)[np.stack([codes >> 4, codes & 15], 1)]
     if scales == "uint8":
         of_scales = random.integers(0, 256, (4, 512), np.uint8)
-        nested, offset = np.float32([0.5, 1, 1.5, 2, 2.5, 3, 3.5, 4]), np.float32(7)
+        nested, offset = np.arange(1, 9, dtype=np.float32) / 2, np.float32(7)
         absmax = dynamic_table(True)[of_scales] * np.repeat(nested, GROUP).reshape(512, 4).T
         q, absmax = Blocks(codes, of_scales, nested, offset), absmax + offset
     else:

@@ -72,6 +72,7 @@ def carries_per_layer(remat, quantized=False):
     return (sizes[1] - sizes[0]) / 8 / CARRY
 
 
+@pytest.mark.slow
 def test_policies_keep_more_and_more():
     order = ["nothing", "names", "dots", "everything"]
     kept = [carries_per_layer(name) for name in order]

@@ -36,7 +36,7 @@ def interpret(monkeypatch, *names):
         monkeypatch.setattr(_mosaic_gpu, name, kernel)
 
 
-@pytest.mark.parametrize(("config", "rows"), zip(CONFIGS, [3, 1, 1], strict=True))
+@pytest.mark.parametrize(("config", "rows"), list(zip(CONFIGS, [3, 1, 1], strict=True)))
 def test_product_of_a_few_rows(config, rows, monkeypatch):
     monkeypatch.setattr(_mosaic_gpu, "PROGRAMS", 2)
     q, x = quantize(normal(256, 256), config), normal(rows, 256, seed=1)
