@@ -12,6 +12,17 @@ class InputError(ValueError):
     """
 
 
+def first_line(error: Exception) -> str:
+    """The beginning of what somebody else's error says, or its type where it says nothing.
+
+    Example:
+        >>> first_line(ValueError("no such kernel\\nat line 3")), first_line(KeyError())
+        ('no such kernel', 'KeyError')
+    """
+    lines = (str(error).strip() or type(error).__name__).splitlines()
+    return lines[0][:120]
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """A " (did you mean 'x'?)" for the known word closest to `word`, or an empty string.
 

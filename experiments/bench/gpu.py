@@ -106,6 +106,8 @@ def arguments() -> argparse.Namespace:
     options = parser.parse_args()
     if options.device == "cpu" and not options.small:
         parser.error("--device cpu only with --small: an 8B step takes hours there")
+    if not 1 <= options.passes <= (steps := 4 if options.small else options.steps):
+        parser.error(f"--passes must be in 1..{steps}, got {options.passes}")
     return options
 
 

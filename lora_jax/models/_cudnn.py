@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .._errors import first_line
 from .._typing import Array
 
 TOLERANCE = 0.02
@@ -37,8 +38,7 @@ def why_not(dtype: str, group: int, d: int) -> str | None:
         with jax.ensure_compile_time_eval():
             off = _trial(dtype, group, d)
     except Exception as error:  # whatever it is, there is another path
-        lines = (str(error).strip() or type(error).__name__).splitlines()
-        return f"cuDNN refuses: {lines[0][:120]}"
+        return f"cuDNN refuses: {first_line(error)}"
     return None if off <= TOLERANCE else f"cuDNN's results were {off:.2g} off"
 
 

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from .._errors import InputError
-from ._codebook import CODEBOOKS, dynamic_table
-from ._tensor import GROUP, QuantizedTensor
+from ._codebook import CODEBOOKS, GROUP, dynamic_table
+from ._tensor import QuantizedTensor
 
 _DESCRIPTION = "quant_state.bitsandbytes__"
 _OF_A_STATE = re.compile(

@@ -21,6 +21,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, memref, vector
 
+from .._errors import first_line
 from .._typing import Array
 from ._codebook import CODEBOOKS, GROUP, dynamic_table
 
@@ -187,18 +188,16 @@ def dense(
 
 def _blocks_of_a_program(blocks: int, tiles: int) -> int:
     """The most blocks, in equal parts, that leave `PROGRAMS` programs."""
-    enough = [
-        s for s in range(1, blocks + 1) if blocks % s == 0 and tiles * blocks // s >= PROGRAMS
-    ]
-    return max(enough, default=1)
+    equal = (s for s in range(blocks, 0, -1) if blocks % s == 0)
+    return next((s for s in equal if tiles * blocks // s >= PROGRAMS), 1)
 
 
 def _tables(q: Blocks, format: str) -> tuple[Any, ...]:
     """The codebook, and what decodes nested scales: all float32, one dimension each."""
     table = np.tile(np.asarray(CODEBOOKS[format], np.float32), THREADS // 16)
-    return (
-        (table,) if q.offset is None else (table, q.nested_scales.reshape(-1), dynamic_table(True))
-    )
+    if q.offset is None:
+        return (table,)
+    return table, q.nested_scales.reshape(-1), dynamic_table(True)
 
 
 def _group(column: Any, tile: int, block: Any, blocks: int, on: Operations) -> Any:
@@ -351,8 +350,7 @@ def _tried(format: str, scales: str, dtype: str) -> str | None:
         if not np.linalg.norm(off) <= 0.01 * np.linalg.norm(exact):
             return "its kernels multiplied wrongly on trial"
     except Exception as error:  # whatever it is, XLA has another path
-        lines = (str(error).strip() or type(error).__name__).splitlines()
-        return f"it refuses the kernels: {lines[0][:120]}"
+        return f"it refuses the kernels: {first_line(error)}"
     return None
 
 

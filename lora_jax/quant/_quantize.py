@@ -13,8 +13,8 @@ from jaxtyping import Float
 from .._config import QuantConfig
 from .._errors import InputError
 from .._typing import Array
-from ._codebook import nearest_byte, nearest_nibble, pack
-from ._tensor import GROUP, QuantizedTensor, nested_absmax
+from ._codebook import GROUP, nearest_byte, nearest_nibble, pack
+from ._tensor import QuantizedTensor, nested_absmax
 
 
 def quantize(

@@ -11,7 +11,7 @@ from lora_jax import KernelLayout, LoraConfig, combine, init_adapter, lora_linen
 from lora_jax._errors import InputError
 from lora_jax.models import CausalLM, generate
 from lora_jax.models._decoder import STACKED
-from lora_jax.models._generate import _decoder, _prefill, truncate
+from lora_jax.models._generate import _decode_program, _prefill, truncate
 
 PROMPTS = [[5, 6, 7, 8, 9], [20], [30, 31, 32]]
 
@@ -52,7 +52,7 @@ def test_text_ends_with_its_eos(model, params):
 
 def test_similar_calls_share_one_program(model, params):
     def sizes():
-        return _prefill._cache_size(), _decoder(False)._cache_size()
+        return _prefill._cache_size(), _decode_program(False)._cache_size()
 
     generate(model, params, PROMPTS, max_new_tokens=9)
     before = sizes()
