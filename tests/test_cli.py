@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import yaml
 
-from lora_jax.cli import _parsers, main
+from lora_jax._arguments import parsers
+from lora_jax.cli import main
 
 
 @pytest.fixture
@@ -260,7 +261,7 @@ def test_full_disk_gets_one_line_to_the_end_of_the_process(run_file: Path, tmp_p
 
 
 def test_every_command_has_help_with_examples(capsys):
-    _, commands = _parsers()
+    _, commands = parsers()
     for name in [*commands, "data show", "data make"]:
         with pytest.raises(SystemExit) as stop:
             main([*name.split(), "--help"])

@@ -1,0 +1,178 @@
+"""The commands and their arguments: what each takes, and what its help says."""
+
+import argparse
+from collections.abc import Sequence
+from typing import Any, NoReturn, get_args
+
+from ._config import QuantFormat
+from ._errors import InputError, nearest
+
+SECTIONS = ("model", "quant", "lora", "data", "train", "output")
+"""What `--section.key value` may name; see `configs/` for all keys."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with one-line errors that suggest the nearest word, and exit code 2."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{self.prog}: {message}; see {self.prog} --help")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            known = list(action.choices)
+            raise InputError(
+                f"{self.prog}: unknown {action.metavar or action.dest} {value!r}"
+                f"{nearest(str(value), known)}; known: {', '.join(known)}"
+            )
+
+    def flags(self) -> list[str]:
+        return [flag for action in self._actions for flag in action.option_strings]
+
+
+def parsers() -> tuple[Parser, dict[str, Parser]]:
+    parser = Parser(
+        prog="lora",
+        description="Fine-tune a model with a low-rank adapter, and use it.",
+        epilog="examples:\n"
+        "  ./lora quickstart\n"
+        "  ./lora train configs/quickstart.yaml --train.steps 100 --output runs/longer\n"
+        "  ./lora generate --model DIR --adapter DIR --prompt 'Once upon a time'\n"
+        "  ./lora test        runs the tests (./lora test --all: the slow ones too)\n",
+    )
+    sub = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    commands: dict[str, Parser] = {}
+
+    def add(name: str, text: str, examples: str, sections: Sequence[str] = ()) -> Parser:
+        commands[name] = sub.add_parser(
+            name, help=text, description=text, epilog=f"examples:\n{examples}"
+        )
+        commands[name].set_defaults(action=None, sections=sections)
+        return commands[name]
+
+    p = add(
+        "quickstart",
+        "Fine-tune the bundled base on the standard library's docstrings, and show the effect.",
+        "  ./lora quickstart\n  ./lora quickstart --train.steps 20 --output runs/short\n",
+        SECTIONS,
+    )
+    p.add_argument("--output", metavar="DIR", help="where to write (default runs/quickstart)")
+
+    p = add(
+        "train",
+        "Train the run that a YAML file describes; --section.key VALUE changes any of its keys.",
+        "  ./lora train configs/quickstart.yaml --dry-run\n"
+        "  ./lora train configs/gsm8k.yaml --data.train train.jsonl --data.eval test.jsonl\n"
+        "  ./lora train configs/quickstart.yaml --lora.r 8 --output runs/rank8\n"
+        "  ./lora train runs/rank8/config.yaml --resume\n",
+        SECTIONS,
+    )
+    p.add_argument("config", metavar="CONFIG.yaml")
+    p.add_argument("--output", metavar="DIR", help="where to write; must not hold a run")
+    p.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
+    p.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="everything but the steps: resolved config, matched modules, counts, bytes",
+    )
+
+    p = add(
+        "evaluate",
+        "Measure the loss of a model, with or without an adapter, on rows of data.",
+        "  ./lora evaluate --model DIR --adapter DIR --data test.jsonl\n"
+        "  ./lora evaluate --model DIR --data test.jsonl --data.template chatml"
+        " --quant.format nf4\n",
+        ("model", "quant", "data", "train.loss_chunk"),
+    )
+    p.add_argument("--model", required=True, metavar="DIR")
+    p.add_argument("--adapter", metavar="DIR")
+    p.add_argument("--data", required=True, metavar="FILE", help="rows, or stdlib-heldout")
+    p.add_argument("--batch-size", type=int, default=8, metavar="N")
+
+    p = add(
+        "inspect",
+        "Show what quantization does to a model: every layer's error, and the held-out loss.",
+        "  ./lora inspect DIR --quant --data test.jsonl\n"
+        "  ./lora inspect bundled --quant --data stdlib-heldout --data.train_rows 40\n",
+        ("data", "train.loss_chunk", "train.batch_size"),
+    )
+    p.add_argument("model", metavar="MODEL")
+    p.add_argument("--quant", action="store_true", required=True, help="compare the formats")
+    p.add_argument("--data", metavar="FILE", help="held-out rows, or stdlib-heldout")
+    p.add_argument("--formats", metavar="A,B", help="only these, such as nf4,int4-zero")
+
+    p = add(
+        "merge",
+        "Merge an adapter into its base and write a model in Hugging Face layout.",
+        "  ./lora merge --model DIR --adapter DIR --output DIR\n"
+        "  ./lora merge --model DIR --adapter DIR --output DIR --quant nf4\n",
+    )
+    p.add_argument("--model", required=True, metavar="DIR")
+    p.add_argument("--adapter", required=True, metavar="DIR")
+    p.add_argument("--output", required=True, metavar="DIR")
+    p.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    p.add_argument(
+        "--quant",
+        choices=get_args(QuantFormat),
+        help="merge into the base as this format holds it, which is what QLoRA trained on",
+    )
+
+    p = add(
+        "generate",
+        "Continue a prompt; without --prompt, talk to the model until an empty line.",
+        "  ./lora generate --model DIR --prompt 'Once upon a time' --template plain\n"
+        "  ./lora generate --model DIR --adapter DIR --temperature 0.7 --seed 1\n",
+    )
+    p.add_argument("--model", required=True, metavar="DIR")
+    p.add_argument("--adapter", metavar="DIR")
+    p.add_argument("--prompt", metavar="TEXT")
+    p.add_argument(
+        "--template",
+        metavar="NAME",
+        help="how the prompt is laid out: plain, alpaca, chatml, tokenizer"
+        " (default: what the adapter was trained with, else the tokenizer's, else plain)",
+    )
+    p.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
+    p.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy")
+    p.add_argument("--top-k", type=int, default=0, metavar="K", help="0 is all")
+    p.add_argument("--top-p", type=float, default=1.0, metavar="P")
+    p.add_argument("--seed", type=int, default=0, metavar="N")
+
+    data = add(
+        "data",
+        "Look at rows as the model will see them, or make rows from documents.",
+        "  ./lora data show train.jsonl --model DIR\n  ./lora data make DIR --output rows\n",
+    )
+    data_sub = data.add_subparsers(dest="action", metavar="ACTION", required=True)
+
+    def add_data(name: str, text: str, examples: str, sections: Sequence[str]) -> Parser:
+        made = data_sub.add_parser(name, help=text, description=text, epilog=examples)
+        made.set_defaults(sections=sections)
+        return made
+
+    p = add_data(
+        "show",
+        "Show how rows become tokens: what is trained on, what is masked, what was dropped.",
+        "examples:\n  ./lora data show train.jsonl --model DIR --count 5\n"
+        "  ./lora data show stdlib --data.template chatml\n"
+        "  ./lora data show configs/quickstart.yaml\n",
+        ("model", "data"),
+    )
+    p.add_argument("source", metavar="FILE", help="rows, or a run's YAML file")
+    p.add_argument("--model", metavar="DIR", help="whose tokenizer (default: the bundled base)")
+    p.add_argument("--count", type=int, default=3, metavar="N", help="rows to show")
+    p = add_data(
+        "make",
+        "Turn text, Markdown and CSV files below a directory into instruction rows.",
+        "examples:\n  ./lora data make documents\n"
+        "  ./lora data make documents --output rows --held-out 0.1\n",
+        (),
+    )
+    p.add_argument("directory", metavar="DIR")
+    p.add_argument("--output", metavar="DIR", help="where to write (default DIR-rows)")
+    p.add_argument("--held-out", type=float, default=0.1, metavar="SHARE")
+    p.add_argument("--seed", type=int, default=0, metavar="N")
+    return parser, commands
