@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import chex
+import jax
 
 from ._typing import Params
 
@@ -119,6 +120,17 @@ def _combine(base: Params, overlay: Params, prefix: str) -> dict[str, Any]:
                 _combine(merged[name], value, path) if isinstance(value, Mapping) else value
             )
     return merged
+
+
+def tree_bytes(tree: Any) -> int:
+    """Bytes of all arrays of a tree, or of the arrays that its shapes stand for.
+
+    Example:
+        >>> import jax
+        >>> tree_bytes({"a": jax.ShapeDtypeStruct((2, 3), "bfloat16")})
+        12
+    """
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def layer_paths(path: str, stack: str | None, count: int) -> list[str]:

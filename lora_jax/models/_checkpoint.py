@@ -9,6 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from .._config import QuantConfig
 from .._errors import InputError
 from .._files import open_tensors
 from ..quant import QuantizedTensor, read_bitsandbytes, read_description, split_state
@@ -67,6 +68,28 @@ def read_config(directory: str | Path) -> ModelConfig:
     if eos is None:
         return config
     return dataclasses.replace(config, eos_token_id=read_eos(eos, str(path)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Storage:
+    """How a checkpoint keeps its weights, as its config tells."""
+
+    dtype: str
+    quant: QuantConfig | None
+
+
+def read_storage(directory: Path) -> Storage:
+    """The dtype that `config.json` names, float32 where it names none, and any four-bit format."""
+    path = directory / "config.json"
+    raw = _json(path)
+    dtype = raw.get("dtype") or raw.get("torch_dtype") or "float32"
+    float_dtype(dtype, f"{path}: dtype")
+    told = raw.get("quantization_config")
+    if not told:
+        return Storage(dtype, None)
+    format = told.get("bnb_4bit_quant_type", "fp4")
+    nested = bool(told.get("bnb_4bit_use_double_quant", False))
+    return Storage(dtype, QuantConfig(format, double_quant=nested))
 
 
 def _json(path: Path) -> Mapping[str, Any]:

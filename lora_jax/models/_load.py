@@ -17,7 +17,15 @@ from .._typing import Params
 from ..lora import KernelLayout
 from ..quant import QuantizedTensor, quantize
 from ._attention import attention_path
-from ._checkpoint import DTYPES, HEAD, Entry, checkpoint_entries, float_dtype, read_config
+from ._checkpoint import (
+    DTYPES,
+    HEAD,
+    Entry,
+    checkpoint_entries,
+    float_dtype,
+    read_config,
+    read_storage,
+)
 from ._config import ModelConfig
 from ._decoder import STACKED, CausalLM
 
@@ -112,19 +120,37 @@ def load_pretrained(
     return Pretrained(module, tree_from_paths(leaves), config, tokenizer, directory)
 
 
-def load_without_weights(directory: str | Path) -> Pretrained:
-    """A directory's config and tokenizer; `params` holds the shapes its config implies.
+def load_without_weights(
+    directory: str | Path,
+    *,
+    quant: QuantConfig | None = None,
+    dtype: str = "float32",
+    param_dtype: str | None = None,
+    remat: str = "everything",
+) -> Pretrained:
+    """As `load_pretrained`, from `config.json` and any tokenizer alone: `params` are shapes.
 
     Args:
         directory: Holds `config.json` and, for text, `tokenizer.json`.
+        quant: The format of kernels, embedding and head; as the config describes it where it
+            tells of a checkpoint in four bits.
+        dtype: Type of the activations.
+        param_dtype: Type of the dense parameters; None takes the one that the config names.
+        remat: What the backward pass keeps of a layer.
 
     Raises:
         InputError: if the config or the tokenizer is missing, broken or does not fit.
     """
     directory = Path(directory)
     config = read_config(directory)
-    tokenizer = _tokenizer(directory, config)
-    return Pretrained(CausalLM(config), abstract_params(config), config, tokenizer, directory)
+    stored = read_storage(directory)
+    module = CausalLM(config, dtype=float_dtype(dtype, "dtype"), remat=remat)
+    if stored.quant is not None and quant is not None:
+        raise InputError(f"{directory}: is in four bits already; leave quant out")
+    params = abstract_params(
+        config, quant=quant or stored.quant, param_dtype=param_dtype or stored.dtype
+    )
+    return Pretrained(module, params, config, _tokenizer(directory, config), directory)
 
 
 def abstract_params(

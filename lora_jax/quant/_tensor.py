@@ -12,6 +12,7 @@ from flax.core import meta
 from jaxtyping import Float
 
 from .._errors import InputError
+from .._tree import tree_bytes
 from .._typing import Array
 from . import _gpu
 from ._codebook import GROUP, dynamic_values, lookup, unpack
@@ -99,7 +100,7 @@ class QuantizedTensor(meta.AxisMetadata[Any]):
     @property
     def nbytes(self) -> int:
         """Bytes of all arrays that are kept."""
-        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
+        return tree_bytes(self)
 
     def unbox(self) -> Any:
         """The dense weight in its own shape and dtype."""

@@ -6,15 +6,18 @@ from ._config import RunConfig as RunConfig
 from ._config import TrainSection as TrainSection
 from ._config import config_text as config_text
 from ._config import load_config as load_config
+from ._config import parse_config as parse_config
 from ._config import run_config as run_config
 from ._evaluate import Evaluation as Evaluation
 from ._evaluate import evaluate as evaluate
 from ._evaluate import make_eval_step as make_eval_step
 from ._job import Job as Job
+from ._job import Setup as Setup
 from ._job import examples_of as examples_of
 from ._job import load_base as load_base
 from ._job import load_tokenizer as load_tokenizer
 from ._job import prepare as prepare
+from ._job import prepare_abstract as prepare_abstract
 from ._job import with_length as with_length
 from ._loop import Result as Result
 from ._loop import job_batches as job_batches
@@ -25,6 +28,7 @@ from ._loss import next_token_loss as next_token_loss
 from ._metrics import peak_memory as peak_memory
 from ._notes import adapter_notes as adapter_notes
 from ._optimizer import make_optimizer as make_optimizer
+from ._program import make_program as make_program
 from ._rundir import next_directory as next_directory
 from ._rundir import with_output as with_output
 from ._step import TrainState as TrainState

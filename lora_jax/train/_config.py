@@ -178,10 +178,20 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
         raise InputError(f"{path}: cannot read: {error.strerror}") from None
     except UnicodeDecodeError:
         raise InputError(f"{path}: not a text in UTF-8") from None
-    raw = read_yaml(text, str(path))
+    return parse_config(text, overrides or [], str(path))
+
+
+def parse_config(text: str, overrides: list[str], where: str) -> RunConfig:
+    """A config from the text of its file, with `--section.key value` words laid over it.
+
+    Example:
+        >>> parse_config("{data: {train: rows.jsonl}, output: runs/mine}", [], "here").output
+        'runs/mine'
+    """
+    raw = read_yaml(text, where)
     if not isinstance(raw, dict):
-        raise InputError(f"{path}: must hold sections such as `data:` and `train:`")
-    return run_config(raw, overrides or [], str(path))
+        raise InputError(f"{where}: must hold sections such as `data:` and `train:`")
+    return run_config(raw, overrides, where)
 
 
 def run_config(raw: dict[str, Any], overrides: list[str], where: str) -> RunConfig:

@@ -10,7 +10,7 @@ import numpy as np
 
 from .._config import LoraConfig
 from .._errors import InputError
-from .._tree import combine, leaves_with_path, map_with_path
+from .._tree import combine, leaves_with_path, map_with_path, tree_bytes
 from .._typing import Params
 from ..adapters import load_adapter
 from ..data import Examples, Rows, build_examples, read_rows
@@ -32,8 +32,11 @@ DEFAULT_TARGETS = {"llama": ["q_proj", "v_proj"]}
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
-    """A run made ready: `combine(base, trainable)` are the model's parameters."""
+class Setup:
+    """What a run trains: `combine(base, trainable)` are the model's parameters.
+
+    Leaves are arrays, or their shapes alone where nothing is to be run.
+    """
 
     config: RunConfig
     pretrained: Pretrained
@@ -41,10 +44,6 @@ class Job:
     base: Params
     trainable: Params
     targets: tuple[Target, ...]
-    train: Examples
-    eval: Examples
-    places: Mapping[int, str] = dataclasses.field(default_factory=dict)
-    """Where each training row stands in its file."""
 
     @property
     def layouts(self) -> Layouts:
@@ -71,21 +70,29 @@ class Job:
         whole = [x.size for path, x in trainable.items() if not path.endswith(("lora_A", "lora_B"))]
         return {
             "trainable": adapted + sum(whole),
-            "trainable_bytes": sum(x.nbytes for x in trainable.values()),
+            "trainable_bytes": tree_bytes(trainable),
             "frozen": sum(int(np.prod(x.shape)) for x in frozen),
-            "frozen_bytes": sum(x.nbytes for x in frozen),
+            "frozen_bytes": tree_bytes(frozen),
         }
+
+
+@dataclasses.dataclass(frozen=True)
+class Job(Setup):
+    """A run made ready: what it trains, and what on."""
+
+    train: Examples
+    eval: Examples
+    places: Mapping[int, str] = dataclasses.field(default_factory=dict)
+    """Where each training row stands in its file."""
 
 
 def load_base(section: ModelSection, quant: Any = None) -> Pretrained:
     """The base of a run, quantized as it is read if `quant` says so."""
-    return load_pretrained(
-        _directory(section),
-        quant=quant,
-        dtype=section.dtype,
-        param_dtype=section.param_dtype,
-        remat=section.remat,
-    )
+    return load_pretrained(_directory(section), quant=quant, **_types(section))
+
+
+def _types(section: ModelSection) -> dict[str, Any]:
+    return {name: getattr(section, name) for name in ("dtype", "param_dtype", "remat")}
 
 
 def load_tokenizer(section: ModelSection) -> Pretrained:
@@ -105,25 +112,43 @@ def prepare(config: RunConfig) -> Job:
     """
     rows, held_out = _rows(config.data)  # first, since it fails fast
     pretrained = load_base(_model_section(config), config.quant)
+    setup = _set_up(config, pretrained)
+    data = setup.config.data
+    return Job(
+        **{field.name: getattr(setup, field.name) for field in dataclasses.fields(setup)},
+        train=examples_of(rows, data, pretrained),
+        eval=examples_of(held_out, data, pretrained),
+        places={row.index: row.where for row in rows},
+    )
+
+
+def prepare_abstract(config: RunConfig) -> Setup:
+    """What a run would train, as shapes: from the model's config alone, with nothing allocated.
+
+    Raises:
+        InputError: for whatever in the config does not fit the model.
+    """
+    section = _model_section(config)
+    return _set_up(
+        config,
+        load_without_weights(_directory(section), quant=config.quant, **_types(section)),
+        make=jax.eval_shape,
+    )
+
+
+def _set_up(
+    config: RunConfig, pretrained: Pretrained, make: Callable[..., Any] = lambda f, *x: f(*x)
+) -> Setup:
     config = _with_targets(config, pretrained)
     config = dataclasses.replace(config, data=with_length(config.data, pretrained))
     if config.train.method == "full":
         base, trainable, targets = {}, pretrained.params, ()
     else:
         base = pretrained.params
-        config, trainable = _adapter(config, pretrained)
+        config, trainable = _adapter(config, pretrained, make)
         targets = matched_targets(base, config.lora, layouts=pretrained.layouts)
-    return Job(
-        config=config,
-        pretrained=pretrained,
-        model=lora_linen(pretrained.module),
-        base=base,
-        trainable=trainable,
-        targets=targets,
-        train=examples_of(rows, config.data, pretrained),
-        eval=examples_of(held_out, config.data, pretrained),
-        places={row.index: row.where for row in rows},
-    )
+    model = lora_linen(pretrained.module)
+    return Setup(config, pretrained, model, base, trainable, targets)
 
 
 def with_length(section: DataSection, pretrained: Pretrained) -> DataSection:
@@ -198,13 +223,18 @@ def _with_targets(config: RunConfig, pretrained: Pretrained) -> RunConfig:
     )
 
 
-def _adapter(config: RunConfig, pretrained: Pretrained) -> tuple[RunConfig, dict[str, Any]]:
+def _adapter(
+    config: RunConfig, pretrained: Pretrained, make: Callable[..., Any]
+) -> tuple[RunConfig, dict[str, Any]]:
     """A new adapter, or the one to go on from (whose own shape then counts)."""
     layouts = pretrained.layouts
     if config.train.adapter is None:
         _refuse_embeddings(config.lora, pretrained)
-        key = jax.random.key(config.train.seed)
-        return config, init_adapter(key, pretrained.params, config.lora, layouts=layouts)
+
+        def start(key: Any) -> dict[str, Any]:
+            return init_adapter(key, pretrained.params, config.lora, layouts=layouts)
+
+        return config, make(start, jax.random.key(config.train.seed))
     adapter, lora = load_adapter(config.train.adapter, pretrained.params, layouts=layouts)
     lora = dataclasses.replace(lora, lora_dropout=config.lora.lora_dropout)
     return dataclasses.replace(config, lora=lora), adapter

@@ -26,9 +26,10 @@ from ._interrupt import stop_signals
 from ._job import Job, prepare
 from ._metrics import Listener, MetricsLog, peak_memory
 from ._notes import write_notes
-from ._optimizer import learning_rate, make_optimizer
+from ._optimizer import learning_rate
+from ._program import make_program
 from ._rundir import claim_directory, reopen_directory
-from ._step import LOWEST_SCALE, init_state, make_step
+from ._step import LOWEST_SCALE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,13 +137,9 @@ class _Loop:
         self.batches = job_batches(job)
         self.steps = steps_of(c, self.batches)
         self.rate = learning_rate(c.train, self.steps)
-        tx = make_optimizer(c.train, self.steps, job.mask)
-        chunk, dropout = c.train.loss_chunk, c.lora.lora_dropout
-        self.step = make_step(job.model, tx, dropout=dropout, chunk=chunk)
-        self.eval_step = make_eval_step(job.model, chunk=chunk)
-        key = jax.random.key(c.train.seed)
-        offload = c.train.offload_optimizer
-        self.state = init_state(job.trainable, tx, key, dtype=c.model.dtype, offload=offload)
+        self.step, init = make_program(job, self.steps)
+        self.state = init(job.trainable)
+        self.eval_step = make_eval_step(job.model, chunk=c.train.loss_chunk)
         self.best: dict[str, Any] | None = None
         self.progress = _Progress()
         self.window: list[dict[str, Any]] = []
