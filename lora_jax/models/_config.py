@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from .._errors import InputError, nearest
+from ._rope import Llama3Rope, read_rope
 
 KNOWN_MODEL_TYPES = ("llama",)
 
@@ -33,6 +34,7 @@ class ModelConfig:
     max_position_embeddings: int = 2048
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
+    rope_scaling: Llama3Rope | None = None
     attention_bias: bool = False
     mlp_bias: bool = False
     tie_word_embeddings: bool = False
@@ -94,9 +96,6 @@ def config_from_hf(raw: Mapping[str, Any], where: str = "config.json") -> ModelC
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     if not isinstance(rope, Mapping):
         raise InputError(f"{where}: rope_parameters must be an object, got {rope!r}")
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    if rope_type != "default":
-        raise InputError(f"{where}: rope type {rope_type!r} is not supported; known: 'default'")
     if raw.get("hidden_act", "silu") != "silu":
         raise InputError(f"{where}: hidden_act must be 'silu', got {raw['hidden_act']!r}")
     quantized = raw.get("quantization_config")
@@ -106,15 +105,14 @@ def config_from_hf(raw: Mapping[str, Any], where: str = "config.json") -> ModelC
             " to 4 bits; give the float checkpoint and set quant instead"
         )
     fields = {f.name: f for f in dataclasses.fields(ModelConfig)}
-    values = {k: v for k, v in raw.items() if k in fields and v is not None}
+    own = ("rope_scaling", "eos_token_id")  # read by functions of their own
+    values = {k: v for k, v in raw.items() if k in fields and k not in own and v is not None}
     if rope.get("rope_theta") is not None:
         values["rope_theta"] = rope["rope_theta"]
     missing = [n for n, f in fields.items() if f.default is dataclasses.MISSING and n not in values]
     if missing:
         raise InputError(f"{where}: missing {', '.join(missing)}")
-    if "eos_token_id" in values:
-        values["eos_token_id"] = read_eos(values["eos_token_id"], where)
-    for name in values.keys() - {"eos_token_id"}:
+    for name in values:
         default = fields[name].default
         kind = int if default in (None, dataclasses.MISSING) else type(default)
         if type(values[name]) is not kind and not (kind is float and type(values[name]) is int):
@@ -122,8 +120,10 @@ def config_from_hf(raw: Mapping[str, Any], where: str = "config.json") -> ModelC
                 f"{where}: {name} must be of type {kind.__name__}, got {values[name]!r}"
             )
     values["rope_theta"] = float(values.get("rope_theta", 10000.0))
+    if raw.get("eos_token_id") is not None:
+        values["eos_token_id"] = read_eos(raw["eos_token_id"], where)
     try:
-        return ModelConfig(**values)
+        return ModelConfig(**values, rope_scaling=read_rope(rope, where))
     except InputError as error:
         raise InputError(str(error).replace("model config", where, 1)) from None
 
@@ -155,10 +155,11 @@ def read_eos(value: Any, where: str) -> int | tuple[int, ...]:
 def config_to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
     """The `config.json` that transformers 4 and 5 read back; `dtype` names the weights' type."""
     raw = dataclasses.asdict(config)
+    scaling = raw.pop("rope_scaling")
     return raw | {
         "architectures": ["LlamaForCausalLM"],
         "hidden_act": "silu",
-        "rope_scaling": None,
+        "rope_scaling": scaling and {"rope_type": "llama3", **scaling},
         "torch_dtype": dtype,
         "initializer_range": 0.02,
     }

@@ -16,7 +16,8 @@ from .._errors import InputError, nearest
 from .._typing import Array
 from ._attention import NAME as ATTENTION
 from ._config import ModelConfig
-from ._layers import MLP, PRODUCT, RESIDUAL, Attention, KVCache, RMSNorm, rope_angles
+from ._layers import MLP, PRODUCT, RESIDUAL, Attention, KVCache, RMSNorm
+from ._rope import rope_angles
 
 STACKED = "model/layers"
 """The path whose parameters carry a leading layer axis."""
@@ -96,12 +97,13 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(c.rms_norm_eps)
 
     def __call__(self, input_ids, positions, mask, cache: KVCache | None) -> tuple[Array, Any]:
-        angles = rope_angles(positions, self.config.head_dim, self.config.rope_theta)
+        c = self.config
+        angles = rope_angles(positions, c.head_dim, c.rope_theta, c.rope_scaling)
         # The cache is carried whole and written to in place; as an input of each layer and its
         # output, every layer's part would be copied twice for each token.
         filled = None if cache is None else (cache.key, cache.value)
         start = None if cache is None else cache.length
-        layers = jnp.arange(self.config.num_hidden_layers)
+        layers = jnp.arange(c.num_hidden_layers)
         carry = (self.embed_tokens(input_ids), filled)
         (x, filled), _ = self.layers(carry, layers, angles, mask, start)
         return self.norm(x), filled

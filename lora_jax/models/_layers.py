@@ -8,11 +8,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 
 from .._typing import Array
 from ._attention import attend
 from ._config import ModelConfig
+from ._rope import rotate
 
 RESIDUAL, PRODUCT = "residual", "product"
 """What `checkpoint_name` calls the sum that attention joins, and products with weights."""
@@ -44,24 +45,6 @@ class RMSNorm(nn.Module):
         x32 = x.astype(jnp.float32)
         x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
         return x32.astype(x.dtype) * weight.astype(x.dtype)
-
-
-def rope_angles(
-    positions: Int[Array, "batch seq"], head_dim: int, theta: float
-) -> Float[Array, "batch seq half"]:
-    """Angles p / theta^(2i/d) of rotary embeddings (Su et al. 2021, eq. 15), in radians."""
-    frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    return positions[..., None].astype(jnp.float32) * frequencies
-
-
-def rotate(
-    x: Float[Array, "batch seq heads d"], angles: Float[Array, "batch seq half"]
-) -> Float[Array, "batch seq heads d"]:
-    """Turn the pairs (x_i, x_{i+d/2}) of each head by the angles, as Hugging Face pairs them."""
-    cos, sin = jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return turned.astype(x.dtype)
 
 
 class Attention(nn.Module):

@@ -17,6 +17,18 @@ SHAPES = {
     "grouped": dict(num_key_value_heads=2),
     "biased": dict(attention_bias=True, mlp_bias=True, rope_theta=5e5, num_key_value_heads=1),
     "tied": dict(tie_word_embeddings=True, num_hidden_layers=3),
+    "stretched": dict(
+        head_dim=16,
+        max_position_embeddings=512,
+        rope_parameters=dict(
+            rope_type="llama3",
+            rope_theta=100.0,
+            factor=8.0,
+            low_freq_factor=1.0,
+            high_freq_factor=4.0,
+            original_max_position_embeddings=64,
+        ),
+    ),  # fmt: skip
     "wide_heads": dict(head_dim=16, num_key_value_heads=2, rms_norm_eps=1e-5),
 }
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [20], [30, 31, 32]]
