@@ -80,6 +80,27 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
     )
 
     p = add(
+        "plan",
+        "Compile a run's train step for a machine that need not be here, and show what it takes.",
+        "  ./lora plan configs/quickstart.yaml\n"
+        "  ./lora plan configs/llama3_8b_qlora.yaml --target rtx4090\n"
+        "  ./lora plan configs/llama3_8b_qlora.yaml --target v5e:1x1 --sweep batch,seq\n",
+        SECTIONS,
+    )
+    p.add_argument("config", metavar="CONFIG.yaml")
+    p.add_argument(
+        "--target",
+        default="cpu",
+        metavar="NAME",
+        help="cpu (default), h200, h100, a100-80, a100-40, rtx4090, h200x8 and so on, or a slice"
+        " of TPUs: v4:2x2x1, v5e:4x4, v5p:4x4x4, v6e:2x2",
+    )
+    p.add_argument("--sweep", metavar="AXES", help="batch,seq: memory against both")
+    p.add_argument("--json", action="store_true", help="one JSON object instead of text")
+    p.add_argument("--picture", metavar="FILE", help="draw it into a PNG file too")
+    p.add_argument("--no-search", action="store_true", help="do not look for a change that fits")
+
+    p = add(
         "evaluate",
         "Measure the loss of a model, with or without an adapter, on rows of data.",
         "  ./lora evaluate --model DIR --adapter DIR --data test.jsonl\n"

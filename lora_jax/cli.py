@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import json
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -103,6 +104,35 @@ def _train(options: argparse.Namespace, overrides: list[str]) -> None:
         f"held-out loss {result.before.loss:.4f} before, {result.after.loss:.4f} after"
         f"{' (stopped early, best kept)' if result.stopped_early else ''}; {result.directory}"
     )
+
+
+def _plan(options: argparse.Namespace, overrides: list[str]) -> None:
+    from . import plan as planning
+
+    o = options
+    if o.sweep is not None:
+        plans = planning.sweep(o.config, o.target, overrides, o.sweep, _tell_plan)
+        text, plain = planning.show_grid(plans), [plan.to_json() for plan in plans]
+    else:
+        plans = [planning.plan(o.config, o.target, overrides)]
+        text, plain = planning.show(plans[0]), plans[0].to_json()
+        if not (plans[0].fits or o.no_search):
+            # Searching takes a while: what is known is told before it.
+            print(text, file=sys.stderr if o.json else sys.stdout, flush=True)
+            found = planning.search(o.config, o.target, overrides, plans[0], _tell_plan)
+            plain["fits_with"] = None if found is None else found[0]
+            text = planning.show_found(found)
+    print(json.dumps(plain, indent=1) if o.json else text)
+    if o.picture is not None:
+        planning.draw(plans, o.picture)
+
+
+def _tell_plan(plan: Any, words: Sequence[str] = ()) -> None:
+    """One line to whoever waits, beside the result and not in it."""
+    tokens = f"{plan.run['batch_size']} × {plan.run['max_length']} tokens"
+    said = " ".join(words) or tokens
+    verdict = "fits" if plan.fits else "does not fit"
+    print(f"{said}: {plan.total / 1e9:.2f} GB, {verdict}", file=sys.stderr, flush=True)
 
 
 def _evaluate(options: argparse.Namespace, overrides: list[str]) -> None:
@@ -221,6 +251,7 @@ def _say(console: Any) -> Any:
 COMMANDS: Mapping[str, Callable[[argparse.Namespace, list[str]], None]] = {
     "quickstart": _quickstart,
     "train": _train,
+    "plan": _plan,
     "evaluate": _evaluate,
     "inspect": _inspect,
     "merge": _merge,

@@ -133,6 +133,19 @@ def test_test_command_installs_the_test_groups_and_runs_pytest(checkout):
     assert calls(checkout) == ""
 
 
+@pytest.mark.parametrize("name, pins", [("plan-tpu", "tpu.txt"), ("plan-gpu", "cuda13.txt")])
+def test_a_compiler_is_added(checkout, name, pins):
+    run = lora(checkout, "install", name)
+    assert run.returncode == 0 and run.stdout == ""
+    assert f"--no-deps --require-hashes -r requirements/{pins}" in calls(checkout)
+    # The environment stays the one for this machine.
+    lora(checkout, "train")
+    assert calls(checkout) == ""
+    wrong = lora(checkout, "install", "plan")
+    assert (wrong.returncode, wrong.stderr.count("\n")) == (2, 1)
+    assert "install takes plan-tpu or plan-gpu, got 'plan'" in wrong.stderr
+
+
 @pytest.mark.parametrize("fetched", [True, False])
 def test_a_python_without_pip_borrows_debian_s(checkout, fetched):
     tools = checkout.parent / "tools"
