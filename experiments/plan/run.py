@@ -1,0 +1,35 @@
+"""Write the plans that lie beside the configs: CONFIG.plan.md for every CONFIG.yaml named here.
+
+python experiments/plan/run.py            # needs libtpu and jax[cuda13], no TPU or GPU
+"""
+
+import contextlib
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+PLANS = {
+    "llama3_8b_qlora": ("rtx4090", "v5e:1x1"),
+    "llama3_70b_qlora": ("h100",),
+}
+
+
+def main() -> None:
+    from lora_jax.plan import plan, show
+
+    for name, targets in PLANS.items():
+        config = Path("configs", f"{name}.yaml")
+        lines = [f"# {config.name}", "", "Compiled, not run: memory and amounts of work, no speed."]
+        for target in targets:
+            made = plan(config, target)
+            versions = ", ".join(f"{package} {made.versions[package]}" for package in ("jax",))
+            print(f"{name} for {target}: {made.total / 1e9:.3f} GB ({made.seconds:.0f} s)")
+            command = f"./lora plan {config} --target {target}"
+            lines += ["", f"    {command}    # {versions}", "", "```", show(made), "```"]
+        (ROOT / config).with_suffix(".plan.md").write_text("\n".join(lines) + "\n", "utf-8")
+
+
+if __name__ == "__main__":
+    with contextlib.chdir(ROOT):
+        main()
