@@ -4,8 +4,8 @@ import argparse
 from collections.abc import Sequence
 from typing import Any, NoReturn, get_args
 
-from ._config import QuantFormat
 from ._errors import InputError, nearest
+from ._quant_config import QuantFormat
 
 SECTIONS = ("model", "quant", "lora", "data", "train", "output")
 """What `--section.key value` may name; see `configs/` for all keys."""

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ._config import QuantConfig
 from ._errors import InputError
+from ._quant_config import QuantConfig
 from ._tree import combine
 from ._typing import Params
 from .adapters import load_adapter

@@ -1,11 +1,11 @@
-"""What an adapter and a quantized base look like: `LoraConfig` and `QuantConfig`."""
+"""What an adapter looks like: `LoraConfig`, in PEFT's field names."""
 
 import dataclasses
 import functools
 import math
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
@@ -22,7 +22,6 @@ _ONLY_AT_DEFAULT: Mapping[str, tuple[Any, ...]] = {
     "kasa_config": (None,),
     "layer_replication": (None,),
     "layers_pattern": (None, []),
-    "loftq_config": ({}, None),
     "lora_bias": (False,),
     "lora_ga_config": (None,),
     "megatron_config": (None,),
@@ -33,7 +32,6 @@ _ONLY_AT_DEFAULT: Mapping[str, tuple[Any, ...]] = {
     "target_parameters": (None, []),
     "trainable_token_indices": (None, []),
     "use_bdlora": (None, False),
-    "use_dora": (False,),
     "use_qalora": (False,),
     "velora_config": (None,),
 }
@@ -87,6 +85,11 @@ class LoraConfig:
         modules_to_save: Modules trained in full and saved with the adapter.
         init_lora_weights: True: A ~ U(±1/√d_in), B = 0. `"gaussian"`: A ~ N(0, 1/r²), B = 0.
             False: A ~ U(±1/√d_in), B ~ U(±1/√r), so that the adapter changes the output.
+            `"orthogonal"`: rows of one orthogonal matrix, A·B = 0. `"pissa"`, `"pissa_niter_4"`
+            (randomized, four iterations), `"olora"` and `"loftq"` move the base too: see
+            `init_pissa`, `init_olora`, `init_loftq`.
+        loftq_config: `{"loftq_bits": 4, "loftq_iter": 1}`, with `"loftq"` alone.
+        use_dora: Learn each output's magnitude apart from its direction (see `dora_linear`).
         bias: Only `"none"`: biases of the base stay frozen.
         task_type: Recorded in the file, as PEFT does.
         adapter_dtype: `"float32"`, `"bfloat16"` or `"float16"`.
@@ -111,7 +114,9 @@ class LoraConfig:
     alpha_pattern: dict[str, float] = dataclasses.field(default_factory=dict)
     layers_to_transform: list[int] | int | None = None
     modules_to_save: list[str] | None = None
-    init_lora_weights: bool | Literal["gaussian"] = True
+    init_lora_weights: bool | str = True
+    loftq_config: dict[str, int] | None = None
+    use_dora: bool = False
     bias: str = "none"
     task_type: str | None = None
     adapter_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -121,7 +126,8 @@ class LoraConfig:
             _set_names(self, name, single=name != "modules_to_save")
         for name in ("rank_pattern", "alpha_pattern"):
             _set_pattern(self, name)
-        for name in ("r", "lora_alpha", "lora_dropout", "use_rslora", "init_lora_weights"):
+        for name in ("r", "lora_alpha", "lora_dropout", "use_rslora", "init_lora_weights",
+                     "use_dora"):  # fmt: skip
             object.__setattr__(self, name, _plain(getattr(self, name)))
         _set_layers(self)
         for name, rank in {"r": self.r, **self.rank_pattern}.items():
@@ -136,13 +142,11 @@ class LoraConfig:
             raise InputError(f"lora: task_type must be a name, got {self.task_type!r}")
         if self.bias != "none":
             raise InputError(f"lora: bias={self.bias!r} is not supported; use bias='none'")
-        if not isinstance(self.use_rslora, bool):
-            raise InputError(f"lora: use_rslora must be true or false, got {self.use_rslora!r}")
-        if self.init_lora_weights not in (True, False, "gaussian"):
-            raise InputError(
-                f"lora: init_lora_weights={self.init_lora_weights!r} is not supported;"
-                " use true, false or 'gaussian'"
-            )
+        for name in ("use_rslora", "use_dora"):
+            if not isinstance(getattr(self, name), bool):
+                got = getattr(self, name)
+                raise InputError(f"lora: {name} must be true or false, got {got!r}")
+        _check_init(self)
         if self.adapter_dtype not in ("float32", "bfloat16", "float16"):
             raise InputError(
                 f"lora: adapter_dtype={self.adapter_dtype!r} is not supported;"
@@ -159,6 +163,11 @@ class LoraConfig:
 
     def __hash__(self) -> int:
         return hash(self._key())
+
+    @property
+    def moves_base(self) -> bool:
+        """Whether the adapter starts from a part of the weights that the base then lacks."""
+        return str(self.init_lora_weights).split("_")[0] in ("pissa", "olora", "loftq")
 
     def _key(self) -> tuple[Any, ...]:
         """All fields; patterns in their order, since the first that matches wins."""
@@ -200,83 +209,8 @@ class LoraConfig:
             raise InputError(str(error).replace("lora:", f"{where}:", 1)) from None
 
 
-QuantFormat = Literal["nf4", "fp4", "int4", "int8"]
-"""How one number is kept in four or eight bits."""
-
-
-@dataclasses.dataclass(frozen=True)
-class QuantConfig:
-    """How frozen weights are kept in four or eight bits.
-
-    Args:
-        format: `"nf4"` (Dettmers et al. 2023, appendix E), `"fp4"` (bitsandbytes' values),
-            `"int4"` or `"int8"`.
-        block_size: Weights along the contracted axis that share one absmax: an even number
-            from 32 to 4096.
-        double_quant: Keep the absmax values in 8 bits too (ibid., section 3).
-        absmax_dtype: Type of absmax values that are not quantized again.
-        zero_point: Let int4 cover a block's own range instead of -absmax to absmax.
-        embedding: Format of the token embedding; None leaves it dense.
-        head: Format of the output head, where it is not the embedding; None leaves it dense.
-
-    Raises:
-        InputError: for a value out of its range, or two that do not go together.
-
-    Example:
-        >>> QuantConfig(format="int4", block_size=128, zero_point=True).double_quant
-        True
-    """
-
-    format: QuantFormat = "nf4"
-    block_size: int = 64
-    double_quant: bool = True
-    absmax_dtype: Literal["float32", "bfloat16"] = "float32"
-    zero_point: bool = False
-    embedding: QuantFormat | None = None
-    head: QuantFormat | None = None
-
-    def __post_init__(self) -> None:
-        known = get_args(QuantFormat)
-        for name in ("format", "embedding", "head"):
-            value = getattr(self, name)
-            if value not in known and (value is not None or name == "format"):
-                hint = nearest(str(value), known)
-                raise InputError(
-                    f"quant: {name} {value!r} is not supported{hint}; use {', '.join(known)}"
-                )
-        size = self.block_size
-        if type(size) is not int or not 32 <= size <= 4096 or size % 2:
-            raise InputError(
-                f"quant: block_size must be an even number from 32 to 4096, got {size!r}"
-            )
-        for name in ("double_quant", "zero_point"):
-            if not isinstance(getattr(self, name), bool):
-                raise InputError(
-                    f"quant: {name} must be true or false, got {getattr(self, name)!r}"
-                )
-        if self.absmax_dtype not in ("float32", "bfloat16"):
-            raise InputError(
-                f"quant: absmax_dtype must be float32 or bfloat16, got {self.absmax_dtype!r}"
-            )
-        if self.double_quant and self.absmax_dtype != "float32":
-            raise InputError(
-                "quant: absmax_dtype says how absmax values are kept, and double_quant keeps them"
-                " in 8 bits; set double_quant to false"
-            )
-        if self.zero_point and self.format != "int4":
-            raise InputError(f"quant: zero_point goes with int4, not {self.format}; leave it out")
-
-    def of(self, format: QuantFormat | None) -> "QuantConfig | None":
-        """The same for another format, as the embedding or the head may have; None for None."""
-        if format is None:
-            return None
-        return dataclasses.replace(
-            self,
-            format=format,
-            zero_point=self.zero_point and format == "int4",
-            embedding=None,
-            head=None,
-        )
+INITS = ("gaussian", "orthogonal", "pissa", "olora", "loftq")
+"""Starts of an adapter that `init_lora_weights` names."""
 
 
 def _own_fields(cls: Any, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -334,6 +268,30 @@ def _set_layers(config: LoraConfig) -> None:
     in_order = sorted(numbers) if isinstance(value, set) else numbers
     layers = in_order if several else next(iter(numbers), None)
     object.__setattr__(config, "layers_to_transform", layers)
+
+
+def _check_init(config: LoraConfig) -> None:
+    init, loftq = config.init_lora_weights, config.loftq_config
+    named = init in INITS or re.fullmatch(r"pissa_niter_[1-9]\d*", str(init))
+    if not isinstance(init, bool) and not named:
+        raise InputError(
+            f"lora: init_lora_weights={init!r} is not supported{nearest(str(init), INITS)}; use"
+            f" true, false, {', '.join(INITS)} or pissa_niter_4"
+        )
+    ranks = (config.r, *config.rank_pattern.values())
+    if init == "orthogonal" and any(rank % 2 for rank in ranks):
+        raise InputError(f"lora: init_lora_weights='orthogonal' needs even ranks, got {ranks}")
+    if not loftq:
+        return
+    if init != "loftq":
+        raise InputError(f"lora: loftq_config goes with init_lora_weights='loftq', not {init!r}")
+    known = {"loftq_bits": (4,), "loftq_iter": range(1, 101)}
+    for name, value in loftq.items():
+        if name not in known or type(value) is not int or value not in known[name]:
+            raise InputError(
+                f"lora: loftq_config {name}={value!r} is not supported; use loftq_bits 4 and"
+                " loftq_iter from 1 to 100"
+            )
 
 
 def _first_match(patterns: Mapping[str, Any], path: str, default: Any) -> Any:

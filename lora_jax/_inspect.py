@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from ._commands import loss_on
-from ._config import QuantConfig
 from ._errors import InputError, nearest
 from ._names import is_kernel, stack_of
+from ._quant_config import QuantConfig
 from ._tree import layer_paths, leaves_with_path, map_with_path
 from ._typing import Params
 from .models import Pretrained

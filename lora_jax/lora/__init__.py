@@ -3,9 +3,12 @@
 from ._box import LoraParam as LoraParam
 from ._box import box_adapters as box_adapters
 from ._box import check_shapes as check_shapes
+from ._dora import column_norm as column_norm
+from ._dora import dora_linear as dora_linear
 from ._init import init_adapter as init_adapter
 from ._init import with_dropout as with_dropout
 from ._init_svd import init_loftq as init_loftq
+from ._init_svd import init_olora as init_olora
 from ._init_svd import init_pissa as init_pissa
 from ._layout import KernelLayout as KernelLayout
 from ._layout import Layouts as Layouts
@@ -18,6 +21,8 @@ from ._linear import lora_delta as lora_delta
 from ._linear import lora_linear as lora_linear
 from ._merge import merge_adapter as merge_adapter
 from ._merge import unmerge_adapter as unmerge_adapter
+from ._start import init_with_base as init_with_base
+from ._start import without_start as without_start
 from ._targets import Target as Target
 from ._targets import adapter_names as adapter_names
 from ._targets import check_untied as check_untied
@@ -26,6 +31,7 @@ from ._targets import is_embedding as is_embedding
 from ._targets import is_target as is_target
 from ._targets import is_within as is_within
 from ._targets import leaf_shape as leaf_shape
+from ._targets import magnitude_name as magnitude_name
 from ._targets import matched_targets as matched_targets
 from ._targets import pattern_counts as pattern_counts
 from ._targets import saved_modules as saved_modules

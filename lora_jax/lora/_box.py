@@ -1,6 +1,7 @@
 """A parameter with its adapter in one box, which opens to the dense adapted weight."""
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -12,6 +13,7 @@ from .._errors import InputError
 from .._tree import leaves_with_path, tree_from_paths
 from .._typing import Array, Key, Params
 from ..quant import QuantizedTensor, dequantize
+from ._dora import column_scale, dora_linear
 from ._layout import Layouts, contracting_axes, matrix_shape
 from ._linear import dense_delta, lora_delta, lora_linear
 from ._targets import adapter_names, is_embedding, known_contracting, leaf_shape
@@ -24,13 +26,15 @@ class LoraParam(meta.AxisMetadata):
 
     Layers that know it use the factored form.  Any other module reads the parameter through
     Flax, which opens the box: it then sees W0 + scaling·A·B, exact but dense.  Inside a
-    scanned body only one layer is ever dense.
+    scanned body only one layer is ever dense.  With a magnitude (DoRA) that sum's columns have
+    that length.
     """
 
     base: Any
     lora_A: Array
     lora_B: Array
     scaling: Array
+    magnitude: Array | None
     dropout_key: Key | None
     dropout_rate: Array | None
     path: str = dataclasses.field(metadata={"static": True})
@@ -51,7 +55,12 @@ class LoraParam(meta.AxisMetadata):
         return self.shifted(1.0)
 
     def shifted(self, sign: float, dtype: Any = None) -> Array:
-        """W0 + sign·scaling·A·B, dense and rounded once, in the base's dtype by default."""
+        """W0 + sign·scaling·A·B, dense and rounded once, in the base's dtype by default.
+
+        Raises:
+            InputError: if a magnitude is to be taken out again: what length the columns had is
+                not known any more.
+        """
         if isinstance(self.base, QuantizedTensor):
             base = dequantize(self.base, jnp.float32)
         else:
@@ -61,11 +70,31 @@ class LoraParam(meta.AxisMetadata):
         check_shapes(dataclasses.replace(self, contracting=contracting))
         delta = dense_delta(self.lora_A, self.lora_B, self.scaling, kernel_shape, contracting)
         _, own = leaf_shape(self.base)
-        return (base.astype(jnp.float32) + sign * delta).astype(own if dtype is None else dtype)
+        dense = base.astype(jnp.float32) + sign * delta
+        if self.magnitude is not None:
+            if sign < 0:
+                raise InputError(
+                    f"{self.path}: a merged DoRA cannot be taken out again; keep the base instead"
+                )
+            dense = dense * self._scale_of_columns(dense, contracting)
+        return dense.astype(own if dtype is None else dtype)
+
+    def _scale_of_columns(self, dense: Array, contracting: tuple[int, ...]) -> Array:
+        """What gives the columns of a dense sum their magnitudes, shaped to multiply it."""
+        assert self.magnitude is not None
+        stack = self.scaling.ndim
+        axes = tuple(stack + axis for axis in contracting)
+        norm = jnp.sqrt(jnp.sum(jnp.square(dense), axis=axes, keepdims=True))
+        scale = self.magnitude.astype(jnp.float32).reshape(norm.shape) / norm
+        unadapted = (self.scaling == 0).reshape(self.scaling.shape + (1,) * (norm.ndim - stack))
+        return jnp.where(unadapted, 1.0, scale)
 
     def linear(self, x: Array, kernel: Array | QuantizedTensor, precision: Any = None) -> Array:
         """The layer y = x·W for inputs (..., d_in), with `kernel` the base as a matrix."""
-        return lora_linear(
+        layer = lora_linear
+        if self.magnitude is not None:
+            layer = functools.partial(dora_linear, magnitude=self.magnitude)
+        return layer(
             x,
             kernel,
             self.lora_A,
@@ -75,6 +104,17 @@ class LoraParam(meta.AxisMetadata):
             dropout_rate=0.0 if self.dropout_rate is None else self.dropout_rate,
             precision=precision,
         )
+
+    def scaled(self, x: Array, kernel: Any) -> Array:
+        """x (..., d_out) with each column's scale, where there are magnitudes.
+
+        Args:
+            kernel: The base as a matrix.
+        """
+        if self.magnitude is None:
+            return x
+        factors = (self.lora_A, self.lora_B, self.scaling, self.magnitude)
+        return (x * column_scale(kernel, *factors)).astype(x.dtype)
 
     def transposed(self, x: Array) -> Array:
         """The delta of y = x·Wᵀ, as a tied head has it."""
@@ -109,19 +149,15 @@ def box_adapters(params: Params, layouts: Layouts | None = None) -> dict[str, An
         if name_a not in leaves or path in (name_a, name_b, name_scaling):
             continue
         prefix = name_a.removesuffix("lora_A")
-        parts = (
-            name_a,
-            name_b,
-            name_scaling,
-            f"{prefix}lora_dropout_key",
-            f"{prefix}lora_dropout_rate",
-        )
+        others = ("lora_magnitude", "lora_dropout_key", "lora_dropout_rate")
+        parts = (name_a, name_b, name_scaling, *(prefix + name for name in others))
         if missing := [p for p in parts[:3] if p not in leaves]:
             raise InputError(f"{path}: the adapter lacks {', '.join(missing)}")
         factors: list[Any] = [leaves[part] for part in parts[:3]]
         # A look-up has no input to drop; PEFT does not either.
-        dropout = (None, None) if is_embedding(path) else map(leaves.get, parts[3:])
+        dropout = (None, None) if is_embedding(path) else map(leaves.get, parts[4:])
         contracting = known_contracting(layouts, path, base)
+        factors.append(leaves.get(parts[3]))
         param = LoraParam(base, *factors, *dropout, path=path, contracting=contracting)
         check_shapes(param)
         boxed[path] = param
@@ -156,6 +192,12 @@ def check_shapes(param: LoraParam) -> None:
             f"{param.path}: the adapter maps {d_in} to {d_out}, but the kernel {kernel_shape} is"
             f" quantized with contracting={param.base.contracting}; quantize it along the"
             " adapter's axes"
+        )
+    length = None if param.magnitude is None else param.magnitude.shape
+    if length not in (None, (*stack, d_out)):
+        raise InputError(
+            f"{param.path}: lora_magnitude {length} does not fit lora_B {param.lora_B.shape}; this"
+            " adapter was made for another base"
         )
     if not fits or param.lora_B.shape[:-1] != (*stack, rank) or param.lora_A.shape[:-2] != stack:
         raise InputError(

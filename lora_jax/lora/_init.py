@@ -13,13 +13,15 @@ from .._errors import InputError
 from .._tree import leaves_with_path, tree_from_paths
 from .._typing import Array, Key, Params
 from ..quant import QuantizedTensor, dequantize
-from ._layout import Layouts
+from ._dora import column_norm
+from ._layout import Layouts, as_matrix
 from ._targets import (
     Target,
     adapter_names,
     check_untied,
     find_targets,
     is_embedding,
+    magnitude_name,
     saved_modules,
 )
 
@@ -38,14 +40,14 @@ def init_adapter(
 
     Returns:
         A nested dict over the adapted modules: `lora_A (d_in, rank)`, `lora_B (rank, d_out)`
-        in `config.adapter_dtype`, and `lora_scaling ()` in float32, each with a leading layer
-        axis where the base has one.  Layers of smaller rank are padded with zeros, which stay
-        zero in training; a layer without an adapter has scaling 0.  Modules of
-        `modules_to_save` are copied in full.
+        in `config.adapter_dtype`, `lora_scaling ()` in float32, and under DoRA `lora_magnitude
+        (d_out,)`, each with a leading layer axis where the base has one.  Layers of smaller rank
+        are padded with zeros, which stay zero in training; a layer without an adapter has
+        scaling 0.  Modules of `modules_to_save` are copied in full.
 
     Raises:
-        InputError: if a name or pattern of the config matches nothing, or if
-            `modules_to_save` asks for what cannot be kept apart or copied.
+        InputError: if a name or pattern of the config matches nothing, if `modules_to_save` asks
+            for what cannot be kept apart or copied, or if the config's start moves the base.
 
     Example:
         >>> base = {"q_proj": {"kernel": jnp.zeros((4, 6))}}
@@ -57,7 +59,20 @@ def init_adapter(
     Source: Hu et al. 2021, section 4.1; defaults as in PEFT (A kaiming-uniform with a = √5,
     which is U(±1/√d_in), B zero; for an embedding A zero, B normal).
     """
+    if config.moves_base:
+        raise InputError(
+            f"init_adapter: init_lora_weights={config.init_lora_weights!r} moves the base too; call"
+            " init_with_base, which returns both"
+        )
+    return fresh_adapter(key, base_params, config, layouts)
+
+
+def fresh_adapter(
+    key: Key, base_params: Params, config: LoraConfig, layouts: Layouts | None
+) -> dict[str, Any]:
+    """As `init_adapter`, whose factors any start may then replace."""
     dtype = jnp.dtype(config.adapter_dtype)
+    params = dict(leaves_with_path(base_params))
     leaves: dict[str, Any] = {}
     for target in find_targets(base_params, config, layouts=layouts):
         a, b = _factors(key, target, config)
@@ -65,12 +80,28 @@ def init_adapter(
         one = (lambda x: x) if target.stacked else (lambda x: x[0])
         values = (one(a).astype(dtype), one(b).astype(dtype), one(scaling))
         leaves.update(zip(adapter_names(target.path), values, strict=True))
+        if config.use_dora:
+            leaves[magnitude_name(target.path)] = magnitudes(params[target.path], target, *values)
     if config.modules_to_save:
-        params = dict(leaves_with_path(base_params))
         for path in saved_modules(base_params, config):
             check_untied(path, params)
             leaves[path] = _trainable_copy(path, params[path], dtype)
     return tree_from_paths(leaves)
+
+
+def magnitudes(weight: Any, target: Target, a: Array, b: Array, scaling: Array) -> Array:
+    """‖W0 + scaling·A·B‖ of every column of a target, float32, one layer at a time."""
+    _check_values(target.path, weight, "use_dora measures")
+    contracting = target.layout.contracting or (0,)
+
+    def of_layer(parts: Any) -> Array:
+        kernel, *factors = parts
+        if not isinstance(kernel, QuantizedTensor) or kernel.contracting != contracting:
+            kernel = as_matrix(meta.unbox(kernel), contracting)
+        return column_norm(kernel, *factors)
+
+    parts = (weight, a, b, scaling)
+    return jax.lax.map(of_layer, parts) if target.stacked else of_layer(parts)
 
 
 def with_dropout(key: Key, adapter: Params, rate: float) -> dict[str, Any]:
@@ -129,9 +160,23 @@ def _factor_pair(key: Key, target: Target, rank: int, config: LoraConfig) -> tup
         return a, jax.random.normal(key_b, shape_b)
     if config.init_lora_weights == "gaussian":
         return jax.random.normal(key_a, shape_a) / rank, jnp.zeros(shape_b)
+    if config.init_lora_weights == "orthogonal":
+        return _orthogonal(key, target, rank)
     a = _uniform(key_a, shape_a, target.d_in)
     b = jnp.zeros(shape_b) if config.init_lora_weights else _uniform(key_b, shape_b, rank)
     return a, b
+
+
+def _orthogonal(key: Key, target: Target, rank: int) -> tuple[Array, Array]:
+    """A from the even rows of an orthogonal matrix, B from the odd ones, so that A·B = 0.
+
+    Source: PEFT's `init_lora_weights="orthogonal"`, and its factor of a tenth.
+    """
+    key_q, key_a, key_b = jax.random.split(key, 3)
+    q, _ = jnp.linalg.qr(jax.random.normal(key_q, (rank, rank)))
+    a = jax.random.normal(key_a, (target.d_in, rank // 2)) @ q[0::2]
+    b = q[1::2].T @ jax.random.normal(key_b, (rank // 2, target.d_out))
+    return a / 10, b / 10
 
 
 def _uniform(key: Key, shape: tuple[int, int], fan_in: int) -> Array:
@@ -143,12 +188,16 @@ def _nothing(target: Target) -> tuple[Array, Array]:
     return jnp.zeros((target.d_in, 0)), jnp.zeros((0, target.d_out))
 
 
-def _trainable_copy(path: str, leaf: Any, dtype: Any) -> Array:
+def _check_values(path: str, leaf: Any, what: str) -> None:
     if any(isinstance(part, jax.ShapeDtypeStruct) for part in jax.tree.leaves(leaf)):
         raise InputError(
-            f"{path}: modules_to_save copies the base's values, and only their shapes are given;"
-            " call init_adapter under jax.eval_shape"
+            f"{path}: {what} the base's values, and only their shapes are given; call init_adapter"
+            " under jax.eval_shape, with the base as an argument"
         )
+
+
+def _trainable_copy(path: str, leaf: Any, dtype: Any) -> Array:
+    _check_values(path, leaf, "modules_to_save copies")
     if isinstance(leaf, QuantizedTensor):
         return dequantize(leaf, dtype)
     return jnp.array(meta.unbox(leaf), dtype=dtype)

@@ -1,20 +1,22 @@
-"""Adapters that start from singular vectors of the weights, and move the base for it."""
+"""Adapters that start from a part of the weights, and move the base for it."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from .._config import LoraConfig, QuantConfig
+from .._config import LoraConfig
 from .._errors import InputError
+from .._quant_config import QuantConfig
 from .._tree import combine, leaves_with_path, map_with_path, tree_from_paths
 from .._typing import Array, Params
 from ..quant import QuantizedTensor, dequantize, quantize
-from ._init import init_adapter
+from ._init import fresh_adapter, magnitudes
 from ._layout import Layouts, as_matrix
 from ._linear import dense_delta
-from ._targets import Target, adapter_names, find_targets, is_embedding
+from ._targets import Target, adapter_names, find_targets, is_embedding, magnitude_name
 
 
 def init_pissa(
@@ -22,6 +24,7 @@ def init_pissa(
     config: LoraConfig,
     quant: QuantConfig | None = None,
     *,
+    niter: int | None = None,
     layouts: Layouts | None = None,
 ) -> tuple[Params, dict[str, Any]]:
     """Give the adapter the largest singular directions of each weight, and the base the rest.
@@ -33,6 +36,8 @@ def init_pissa(
         config: Ranks and targets, as for `init_adapter`.
         quant: How the base of each target is quantized, if at all. What is left without its
             largest directions is narrower, and loses less.
+        niter: Power iterations of a randomized decomposition, much faster than the exact one for
+            large weights; 4 come near it, 16 nearer.
         layouts: Axes of kernels that are not plain matrices, and of stacked layers.
 
     Returns:
@@ -49,13 +54,57 @@ def init_pissa(
         >>> jnp.linalg.matrix_rank(moved["q_proj"]["kernel"], rtol=1e-5)
         Array(2, dtype=int32)
 
-    Source: Meng et al. 2024, "PiSSA", equations 2 to 4; QPiSSA in its section 4.
+    Source: Meng et al. 2024, "PiSSA", equations 2 to 4; QPiSSA in its section 4; Halko et al. 2011,
+    "Finding structure with randomness", algorithms 4.4 and 5.1.
+    """
+    svd = _svd if niter is None else functools.partial(_randomized_svd, niter=niter)
+
+    def split(weight: Array, target: Target) -> tuple[Any, Array, Array]:
+        a, b = _low_rank(weight, target, config, svd)
+        return _rest(weight, a, b, target, quant), a, b
+
+    return _split(base_params, config, layouts, split)
+
+
+def init_olora(
+    base_params: Params,
+    config: LoraConfig,
+    quant: QuantConfig | None = None,
+    *,
+    layouts: Layouts | None = None,
+) -> tuple[Params, dict[str, Any]]:
+    """Give the adapter the first columns of an orthogonal basis of each weight, and what is along.
+
+        Wᵀ = Q·R,    A = R_rᵀ,    B = Q_rᵀ,    W0 = W - scaling·A·B
+
+    Args:
+        base_params, config, quant, layouts: As for `init_pissa`.
+
+    Returns:
+        The base with its targets moved, and the adapter.
+
+    Raises:
+        InputError: as `init_pissa`.
+
+    Example:
+        >>> base = {"q_proj": {"kernel": jax.random.normal(jax.random.key(0), (4, 6))}}
+        >>> config = LoraConfig(r=2, target_modules=["q_proj"])
+        >>> moved, adapter = init_olora(base, config)
+        >>> b = adapter["q_proj"]["lora_B"]
+        >>> bool(jnp.allclose(b @ b.T, jnp.eye(2), atol=1e-6))
+        True
+
+    Source: Büyükakyüz 2024, "OLoRA", algorithm 1.
     """
 
     def split(weight: Array, target: Target) -> tuple[Any, Array, Array]:
-        a, b = _low_rank(weight, target, config)
-        rest = weight - _delta(a, b, target, weight.shape)
-        return (rest if quant is None else _quantize(rest, quant, target)), a, b
+        q, r = jnp.linalg.qr(_matrices(weight, target).swapaxes(-1, -2))
+        width = max(target.ranks)
+        used = jnp.arange(width) < jnp.asarray(target.ranks)[:, None]
+        a = jnp.where(used[:, None, :], r[:, :width].swapaxes(-1, -2), 0.0)
+        b = jnp.where(used[:, :, None], q[..., :width].swapaxes(-1, -2), 0.0)
+        a, b = _as_adapter(a, b, target, config)
+        return _rest(weight, a, b, target, quant), a, b
 
     return _split(base_params, config, layouts, split)
 
@@ -104,10 +153,10 @@ def init_loftq(
 
     def split(weight: Array, target: Target) -> tuple[Any, Array, Array]:
         q = _quantize(weight, quant, target)
-        a, b = _low_rank(weight - dequantize(q, jnp.float32), target, config)
+        a, b = _low_rank(weight - dequantize(q, jnp.float32), target, config, _svd)
         for _ in range(iterations - 1):
-            q = _quantize(weight - _delta(a, b, target, weight.shape), quant, target)
-            a, b = _low_rank(weight - dequantize(q, jnp.float32), target, config)
+            q = _rest(weight, a, b, target, quant)
+            a, b = _low_rank(weight - dequantize(q, jnp.float32), target, config, _svd)
         return q, a, b
 
     return _split(base_params, config, layouts, split)
@@ -140,30 +189,69 @@ def _split(
         moved[target.path] = own.astype(weight.dtype) if dense else own
         name_a, name_b, _ = adapter_names(target.path)
         factors |= {name_a: a, name_b: b}
+        if config.use_dora:
+            parts = (moved[target.path], target, a, b, _scaling(target))
+            factors[magnitude_name(target.path)] = magnitudes(*parts)
     # Scalings and whole modules; the factors in it are replaced.
-    fresh = init_adapter(jax.random.key(0), base_params, config, layouts=layouts)
+    fresh = fresh_adapter(jax.random.key(0), base_params, config, layouts)
     base = map_with_path(lambda path, leaf: moved.get(path, leaf), base_params)
     return base, combine(fresh, tree_from_paths(factors))
 
 
-def _low_rank(weight: Array, target: Target, config: LoraConfig) -> tuple[Array, Array]:
+def _low_rank(
+    weight: Array, target: Target, config: LoraConfig, svd: Callable[..., Any]
+) -> tuple[Array, Array]:
     """A and B, in the adapter's type, with scaling·A·B nearest to the weight at the ranks given."""
     width, scalings = max(target.ranks), jnp.asarray(target.scalings, jnp.float32)
-    layers = weight if target.stacked else weight[None]
-    matrices = jax.vmap(lambda kernel: as_matrix(kernel, _contracting(target)))(layers)
-    u, s, vt = jnp.linalg.svd(matrices, full_matrices=False)
+    u, s, vt = svd(_matrices(weight, target), width)
     used = jnp.arange(width) < jnp.asarray(target.ranks)[:, None]
-    root = jnp.where(used, jnp.sqrt(s[:, :width] / jnp.where(used, scalings[:, None], 1.0)), 0.0)
-    a, b = u[..., :width] * root[:, None, :], root[:, :, None] * vt[:, :width]
+    root = jnp.where(used, jnp.sqrt(s / jnp.where(used, scalings[:, None], 1.0)), 0.0)
+    return _as_adapter(u * root[:, None, :], root[:, :, None] * vt, target, config)
+
+
+def _svd(matrices: Array, width: int) -> tuple[Array, Array, Array]:
+    u, s, vt = jnp.linalg.svd(matrices, full_matrices=False)
+    return u[..., :width], s[..., :width], vt[..., :width, :]
+
+
+def _randomized_svd(matrices: Array, width: int, niter: int) -> tuple[Array, Array, Array]:
+    """The largest singular directions of matrices, from their products with a few vectors."""
+    rows, columns = matrices.shape[-2:]
+    # A few vectors more than are wanted: the last directions of a basis are its worst.
+    count = min(width + 10, rows, columns)
+    basis = matrices @ jax.random.normal(jax.random.key(0), (columns, count))
+    for _ in range(niter):
+        basis, _ = jnp.linalg.qr(basis)
+        basis, _ = jnp.linalg.qr(matrices.swapaxes(-1, -2) @ basis)
+        basis = matrices @ basis
+    basis, _ = jnp.linalg.qr(basis)
+    u, s, vt = _svd(basis.swapaxes(-1, -2) @ matrices, width)
+    return basis @ u, s, vt
+
+
+def _matrices(weight: Array, target: Target) -> Array:
+    """The weights of all layers as (layers, d_in, d_out)."""
+    layers = weight if target.stacked else weight[None]
+    return jax.vmap(lambda kernel: as_matrix(kernel, _contracting(target)))(layers)
+
+
+def _as_adapter(a: Array, b: Array, target: Target, config: LoraConfig) -> tuple[Array, Array]:
     a, b = (a, b) if target.stacked else (a[0], b[0])
     dtype = jnp.dtype(config.adapter_dtype)
     return a.astype(dtype), b.astype(dtype)
 
 
-def _delta(a: Array, b: Array, target: Target, shape: tuple[int, ...]) -> Array:
+def _rest(weight: Array, a: Array, b: Array, target: Target, quant: QuantConfig | None) -> Any:
+    """The weight without the adapter's delta."""
+    rest = weight - dense_delta(
+        a, b, _scaling(target), weight.shape[int(target.stacked) :], _contracting(target)
+    )
+    return rest if quant is None else _quantize(rest, quant, target)
+
+
+def _scaling(target: Target) -> Array:
     scalings = jnp.asarray(target.scalings, jnp.float32)
-    scaling = scalings if target.stacked else scalings[0]
-    return dense_delta(a, b, scaling, shape[int(target.stacked) :], _contracting(target))
+    return scalings if target.stacked else scalings[0]
 
 
 def _quantize(weight: Array, quant: QuantConfig, target: Target) -> QuantizedTensor:

@@ -37,11 +37,19 @@ def lora_linear(
 
     Source: Hu et al. 2021, equation 3.
     """
-    if isinstance(kernel, QuantizedTensor):
-        base = quantized_matmul(x, kernel, precision=precision)
-    else:
-        base = jnp.dot(x, kernel.astype(x.dtype), precision=precision)
+    base = base_product(x, kernel, precision)
     return base + lora_delta(drop(x, dropout_key, dropout_rate), lora_A, lora_B, scaling)
+
+
+def base_product(
+    x: Float[Array, "*batch d_in"],
+    kernel: Float[Array, "d_in d_out"] | QuantizedTensor,
+    precision: jax.lax.PrecisionLike = None,
+) -> Float[Array, "*batch d_out"]:
+    """x·W0 for a weight that is dense or in four bits."""
+    if isinstance(kernel, QuantizedTensor):
+        return quantized_matmul(x, kernel, precision=precision)
+    return jnp.dot(x, kernel.astype(x.dtype), precision=precision)
 
 
 def lora_delta(

@@ -25,6 +25,8 @@ from ._layout import (
 
 LAYER_PARAMS = ("kernel", "embedding")
 """Parameters that `target_modules` knows by their module; any other by its own path."""
+TRAINED = ("lora_A", "lora_B", "lora_magnitude")
+"""Parts of an adapter that are trained."""
 OUTPUT_HEADS = ("lm_head",)
 """Left out of "all-linear", as PEFT leaves out the output layer."""
 
@@ -164,7 +166,7 @@ def is_target(name: str, param_path: str, config: LoraConfig) -> bool:
 
 
 def trainable_mask(params: Params, config: LoraConfig | None = None) -> Params:
-    """True for every trainable leaf: `lora_A`, `lora_B`, and what lies in `modules_to_save`.
+    """True for every trainable leaf: `TRAINED` ones, and what lies in `modules_to_save`.
 
     Args:
         params: An adapter, or a base combined with one.
@@ -175,9 +177,7 @@ def trainable_mask(params: Params, config: LoraConfig | None = None) -> Params:
         {'q': {'kernel': False, 'lora_A': True, 'lora_B': True, 'lora_scaling': False}}
     """
     saved = set(saved_modules(params, config)) if config and config.modules_to_save else set()
-    return map_with_path(
-        lambda path, _: path in saved or path.endswith(("lora_A", "lora_B")), params
-    )
+    return map_with_path(lambda path, _: path in saved or path.endswith(TRAINED), params)
 
 
 def adapter_names(param_path: str) -> tuple[str, str, str]:
@@ -190,6 +190,11 @@ def adapter_names(param_path: str) -> tuple[str, str, str]:
     prefix = f"{module}/" if module else ""
     prefix += "" if param == "kernel" else f"{param}_"
     return f"{prefix}lora_A", f"{prefix}lora_B", f"{prefix}lora_scaling"
+
+
+def magnitude_name(param_path: str) -> str:
+    """Path of `lora_magnitude` (DoRA) beside a parameter."""
+    return adapter_names(param_path)[0].removesuffix("lora_A") + "lora_magnitude"
 
 
 def target_name(param_path: str) -> str:

@@ -10,4 +10,5 @@ from ._load import Pretrained as Pretrained
 from ._load import abstract_params as abstract_params
 from ._load import load_pretrained as load_pretrained
 from ._load import load_without_weights as load_without_weights
+from ._load import quantize_params as quantize_params
 from ._save import save_pretrained as save_pretrained

@@ -9,9 +9,9 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from .._config import QuantConfig
 from .._errors import InputError
 from .._files import open_tensors
+from .._quant_config import QuantConfig
 from ..quant import QuantizedTensor, read_bitsandbytes, read_description, split_state
 from ._config import ModelConfig, config_from_hf, read_eos
 

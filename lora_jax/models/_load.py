@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .._config import QuantConfig
 from .._errors import InputError
 from .._names import hf_keys, is_kernel, stack_of
+from .._quant_config import QuantConfig
 from .._tree import leaves_with_path, map_with_path, tree_from_paths
 from .._typing import Params
 from ..lora import KernelLayout
@@ -171,6 +171,31 @@ def abstract_params(
         return _stored(path, x, _quant_of(path, quant))
 
     return map_with_path(leaf, _shapes(config))
+
+
+def quantize_params(params: Params, quant: QuantConfig) -> Params:
+    """A dense decoder's parameters as `load_pretrained` with `quant` reads them.
+
+    Leaves that are quantized already stay as they are.
+
+    Example:
+        >>> config = ModelConfig(vocab_size=64, hidden_size=64, intermediate_size=128,
+        ...                      num_hidden_layers=2, num_attention_heads=4)
+        >>> ids = jnp.ones((1, 8), jnp.int32)
+        >>> params = CausalLM(config).init(jax.random.key(0), ids)["params"]
+        >>> layers = quantize_params(params, QuantConfig())["model"]["layers"]
+        >>> layers["mlp"]["up_proj"]["kernel"].format
+        'nf4'
+    """
+
+    def leaf(path: str, x: Any) -> Any:
+        own = _quant_of(path, quant)
+        if own is None or isinstance(x, QuantizedTensor):
+            return x
+        stacked = int(stack_of(path, (STACKED,)) is not None)
+        return quantize(x, own, stacked=stacked, contracting=_contracted(path))
+
+    return map_with_path(leaf, params)
 
 
 @functools.lru_cache(maxsize=16)

@@ -111,8 +111,8 @@ def _placed(setup: Setup, state: Any, device: Any) -> tuple[Any, Any, Any]:
     def put(x: Any, place: Any = here) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
 
-    types = dict.fromkeys(("input_ids", "positions", "segment_ids"), jnp.int32)
-    types["loss_mask"] = jnp.bool_
+    names = ("input_ids", "positions", "segment_ids")
+    types: dict[str, Any] = {**dict.fromkeys(names, jnp.int32), "loss_mask": jnp.bool_}
     shape = (c.train.accumulate, c.train.batch_size, c.data.seq_length)
     batches = {name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype in types.items()}
     state, base, batches = jax.tree.map(put, (state, setup.base, batches))

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Float
 
-from .._config import QuantConfig
+from .._quant_config import QuantConfig
 from .._typing import Array
 from ._quantize import quantize
 from ._tensor import dequantize

@@ -10,8 +10,8 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Float
 
-from .._config import QuantConfig
 from .._errors import InputError
+from .._quant_config import QuantConfig
 from .._typing import Array
 from ._codebook import GROUP, nearest_byte, nearest_nibble, pack
 from ._tensor import QuantizedTensor, nested_absmax

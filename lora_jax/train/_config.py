@@ -7,8 +7,9 @@ from typing import Any, Literal
 
 import yaml
 
-from .._config import LoraConfig, QuantConfig
+from .._config import LoraConfig
 from .._errors import InputError
+from .._quant_config import QuantConfig
 from ._schema import apply_overrides, read_dataclass, read_yaml, to_plain
 
 

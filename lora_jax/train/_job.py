@@ -10,6 +10,7 @@ import numpy as np
 
 from .._config import LoraConfig
 from .._errors import InputError
+from .._quant_config import QuantConfig
 from .._tree import combine, leaves_with_path, map_with_path, tree_bytes
 from .._typing import Params
 from ..adapters import load_adapter
@@ -18,11 +19,17 @@ from ..lora import (
     Layouts,
     Target,
     find_targets,
-    init_adapter,
+    init_with_base,
     matched_targets,
     trainable_mask,
 )
-from ..models import Pretrained, bundled_model, load_pretrained, load_without_weights
+from ..models import (
+    Pretrained,
+    bundled_model,
+    load_pretrained,
+    load_without_weights,
+    quantize_params,
+)
 from ..transform import LoraLinen, lora_linen
 from ._config import DataSection, ModelSection, RunConfig
 
@@ -111,7 +118,8 @@ def prepare(config: RunConfig) -> Job:
         InputError: for whatever in the config does not fit the files it names.
     """
     rows, held_out = _rows(config.data)  # first, since it fails fast
-    pretrained = load_base(_model_section(config), config.quant)
+    _check_start(config)
+    pretrained = load_base(_model_section(config), _quant_as_read(config))
     setup = _set_up(config, pretrained)
     data = setup.config.data
     return Job(
@@ -128,12 +136,10 @@ def prepare_abstract(config: RunConfig) -> Setup:
     Raises:
         InputError: for whatever in the config does not fit the model.
     """
-    section = _model_section(config)
-    return _set_up(
-        config,
-        load_without_weights(_directory(section), quant=config.quant, **_types(section)),
-        make=jax.eval_shape,
-    )
+    _check_start(config)
+    section, quant = _model_section(config), _quant_as_read(config)
+    pretrained = load_without_weights(_directory(section), quant=quant, **_types(section))
+    return _set_up(config, pretrained, make=jax.eval_shape)
 
 
 def _set_up(
@@ -144,8 +150,8 @@ def _set_up(
     if config.train.method == "full":
         base, trainable, targets = {}, pretrained.params, ()
     else:
-        base = pretrained.params
-        config, trainable = _adapter(config, pretrained, make)
+        config, base, trainable = _adapter(config, pretrained, make)
+        pretrained = dataclasses.replace(pretrained, params=base)
         targets = matched_targets(base, config.lora, layouts=pretrained.layouts)
     model = lora_linen(pretrained.module)
     return Setup(config, pretrained, model, base, trainable, targets)
@@ -223,21 +229,53 @@ def _with_targets(config: RunConfig, pretrained: Pretrained) -> RunConfig:
     )
 
 
+def _moves_base(config: RunConfig) -> bool:
+    own = config.train.method == "lora" and config.train.adapter is None
+    return own and config.lora.moves_base
+
+
+def _quant_as_read(config: RunConfig) -> QuantConfig | None:
+    """The quantization of weights as they are read: none where an adapter starts from them."""
+    return None if _moves_base(config) else config.quant
+
+
+def _check_start(config: RunConfig) -> None:
+    """Refuse a start whose base, once it is quantized, nobody could make again."""
+    if not _moves_base(config):
+        return
+    init, loftq = config.lora.init_lora_weights, config.lora.loftq_config or {}
+    if init == "loftq" and loftq.get("loftq_iter", 1) > 1:
+        raise InputError(
+            "lora: loftq_config: after more than one loftq_iter the base is another than quant"
+            " gives, and no saved adapter could say which; set it to 1"
+        )
+    if init != "loftq" and config.quant is not None:
+        raise InputError(
+            f"lora: init_lora_weights={init!r} over a quantized base would train over a base that"
+            " no saved adapter could say; use 'loftq', or leave quant out"
+        )
+
+
 def _adapter(
     config: RunConfig, pretrained: Pretrained, make: Callable[..., Any]
-) -> tuple[RunConfig, dict[str, Any]]:
-    """A new adapter, or the one to go on from (whose own shape then counts)."""
-    layouts = pretrained.layouts
-    if config.train.adapter is None:
-        _refuse_embeddings(config.lora, pretrained)
+) -> tuple[RunConfig, Params, dict[str, Any]]:
+    """A new adapter, or the one to go on from (whose own shape then counts), and its base."""
+    layouts, params, quant = pretrained.layouts, pretrained.params, config.quant
+    if config.train.adapter is not None:
+        adapter, lora = load_adapter(config.train.adapter, params, layouts=layouts)
+        lora = dataclasses.replace(lora, lora_dropout=config.lora.lora_dropout)
+        return dataclasses.replace(config, lora=lora), params, adapter
+    _refuse_embeddings(config.lora, pretrained)
 
-        def start(key: Any) -> dict[str, Any]:
-            return init_adapter(key, pretrained.params, config.lora, layouts=layouts)
+    def start(key: Any, params: Params) -> tuple[Params, dict[str, Any]]:
+        own = quant.of(quant.format) if quant is not None and config.lora.moves_base else None
+        base, adapter = init_with_base(key, params, config.lora, own, layouts=layouts)
+        return base if own is None else quantize_params(base, quant), adapter
 
-        return config, make(start, jax.random.key(config.train.seed))
-    adapter, lora = load_adapter(config.train.adapter, pretrained.params, layouts=layouts)
-    lora = dataclasses.replace(lora, lora_dropout=config.lora.lora_dropout)
-    return dataclasses.replace(config, lora=lora), adapter
+    key = jax.random.key(config.train.seed)
+    if config.lora.moves_base:
+        return config, *make(start, key, params)
+    return config, params, make(lambda *given: start(*given)[1], key, params)
 
 
 def _refuse_embeddings(lora: LoraConfig, pretrained: Pretrained) -> None:

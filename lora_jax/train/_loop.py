@@ -18,6 +18,7 @@ from .._files import atomic_directory
 from .._tree import combine
 from ..adapters import save_adapter
 from ..data import BatchIterator, batch_iterator, eval_batches
+from ..lora import without_start
 from ..models import save_pretrained
 from ._checkpoint import Checkpoints
 from ._config import RunConfig
@@ -306,11 +307,17 @@ def _diverged(metrics: dict[str, Any]) -> bool:
 
 
 def _save_adapter(job: Job, directory: Path, adapter: dict[str, Any]) -> None:
+    lora = job.config.lora
+    if lora.init_lora_weights == "loftq":
+        # Over the base as `quant` gives it, which the first iteration leaves as it is.
+        lora = dataclasses.replace(lora, init_lora_weights=True, loftq_config=None)
+    elif lora.moves_base:
+        adapter, lora = without_start(adapter, job.trainable, lora)
     with atomic_directory(directory / "adapter") as temporary:
         save_adapter(
             temporary,
             adapter,
-            job.config.lora,
+            lora,
             layouts=job.layouts,
             base_model=job.config.model.path,
         )

@@ -11,9 +11,7 @@ from ._optimizer import make_optimizer
 from ._step import TrainState, init_state, make_step
 
 
-def make_program(
-    setup: Setup, steps: int
-) -> tuple[Callable[..., Any], Callable[[Params], TrainState]]:
+def make_program(setup: Setup, steps: int) -> tuple[Any, Callable[[Params], TrainState]]:
     """The jitted step of a run (see `make_step`), and a function from what it trains to its state.
 
     Args:

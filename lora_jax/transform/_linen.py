@@ -200,12 +200,14 @@ def _look_up(module: Any, param: LoraParam | QuantizedTensor, ids: Array) -> Arr
     if not isinstance(param, LoraParam):
         return rows
     a, b = param.lora_A.astype(rows.dtype), param.lora_B.astype(rows.dtype)
-    return rows + look_up_delta(ids, a, b, param.scaling)
+    return param.scaled(rows + look_up_delta(ids, a, b, param.scaling), meta.unbox(base))
 
 
 def _attend(module: Any, param: LoraParam | QuantizedTensor, query: Array) -> Array:
     base = param.base if isinstance(param, LoraParam) else param
     query, _ = module.promote_dtype(query, jnp.zeros((), base.dtype), dtype=module.dtype)
+    if isinstance(param, LoraParam):
+        query = param.scaled(query, meta.unbox(base))
     if _is_matrix(base, (1,)):
         logits = quantized_matmul(query, base)
     else:

@@ -66,8 +66,9 @@ ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_pro
         {"target_modules": "all-linear", "layers_to_transform": [0], "exclude_modules": ["k_proj"]},
         {"target_modules": r".*\.[02]\..*\.(q|up)_proj"},
         {"target_modules": ["o_proj"], "adapter_dtype": "bfloat16"},
+        {"target_modules": "all-linear", "use_dora": True, "use_rslora": True, "lora_alpha": 6},
     ],
-    ids=["all", "rslora", "patterns", "layers", "all-linear layers", "regex", "bfloat16"],
+    ids=["all", "rslora", "patterns", "layers", "all-linear layers", "regex", "bfloat16", "dora"],
 )
 def test_peft_computes_the_same(data_dir, tmp_path, fields):
     config = LoraConfig(**{"r": 4, "init_lora_weights": False, **fields})
@@ -98,6 +99,49 @@ def test_what_peft_saves_with_an_adapted_head_is_read(tmp_path, copies):
     model.save_pretrained(tmp_path / "adapter", save_embedding_layers=copies)
     pretrained = load_pretrained(tmp_path / "model")
     adapter, _ = load_adapter(tmp_path / "adapter", pretrained.params, layouts=LAYOUTS)
+    params = combine(pretrained.params, adapter)
+    ours = lora_linen(pretrained.module).apply({"params": params}, jnp.asarray(IDS))
+    with torch.no_grad():
+        expected = model.eval()(torch.from_numpy(IDS).long()).logits.numpy()
+    assert np.abs(ours - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora", "orthogonal"])
+def test_what_peft_trained_from_a_start_is_read(tmp_path, init):
+    """PEFT moves the base again when it loads such an adapter; here the adapter gets plain."""
+    model = random_llama(tie_word_embeddings=False)
+    model.save_pretrained(tmp_path / "model")
+    config = peft.LoraConfig(
+        r=4, lora_alpha=6, target_modules=["q_proj", "down_proj"], init_lora_weights=init
+    )
+    model = peft.get_peft_model(model, config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter += 0.2 * torch.randn_like(parameter) * parameter.abs().mean()
+    model.save_pretrained(tmp_path / "adapter")
+    pretrained = load_pretrained(tmp_path / "model")
+    adapter, read = load_adapter(tmp_path / "adapter", pretrained.params, layouts=LAYOUTS)
+    assert read.r == (4 if init == "orthogonal" else 8)
+    params = combine(pretrained.params, adapter)
+    ours = lora_linen(pretrained.module).apply({"params": params}, jnp.asarray(IDS))
+    with torch.no_grad():
+        expected = model.eval()(torch.from_numpy(IDS).long()).logits.numpy()
+    assert np.abs(ours - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
+def test_what_peft_trained_with_dora_is_read(tmp_path):
+    model = random_llama(tie_word_embeddings=False)
+    model.save_pretrained(tmp_path / "model")
+    config = peft.LoraConfig(
+        r=4, lora_alpha=6, target_modules=["q_proj", "up_proj"], use_dora=True,
+        init_lora_weights=False,
+    )  # fmt: skip
+    model = peft.get_peft_model(model, config)
+    model.save_pretrained(tmp_path / "adapter")
+    pretrained = load_pretrained(tmp_path / "model")
+    adapter, read = load_adapter(tmp_path / "adapter", pretrained.params, layouts=LAYOUTS)
+    assert read.use_dora
     params = combine(pretrained.params, adapter)
     ours = lora_linen(pretrained.module).apply({"params": params}, jnp.asarray(IDS))
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""A PiSSA start beside PEFT's."""
+"""Starts from singular vectors and from an orthogonal basis, beside PEFT's."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +7,7 @@ import pytest
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
 
-from lora_jax import LoraConfig, init_pissa  # noqa: E402
+from lora_jax import LoraConfig, init_olora, init_pissa  # noqa: E402
 
 pytestmark = pytest.mark.oracle
 
@@ -33,3 +33,24 @@ def test_pissa_equals_peft():
     np.testing.assert_allclose(
         np.linalg.norm(a, axis=0), np.linalg.norm(their_a, axis=0), rtol=1e-5
     )
+
+
+def test_olora_equals_peft():
+    kernel = np.random.default_rng(0).standard_normal((64, 48), np.float32)
+    linear = torch.nn.Linear(64, 48, bias=False)
+    linear.weight.data = torch.from_numpy(kernel.T.copy())
+    theirs = peft.get_peft_model(
+        torch.nn.Sequential(linear),
+        peft.LoraConfig(r=8, lora_alpha=24, target_modules=["0"], init_lora_weights="olora"),
+    ).base_model.model[0]
+    config = LoraConfig(r=8, lora_alpha=24, target_modules=["q"])
+    moved, adapter = init_olora({"q": {"kernel": jnp.asarray(kernel)}}, config)
+    largest = float(np.linalg.norm(kernel, 2))
+    pairs = [
+        (moved["q"]["kernel"], theirs.base_layer.weight),
+        (adapter["q"]["lora_A"], theirs.lora_A["default"].weight),
+        (adapter["q"]["lora_B"], theirs.lora_B["default"].weight),
+    ]
+    for ours, their in pairs:
+        expected = their.detach().numpy().T
+        np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-6 * largest)

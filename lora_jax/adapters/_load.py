@@ -1,0 +1,216 @@
+"""Adapters that this library or PEFT wrote, read and checked against their base."""
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.core import meta
+
+from .._config import LoraConfig
+from .._errors import InputError
+from .._files import open_tensors
+from .._names import is_kernel
+from .._tree import leaves_with_path, tree_from_paths
+from .._typing import Params
+from ..lora import (
+    Layouts,
+    Target,
+    adapter_names,
+    check_untied,
+    init_with_base,
+    is_embedding,
+    is_within,
+    leaf_shape,
+    magnitude_name,
+    matched_targets,
+    saved_modules,
+    without_start,
+)
+from ..quant import QuantizedTensor, config_of, quantize
+from ._peft import CONFIG_FILE, WEIGHTS_FILE, module_key, read_config, whole_keys
+
+
+def load_adapter(
+    directory: str | Path, base_params: Params, *, layouts: Layouts | None = None
+) -> tuple[dict[str, Any], LoraConfig]:
+    """Read an adapter that this library or PEFT wrote, checked against its base.
+
+    Args:
+        directory: Holds `adapter_config.json` and `adapter_model.safetensors`.
+        base_params: The base's parameters, or their shapes.
+        layouts: Axes of kernels that are not plain matrices, and of stacked layers.
+
+    Returns:
+        (adapter, config): the adapter as `init_adapter` shapes it, in the file's dtype.
+
+    Raises:
+        InputError: for a missing or broken file, a pickle, an option that is not supported,
+            or an adapter that was made for another base.
+
+    Example: see `save_adapter`.
+    """
+    directory = Path(directory)
+    config = _fitting(read_config(directory), base_params)
+    targets = matched_targets(base_params, config, layouts=layouts)
+    if not targets:
+        raise InputError(
+            f"{directory / CONFIG_FILE}: target_modules {config.target_modules} match nothing in"
+            f" this base; the adapter was made for another base"
+        )
+    with open_tensors(_weights_file(directory)) as file:
+        unread = set(file.keys())
+
+        def take(key: str, shape: tuple[int, ...]) -> np.ndarray:
+            return _take(file, unread, directory, key, shape)
+
+        leaves: dict[str, Any] = {}
+        for target in targets:
+            leaves.update(_read_target(target, take, config.use_dora))
+        params = dict(leaves_with_path(base_params))
+        for path in saved_modules(base_params, config):
+            check_untied(path, params)
+            leaves[path] = _read_whole(path, params[path], layouts, take)
+        unread -= _copies_of_base(file, unread, directory, params, layouts)
+    if unread:
+        raise InputError(_unexpected(directory, sorted(unread)))
+    dtype = str(leaves[adapter_names(targets[0].path)[0]].dtype)
+    adapter, config = tree_from_paths(leaves), dataclasses.replace(config, adapter_dtype=dtype)
+    if config.moves_base:
+        return _over_unmoved(directory, base_params, adapter, config, layouts)
+    return adapter, config
+
+
+def _over_unmoved(
+    directory: Path, base: Params, adapter: Params, config: LoraConfig, layouts: Layouts | None
+) -> tuple[dict[str, Any], LoraConfig]:
+    """An adapter over this base, of one that was trained over a base which its start had moved."""
+    if config.init_lora_weights not in ("pissa", "olora"):
+        raise InputError(
+            f"{directory / CONFIG_FILE}: init_lora_weights={config.init_lora_weights!r} changed the"
+            " base in a way that cannot be found again; convert the adapter where it was trained"
+            " (PEFT: save_pretrained(path_initial_model_for_weight_conversion=...))"
+        )
+    start = init_with_base(jax.random.key(0), base, config, layouts=layouts)[1]
+    return without_start(adapter, start, config)
+
+
+def _fitting(config: LoraConfig, base_params: Params) -> LoraConfig:
+    """Without the `modules_to_save` this base lacks: PEFT lists every name a head may have."""
+    paths = [path.rpartition("/")[0] for path, _ in leaves_with_path(base_params)]
+    kept = [n for n in config.modules_to_save or [] if any(is_within(p, n) for p in paths)]
+    return dataclasses.replace(config, modules_to_save=kept or None)
+
+
+def _read_target(target: Target, take: Any, dora: bool) -> Iterator[tuple[str, Any]]:
+    """`lora_A`, `lora_B` and `lora_scaling` of a target, padded to its largest rank."""
+    if is_embedding(target.path):
+        raise InputError(f"{target.path}: adapters on embeddings (lora_embedding_A) are not read")
+    width, pairs, lengths = max(target.ranks), [], []
+    for name, rank in zip(target.names, target.ranks, strict=True):
+        a, b = np.zeros((target.d_in, 0)), np.zeros((0, target.d_out))
+        length = np.ones(target.d_out, np.float32)
+        if rank:
+            key = module_key(name)
+            a = take(f"{key}.lora_A.weight", (rank, target.d_in)).T
+            b = take(f"{key}.lora_B.weight", (target.d_out, rank)).T
+            if dora:
+                length = take(f"{key}.lora_magnitude_vector", (target.d_out,))
+        lengths.append(length)
+        pairs.append(
+            (np.pad(a, ((0, 0), (0, width - rank))), np.pad(b, ((0, width - rank), (0, 0))))
+        )
+    dtype = next(a.dtype for (a, _), rank in zip(pairs, target.ranks, strict=True) if rank)
+    stacks = [np.stack([pair[i] for pair in pairs]).astype(dtype) for i in (0, 1)]
+    stacks.append(np.asarray(target.scalings, np.float32))
+    names: tuple[str, ...] = adapter_names(target.path)
+    if dora:
+        names = (*names, magnitude_name(target.path))
+        stacks.append(np.stack(lengths).astype(np.float32))
+    for path, value in zip(names, stacks, strict=True):
+        yield path, jnp.asarray(value if target.stacked else value[0])
+
+
+def _copies_of_base(
+    file: Any, unread: set[str], directory: Path, params: dict[str, Any], layouts: Layouts | None
+) -> set[str]:
+    """The base's own weights in the file: PEFT saves embeddings and heads that it adapts.
+
+    They must be this base's: reading on with others would give another model's numbers.
+    """
+    bare = {key.replace(".base_layer.", "."): key for key in unread}
+    found = set()
+    for path, leaf in params.items():
+        keys, stacked = whole_keys(path, leaf_shape(leaf)[0], layouts)
+        for i, key in enumerate(keys):
+            if key not in bare:
+                continue
+            value = file.get_tensor(bare[key])
+            if not _equals(value.T if is_kernel(path) else value, leaf, i if stacked else None):
+                raise InputError(
+                    f"{directory / WEIGHTS_FILE}: {bare[key]} {value.shape} is a weight of the"
+                    f" base, and not this base's {path}; the adapter was made for another base, or"
+                    " one that was changed (new tokens, say)"
+                )
+            found.add(bare[key])
+    return found
+
+
+def _equals(value: np.ndarray, leaf: Any, layer: int | None) -> bool:
+    """Whether a base's weight is this value, rounded; of mere shapes, whether it fits."""
+    shape, dtype = leaf_shape(leaf)
+    if value.shape != (shape if layer is None else shape[1:]):
+        return False
+    if any(isinstance(part, jax.ShapeDtypeStruct) for part in jax.tree.leaves(leaf)):
+        return True
+    own = leaf if layer is None else jax.tree.map(lambda x: x[layer], leaf)
+    if isinstance(own, QuantizedTensor) and not own.flat:
+        again = quantize(jnp.asarray(value, dtype), config_of(own), contracting=own.contracting)
+        pairs = zip(jax.tree.leaves(own), jax.tree.leaves(again), strict=True)
+        return all(np.array_equal(a, b) for a, b in pairs)
+    own = np.asarray(meta.unbox(own))
+    # Rounded to the type of either: a base in float32 may have been trained in bfloat16.
+    return any(np.array_equal(own.astype(t), value.astype(t)) for t in (own.dtype, value.dtype))
+
+
+def _read_whole(path: str, leaf: Any, layouts: Layouts | None, take: Any) -> Any:
+    shape, _ = leaf_shape(leaf)
+    keys, stacked = whole_keys(path, shape, layouts)
+    own = shape[1:] if stacked else shape
+    values = [take(key, own[::-1] if is_kernel(path) else own) for key in keys]
+    values = [v.T if is_kernel(path) else v for v in values]
+    return jnp.asarray(np.stack(values) if stacked else values[0])
+
+
+def _take(
+    file: Any, unread: set[str], directory: Path, key: str, shape: tuple[int, ...]
+) -> np.ndarray:
+    if key not in unread:
+        raise InputError(
+            f"{directory / WEIGHTS_FILE}: no tensor {key}, which the config and this base call"
+            f" for; there is, for example, {min(unread, default='nothing')}"
+        )
+    unread.remove(key)
+    tensor = file.get_tensor(key)
+    if tensor.shape != shape:
+        raise InputError(
+            f"{directory / WEIGHTS_FILE}: {key} has shape {tensor.shape}, this base needs {shape};"
+            " the adapter was made for another base"
+        )
+    return tensor
+
+
+def _unexpected(directory: Path, keys: list[str]) -> str:
+    features = {"lora_embedding": "an adapted embedding"}
+    found = next((v for k, v in features.items() if any(k in key for key in keys)), None)
+    what = f"{found} is not supported" if found else "the adapter was made for another base"
+    return f"{directory / WEIGHTS_FILE}: {len(keys)} tensors have no place, {keys[0]} first; {what}"
+
+
+def _weights_file(directory: Path) -> Path:
+    path = directory / WEIGHTS_FILE
+    pickled = directory / "adapter_model.bin"
+    return pickled if pickled.exists() and not path.exists() else path

@@ -1,0 +1,190 @@
+"""Adapters written as PEFT does it.
+
+A directory holds `adapter_config.json` and `adapter_model.safetensors`; the keys are
+`base_model.model.<dotted module>.lora_A.weight` (rank, d_in) and `.lora_B.weight`
+(d_out, rank), a pair for every single layer.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp  # noqa: F401 (the example uses it)
+import numpy as np
+
+from .._config import LoraConfig
+from .._errors import InputError
+from .._files import atomic_directory, atomic_file, write_tensors
+from .._names import is_kernel
+from .._tree import leaves_with_path
+from .._typing import Params
+from ..lora import Layouts, is_embedding, is_target, is_within, paths_of_layers, rule_for
+from ._peft import CONFIG_FILE, WEIGHTS_FILE, config_to_peft, module_key, whole_keys
+
+
+def save_adapter(
+    directory: str | Path,
+    adapter: Params,
+    config: LoraConfig,
+    *,
+    layouts: Layouts | None = None,
+    base_model: str | None = None,
+) -> None:
+    """Write an adapter as PEFT does; PEFT, vLLM and others load it.
+
+    Stacked layers are written one by one, each trimmed to its own rank; layers without an
+    adapter are left out.  Files appear whole or not at all.
+
+    Args:
+        directory: Where to; an adapter already there is replaced.
+        adapter: As from `init_adapter`.
+        config: The config it was made with.
+        layouts: The layouts it was made with.
+        base_model: Name or path of the base, for the file's `base_model_name_or_path`.
+
+    Raises:
+        InputError: if the adapter is not the config's (its modules, ranks, scaling), if a
+            part of it cannot be written (an adapted embedding, a layer without a name), or if
+            the disk is full.
+
+    Example:
+        >>> import jax, tempfile
+        >>> from lora_jax import init_adapter
+        >>> from lora_jax.adapters import load_adapter
+        >>> base = {"q_proj": {"kernel": jnp.zeros((4, 6))}}
+        >>> config = LoraConfig(r=2, target_modules=["q_proj"])
+        >>> adapter = init_adapter(jax.random.key(0), base, config)
+        >>> with tempfile.TemporaryDirectory() as directory:
+        ...     save_adapter(directory, adapter, config)
+        ...     loaded, _ = load_adapter(directory, base)
+        >>> bool((loaded["q_proj"]["lora_A"] == adapter["q_proj"]["lora_A"]).all())
+        True
+    """
+    directory = Path(directory)
+    _check_saved_modules(adapter, config)
+    tensors = dict(_tensors(adapter, config, layouts))
+    if not tensors:
+        raise InputError("save_adapter: the adapter is empty; nothing was saved")
+    # Sorted as PEFT's are, but for patterns: the first that matches wins.
+    fields = dict(sorted(config_to_peft(adapter, config, base_model).items()))
+    text = json.dumps(fields, indent=2)
+
+    def write(into: Path) -> None:
+        # Both are complete before either takes its place, so that a full disk changes nothing.
+        with atomic_file(into / WEIGHTS_FILE) as weights, atomic_file(into / CONFIG_FILE) as file:
+            write_tensors(weights, tensors)
+            file.write_text(text + "\n")
+
+    if directory.exists():
+        write(directory)
+    else:
+        with atomic_directory(directory) as temporary:
+            write(temporary)
+
+
+def _tensors(
+    adapter: Params, config: LoraConfig, layouts: Layouts | None
+) -> Iterator[tuple[str, np.ndarray]]:
+    leaves = dict(leaves_with_path(adapter))
+    for path, leaf in leaves.items():
+        name = path.rsplit("/", 1)[-1]
+        if "lora_" not in name:
+            yield from _whole_tensors(path, np.asarray(leaf), layouts)
+        elif name.endswith("lora_A"):
+            yield from _pair_tensors(path, leaves, config, layouts)
+
+
+def _pair_tensors(
+    path_a: str, leaves: dict[str, Any], config: LoraConfig, layouts: Layouts | None
+) -> Iterator[tuple[str, np.ndarray]]:
+    prefix = path_a.removesuffix("lora_A")
+    parts = [f"{prefix}lora_{x}" for x in ("A", "B", "scaling")]
+    if missing := [part for part in parts if part not in leaves]:
+        raise InputError(f"save_adapter: the adapter has {path_a} but no {missing[0]}")
+    a, b, scalings = (np.asarray(leaves[part]) for part in parts)
+    # `w_lora_A` belongs to the raw parameter `w`, `lora_A` to the module itself.
+    of_module = not prefix or prefix.endswith("/")
+    module = prefix.removesuffix("/" if of_module else "_")
+    param = f"{module}/kernel" if of_module else module
+    if not module or is_embedding(param):
+        what = "an adapter on an embedding" if module else "a layer without a name"
+        raise InputError(f"{path_a}: {what} cannot be saved in PEFT's format; exclude it")
+    layout = rule_for(layouts, param)
+    if a.ndim != 2 + (layout.stack is not None):
+        raise InputError(
+            f"{path_a} has shape {a.shape}: pass the layouts the adapter was made with"
+        )
+    lengths = _magnitudes(prefix, leaves, config)
+    if layout.stack is None:
+        a, b, scalings = a[None], b[None], scalings[None]
+        lengths = None if lengths is None else lengths[None]
+    for i, name in enumerate(paths_of_layers(module, layout, a.shape)):
+        rank, expected = config.rank(name), config.scaling(name)
+        if is_target(name, param, config) != bool(scalings[i]):
+            has, gives = ("an", "none") if scalings[i] else ("no", "one")
+            raise InputError(
+                f"save_adapter: {name} has {has} adapter, but the config gives it {gives}; pass"
+                " the config the adapter was made with"
+            )
+        if not scalings[i]:
+            continue
+        if not np.isclose(scalings[i], expected, rtol=1e-6):
+            raise InputError(
+                f"{prefix}lora_scaling is {scalings[i]:g} at {name}, but the config gives"
+                f" {expected:g}; pass the config the adapter was made with, and train through"
+                " optim.freeze_base, which leaves the scaling alone"
+            )
+        if rank > a.shape[-1] or a[i, :, rank:].any() or b[i, rank:].any():
+            raise InputError(
+                f"save_adapter: {name} has rank {_used_rank(a[i], b[i])}, but the config gives"
+                f" {rank}; pass the config the adapter was made with"
+            )
+        key = module_key(name)
+        yield f"{key}.lora_A.weight", a[i, :, :rank].T
+        yield f"{key}.lora_B.weight", b[i, :rank].T
+        if lengths is not None:
+            yield f"{key}.lora_magnitude_vector", lengths[i]
+
+
+def _magnitudes(prefix: str, leaves: dict[str, Any], config: LoraConfig) -> np.ndarray | None:
+    """DoRA's lengths of columns, which the config must know of."""
+    lengths = leaves.get(f"{prefix}lora_magnitude")
+    if (lengths is not None) != config.use_dora:
+        has = "no lora_magnitude" if lengths is None else "a lora_magnitude"
+        raise InputError(
+            f"save_adapter: {prefix.removesuffix('/')} has {has}, but the config says"
+            f" use_dora={config.use_dora}; pass the config the adapter was made with"
+        )
+    return None if lengths is None else np.asarray(lengths)
+
+
+def _used_rank(a: np.ndarray, b: np.ndarray) -> int:
+    used = np.flatnonzero(a.any(axis=0) | b.any(axis=1))
+    return int(used[-1]) + 1 if len(used) else a.shape[-1]
+
+
+def _check_saved_modules(adapter: Params, config: LoraConfig) -> None:
+    """Whole modules of the adapter are the config's, and the other way round."""
+    whole = [p for p, _ in leaves_with_path(adapter) if "lora_" not in p.rpartition("/")[2]]
+    found = {p: [n for n in config.modules_to_save or [] if is_within(p, n)] for p in whole}
+    for path, names in found.items():
+        if not names:
+            raise InputError(
+                f"save_adapter: the adapter holds {path} whole, but the config's modules_to_save"
+                f" {config.modules_to_save} does not name it; pass the config it was made with"
+            )
+    named = {name for names in found.values() for name in names}
+    if missing := set(config.modules_to_save or []) - named:
+        raise InputError(
+            f"save_adapter: modules_to_save {min(missing)!r} is not in the adapter; pass the config"
+            " it was made with"
+        )
+
+
+def _whole_tensors(
+    path: str, leaf: np.ndarray, layouts: Layouts | None
+) -> Iterator[tuple[str, np.ndarray]]:
+    keys, stacked = whole_keys(path, leaf.shape, layouts)
+    for key, value in zip(keys, leaf if stacked else leaf[None], strict=True):
+        yield key, value.T if is_kernel(path) else value

@@ -1,0 +1,84 @@
+"""Runs whose adapter starts from the weights, and what they leave: a plain adapter."""
+
+import json
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lora_jax import QuantConfig, combine, lora_linen
+from lora_jax.adapters import load_adapter
+from lora_jax.models import load_pretrained
+from lora_jax.quant import QuantizedTensor
+from lora_jax.train import prepare, prepare_abstract, run
+
+IDS = jnp.arange(3, 27).reshape(2, 12)
+
+
+@pytest.mark.parametrize(
+    ("fields", "quant"),
+    [
+        ({"init_lora_weights": "pissa", "use_dora": True, "lora_alpha": 12}, None),
+        ({"init_lora_weights": "loftq"}, QuantConfig()),
+    ],
+)
+def test_its_adapter_goes_with_the_base_as_it_is(make_config, base_dir, fields, quant):
+    config = make_config(lora={"r": 4, **fields}, quant=quant, train={"steps": 2})
+    job = prepare(config)
+    result = run(job)
+    trained = combine(job.base, result.trainable)
+    expected = lora_linen(job.pretrained.module).apply({"params": trained}, IDS)
+    written = json.loads((result.directory / "adapter" / "adapter_config.json").read_text())
+    assert written["init_lora_weights"] is True and not written["loftq_config"]
+    assert written["r"] == (8 if quant is None else 4)
+    base = load_pretrained(base_dir, quant=quant)
+    adapter, _ = load_adapter(result.directory / "adapter", base.params, layouts=base.layouts)
+    params = combine(base.params, adapter)
+    ours = lora_linen(base.module).apply({"params": params}, IDS)
+    np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+def test_what_is_no_target_is_quantized_too(make_config):
+    lora = {"init_lora_weights": "loftq", "target_modules": ["q_proj"]}
+    job = prepare(make_config(lora=lora, quant=QuantConfig(head="int8")))
+    layer = job.base["model"]["layers"]
+    kernels = (layer["self_attn"]["q_proj"], layer["mlp"]["up_proj"], job.base.get("lm_head"))
+    for module in kernels:
+        assert module is None or isinstance(module["kernel"], QuantizedTensor)
+
+
+@pytest.mark.parametrize(
+    ("lora", "quant"),
+    [
+        ({"init_lora_weights": "olora"}, None),
+        ({"init_lora_weights": "loftq"}, QuantConfig()),
+        ({"use_dora": True}, QuantConfig()),
+        ({"target_modules": ["q_proj"], "modules_to_save": ["norm"]}, None),
+    ],
+)
+def test_shapes_are_those_of_the_run(make_config, lora, quant):
+    """A plan sees what a run will have, with nothing computed."""
+    config = make_config(lora=lora, quant=quant)
+    real, planned = prepare(config), prepare_abstract(config)
+    for ours, shapes in ((real.base, planned.base), (real.trainable, planned.trainable)):
+        assert jax.tree.structure(ours) == jax.tree.structure(shapes)
+        pairs = zip(jax.tree.leaves(ours), jax.tree.leaves(shapes), strict=True)
+        assert all((x.shape, x.dtype) == (y.shape, y.dtype) for x, y in pairs)
+    assert real.counts() == planned.counts()
+
+
+@pytest.mark.parametrize(
+    ("lora", "message"),
+    [
+        ({"init_lora_weights": "pissa"}, "'pissa' over a quantized base .* use 'loftq'"),
+        (
+            {"init_lora_weights": "loftq", "loftq_config": {"loftq_iter": 2}},
+            "after more than one loftq_iter the base is another",
+        ),
+    ],
+)
+def test_a_base_that_nobody_could_make_again(make_config, message_of, lora, message):
+    said = message_of(prepare, make_config(lora=lora, quant=QuantConfig()))
+    assert re.search(message, said)
