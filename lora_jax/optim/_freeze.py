@@ -21,7 +21,8 @@ def freeze_base(
 
     `optax.masked` alone passes the gradients of masked-out leaves through as their updates,
     so applying them would move frozen weights up their gradient.  Here their updates are
-    zero, and `tx` keeps no state for them.
+    zero, and `tx` keeps no state for them.  It may read them: what has a use for extra
+    arguments gets their weights as `frozen_params`.
 
     Args:
         tx: Any optax transformation.
@@ -58,6 +59,8 @@ def freeze_base(
         if params is not None:
             # Zeros like the weights, not the updates: integers have no gradient of their type.
             weights, frozen = partition(params, chosen)
+            # Those that a `freeze_base` around this one holds are frozen here too.
+            extra["frozen_params"] = combine(extra.get("frozen_params", {}), frozen)
         moved: Any
         moved, state = tx.update(trainable, state, weights, **extra)
         leaves = dict(leaves_with_path(combine(jax.tree.map(_no_change, frozen), moved)))

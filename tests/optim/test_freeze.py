@@ -163,3 +163,23 @@ def test_the_structure_of_the_tree_is_kept():
     after = steps(freeze_base(optax.adam(0.1)), params, 2)
     assert jax.tree.structure(after) == jax.tree.structure(params)
     assert_frozen(params, after)
+
+
+def test_what_it_wraps_may_read_the_frozen_weights():
+    """Those of every `freeze_base` around it, unless there are no weights at all."""
+    seen = []
+
+    def update(updates, state, params=None, **extra):
+        seen.append((params, extra.get("frozen_params")))
+        return updates, state
+
+    reader = optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
+    inner = freeze_base(reader, lambda p: {"q": {name: name == "lora_B" for name in p["q"]}})
+    params = {"q": tree()["q"]}
+    tx = freeze_base(optax.chain(optax.clip_by_global_norm(1.0), inner))
+    for weights in (params, None):
+        tx.update(gradients(params), tx.init(params), weights)
+    (read, frozen), nothing = seen
+    assert list(read["q"]) == ["lora_B"]
+    assert sorted(frozen["q"]) == ["kernel", "lora_A", "lora_scaling"]
+    assert frozen["q"]["kernel"] is params["q"]["kernel"] and nothing == (None, None)
