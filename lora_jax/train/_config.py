@@ -12,6 +12,10 @@ from .._errors import InputError
 from .._quant_config import QuantConfig
 from ._schema import apply_overrides, read_dataclass, read_yaml, to_plain
 
+LORA_OPTIMIZERS = ("lora_plus", "lora_fa", "riemannian")
+"""Those that treat the two factors of an adapter differently, so need one."""
+_OPTIONS_OF = {"lora_plus": "lora_plus_ratio", "riemannian": "riemannian_damping"}
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelSection:
@@ -81,8 +85,13 @@ class TrainSection:
     batch_size: int = 8
     accumulate: int = 1
     """Batches whose gradients make one step, weighted by their trained tokens."""
-    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
-    """`adamw_8bit` keeps 2.03 bytes per trained parameter, `adamw` 8."""
+    optimizer: Literal["adamw", "adamw_8bit", "lora_plus", "lora_fa", "riemannian"] = "adamw"
+    """`adamw_8bit` keeps 2.03 bytes per trained parameter, the others 8. Those of LoRA are AdamW
+    too: with a faster `lora_B`, with `lora_A` frozen, or with each factor scaled by the other."""
+    lora_plus_ratio: float = 16.0
+    """Learning rate of `lora_B` over that of `lora_A`."""
+    riemannian_damping: float = 1e-2
+    """Added to the diagonal of each factor's Gram matrix."""
     offload_optimizer: bool = False
     """Keep the optimizer's state in host memory between updates."""
     learning_rate: float = 2e-4
@@ -116,7 +125,7 @@ class TrainSection:
                 raise InputError(f"train.{name}: must be at least 1, got {getattr(self, name)}")
         if max(self.steps or 0, self.epochs) >= 2**31:
             raise InputError("train.steps: more than 2^31 steps or epochs; give fewer")
-        for name in ("learning_rate", "epochs", "clip_norm"):
+        for name in ("learning_rate", "epochs", "clip_norm", *_OPTIONS_OF.values()):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise InputError(f"train.{name}: must be a number above 0, got {value}")
@@ -133,6 +142,16 @@ class TrainSection:
             raise InputError(f"train.seed: must be from 0 to 2^63 - 1, got {self.seed}")
         if self.patience and not self.eval_every:
             raise InputError("train.patience: needs train.eval_every, the steps between looks")
+        for optimizer, name in _OPTIONS_OF.items():
+            if getattr(self, name) != getattr(type(self), name) and self.optimizer != optimizer:
+                got = self.optimizer
+                raise InputError(f"train.{name}: goes with optimizer {optimizer}, got {got}")
+        if self.method == "full" and self.optimizer in LORA_OPTIMIZERS:
+            got = self.optimizer
+            raise InputError(
+                f"train.optimizer: {got} goes with method lora, whose factors it scales; use adamw"
+                " or adamw_8bit"
+            )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -30,6 +30,7 @@ from ..models import (
     load_without_weights,
     quantize_params,
 )
+from ..optim._lora_fa import without_lora_a
 from ..transform import LoraLinen, lora_linen
 from ._config import DataSection, ModelSection, RunConfig
 
@@ -65,7 +66,11 @@ class Setup:
         """From the trained tree to booleans: what the optimizer may move."""
         if self.config.train.method == "full":
             return lambda params: map_with_path(lambda path, _: True, params)
-        return lambda params: trainable_mask(params, self.config.lora)
+
+        def chosen(params: Params) -> Params:
+            return trainable_mask(params, self.config.lora)
+
+        return without_lora_a(chosen) if self.config.train.optimizer == "lora_fa" else chosen
 
     def counts(self) -> dict[str, int]:
         """Parameters and bytes: trainable and frozen (four-bit weights counted unpacked)."""
@@ -73,7 +78,8 @@ class Setup:
         trainable = {path: x for path, x in leaves_with_path(self.trainable) if chosen[path]}
         frozen = [x for _, x in leaves_with_path(self.base)]
         # Of stacked layers, the padding to a common rank is no parameter.
-        adapted = sum(sum(t.ranks) * (t.d_in + t.d_out) for t in self.targets)
+        trains_a = self.config.train.optimizer != "lora_fa"
+        adapted = sum(sum(t.ranks) * (trains_a * t.d_in + t.d_out) for t in self.targets)
         whole = [x.size for path, x in trainable.items() if not path.endswith(("lora_A", "lora_B"))]
         return {
             "trainable": adapted + sum(whole),

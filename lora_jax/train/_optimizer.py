@@ -1,11 +1,12 @@
 """The optimizer a config asks for."""
 
 from collections.abc import Callable
+from typing import Any
 
 import optax
 
 from .._typing import Params
-from ..optim import adam_8bit, freeze_base
+from ..optim import adam_8bit, freeze_base, lora_fa, lora_plus, riemannian
 from ._config import TrainSection
 
 
@@ -32,17 +33,34 @@ def learning_rate(config: TrainSection, steps: int) -> optax.Schedule:
 def make_optimizer(
     config: TrainSection, steps: int, mask: Callable[[Params], Params]
 ) -> optax.GradientTransformationExtraArgs:
-    """Clipping, then AdamW on the leaves where `mask` is true; the others never move.
+    """Clipping, then the config's AdamW on the leaves where `mask` is true; the others never move.
 
     Args:
-        mask: From the trained tree to booleans (see `trainable_mask`).
+        mask: From the trained tree to booleans: what is clipped, and may move (`Setup.mask`).
     """
     norm = config.clip_norm
     clip = optax.identity() if norm is None else optax.clip_by_global_norm(norm)
-    adam = {"adamw": optax.adamw, "adamw_8bit": adam_8bit}[config.optimizer](
+    adam = _ADAMS[config.optimizer](
         learning_rate(config, steps),
         b1=config.beta1,
         b2=config.beta2,
         weight_decay=config.weight_decay,
+        **_options(config),
     )
     return freeze_base(optax.chain(clip, adam), mask)
+
+
+_ADAMS: dict[str, Callable[..., Any]] = {
+    "adamw": optax.adamw,
+    "adamw_8bit": adam_8bit,
+    "lora_plus": lora_plus,
+    "lora_fa": lora_fa,
+    "riemannian": riemannian,
+}
+
+
+def _options(config: TrainSection) -> dict[str, float]:
+    return {
+        "lora_plus": {"ratio": config.lora_plus_ratio},
+        "riemannian": {"damping": config.riemannian_damping},
+    }.get(config.optimizer, {})

@@ -65,6 +65,20 @@ def test_words_win_over_the_file(load):
             "train: {method: qlora}",
             "train.method: got 'qlora' (did you mean 'lora'?); use lora, full",
         ),
+        ("train: {optimizer: lora_puls}", "got 'lora_puls' (did you mean 'lora_plus'?)"),
+        ("train: {lora_plus_ratio: 0}", "train.lora_plus_ratio: must be a number above 0, got 0"),
+        (
+            "train: {lora_plus_ratio: 2}",
+            "train.lora_plus_ratio: goes with optimizer lora_plus, got",
+        ),
+        (
+            "train: {optimizer: lora_fa, riemannian_damping: 1}",
+            "train.riemannian_damping: goes with optimizer riemannian, got lora_fa",
+        ),
+        (
+            "train: {optimizer: lora_fa, method: full}",
+            "train.optimizer: lora_fa goes with method lora, whose factors it scales; use adamw",
+        ),
         ("train: {method: full}\nquant: {}", "quant: full training needs dense weights"),
         ("train: {method: full, adapter: a}", "train.adapter: goes with method lora"),
         ("model: {dtype: float8}", "model.dtype: got 'float8'"),

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lora_jax import trainable_mask
+from lora_jax.optim import lora_fa, lora_plus, riemannian
 from lora_jax.train import TrainSection, make_optimizer
 from lora_jax.train._optimizer import learning_rate
 
@@ -73,3 +75,28 @@ def test_eight_bits_are_adam_8bit():
     np.testing.assert_allclose(updates["lora_A"], -0.1 * (1 + 0.2), rtol=1e-5)
     assert not updates["kernel"].any()
     assert sum(leaf.nbytes for leaf in jax.tree.leaves(state)) <= 2.1 * 64 * 64
+
+
+@pytest.mark.parametrize(
+    ("name", "make", "option"),
+    [
+        ("lora_plus", lora_plus, {"ratio": 4.0}),
+        ("lora_fa", lora_fa, {}),
+        ("riemannian", riemannian, {"damping": 0.5}),
+    ],
+)
+def test_loras_own_are_those_of_optim(name, make, option):
+    options = {"learning_rate": 0.1, "weight_decay": 0.2}
+    config = TrainSection(
+        **{"optimizer": name, **options, **{f"{name}_{key}": x for key, x in option.items()}},
+        schedule="constant", warmup=0.0, clip_norm=None,
+    )  # fmt: skip
+    a, b = jnp.arange(6.0).reshape(3, 2), jnp.arange(8.0).reshape(2, 4)
+    adapter = {"q": {"lora_A": a, "lora_B": b, "lora_scaling": jnp.float32(2.0)}}
+    grads = jax.tree.map(jnp.cos, adapter)
+    tx, plain = make_optimizer(config, 10, trainable_mask), make(**options, **option)
+    updates, _ = tx.update(grads, tx.init(adapter), adapter)
+    expected, _ = plain.update(grads, plain.init(adapter), adapter)
+    for factor in ("lora_A", "lora_B"):
+        np.testing.assert_allclose(updates["q"][factor], expected["q"][factor], rtol=1e-5)
+    assert updates["q"]["lora_B"].any() and not updates["q"]["lora_scaling"]
