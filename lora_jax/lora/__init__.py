@@ -23,6 +23,7 @@ from ._merge import merge_adapter as merge_adapter
 from ._merge import unmerge_adapter as unmerge_adapter
 from ._start import init_with_base as init_with_base
 from ._start import without_start as without_start
+from ._targets import TRAINED as TRAINED
 from ._targets import Target as Target
 from ._targets import adapter_names as adapter_names
 from ._targets import check_untied as check_untied

@@ -16,6 +16,7 @@ from .._typing import Params
 from ..adapters import load_adapter
 from ..data import Examples, Rows, build_examples, read_rows
 from ..lora import (
+    TRAINED,
     Layouts,
     Target,
     find_targets,
@@ -80,7 +81,9 @@ class Setup:
         # Of stacked layers, the padding to a common rank is no parameter.
         trains_a = self.config.train.optimizer != "lora_fa"
         adapted = sum(sum(t.ranks) * (trains_a * t.d_in + t.d_out) for t in self.targets)
-        whole = [x.size for path, x in trainable.items() if not path.endswith(("lora_A", "lora_B"))]
+        if self.config.lora.use_dora:
+            adapted += sum(t.d_out for t in self.targets for rank in t.ranks if rank)
+        whole = [x.size for path, x in trainable.items() if not path.endswith(TRAINED)]
         return {
             "trainable": adapted + sum(whole),
             "trainable_bytes": tree_bytes(trainable),
