@@ -26,7 +26,6 @@ CASES = {
     "QLoRA, r 16 on all linear": "",
     "the same, embedding and head in NF4": "--quant.embedding nf4 --quant.head nf4",
     "the same, 8-bit AdamW": "--train.optimizer adamw_8bit",
-    "the same, optimizer on the host": "--train.offload_optimizer true",
     "the same, remat names": "--model.remat names",
     "the same, remat dots": "--model.remat dots",
     "the same, remat offload": "--model.remat offload",

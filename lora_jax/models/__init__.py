@@ -2,10 +2,12 @@
 
 from ._attention import attention_path as attention_path
 from ._bundled import bundled_model as bundled_model
+from ._checkpoint import weight_norms as weight_norms
 from ._config import ModelConfig as ModelConfig
 from ._decoder import CausalLM as CausalLM
 from ._decoder import init_cache as init_cache
 from ._generate import generate as generate
+from ._load import NO_FLOAT16 as NO_FLOAT16
 from ._load import Pretrained as Pretrained
 from ._load import abstract_params as abstract_params
 from ._load import load_pretrained as load_pretrained

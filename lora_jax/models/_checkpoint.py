@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,12 +89,17 @@ def read_storage(directory: Path) -> Storage:
         return Storage(dtype, None)
     format = told.get("bnb_4bit_quant_type", "fp4")
     nested = bool(told.get("bnb_4bit_use_double_quant", False))
-    return Storage(dtype, QuantConfig(format, double_quant=nested))
+    try:
+        return Storage(dtype, QuantConfig(format, double_quant=nested))
+    except InputError as error:
+        raise InputError(f"{path}: quantization_config: {error}") from None
 
 
 def _json(path: Path) -> Mapping[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: cannot read: {error.strerror}") from None
     except ValueError as error:
         raise InputError(f"{path}: not valid JSON ({error}); copy the file again") from None
     if not isinstance(value, dict):
@@ -138,6 +143,26 @@ def checkpoint_entries(directory: Path) -> dict[str, Entry]:
         entries = {k if k == HEAD else f"model.{k}": entry for k, entry in entries.items()}
     entries = {k: entry for k, entry in entries.items() if not k.endswith("rotary_emb.inv_freq")}
     return _with_states(entries)
+
+
+def weight_norms(directory: str | Path, modules: Sequence[str]) -> dict[str, float]:
+    """Frobenius norms of modules' weights, read one at a time.
+
+    Args:
+        directory: A model's.
+        modules: Dotted paths, as in the file.
+
+    Raises:
+        InputError: if the directory holds no such model, or no weight of one of the modules.
+    """
+    entries, norms = checkpoint_entries(Path(directory)), {}
+    for module in modules:
+        entry = entries.get(f"{module}.weight")
+        if entry is None:
+            raise InputError(f"{directory}: has no {module}.weight; the adapter is of another base")
+        weight = entry.read() if entry.state is None else entry.read_quantized().unbox()
+        norms[module] = float(np.linalg.norm(np.asarray(weight, np.float32)))
+    return norms
 
 
 def _with_states(entries: Mapping[str, Entry]) -> dict[str, Entry]:

@@ -29,6 +29,7 @@ from ._checkpoint import (
 from ._config import ModelConfig
 from ._decoder import STACKED, CausalLM
 
+NO_FLOAT16 = "JAX has no float16 attention on CPUs; use bfloat16 or float32"
 _EMBEDDING = "model.embed_tokens.weight"
 _TABLE, _HEAD_KERNEL = "model/embed_tokens/embedding", "lm_head/kernel"
 
@@ -107,7 +108,7 @@ def load_pretrained(
     directory = Path(directory)
     config = read_config(directory)
     if dtype == "float16" and jax.default_backend() == "cpu":
-        raise InputError("dtype: JAX has no float16 attention on CPUs; use bfloat16 or float32")
+        raise InputError(f"dtype: {NO_FLOAT16}")
     module = CausalLM(config, dtype=float_dtype(dtype, "dtype"), remat=remat)
     if param_dtype is not None:
         float_dtype(param_dtype, "param_dtype")

@@ -13,12 +13,14 @@ import numpy as np
 
 from .._errors import InputError, first_line
 from .._tree import leaves_with_path, tree_bytes
+from ..models import NO_FLOAT16
 from ..quant import QuantizedTensor
 from ..train import RunConfig, Setup, make_program, prepare_abstract
 from ._count import count
 from ._hlo import parse
 from ._targets import Target, gpu_text
 
+NOT_COMPILED = "not compiled: too large without temporaries"
 STEPS = 1000
 """Steps of a run whose config leaves them to its data; they only shape the learning rate."""
 
@@ -32,23 +34,26 @@ def compile_plan(config: RunConfig, target: Target, at_most: float | None = None
         InputError: for whatever in the config does not fit the model, and for a compiler that is
             not installed.
     """
+    if target.platform == "cpu" and config.model.dtype == "float16":
+        raise InputError(f"model.dtype: {NO_FLOAT16}")
     device = _devices(target)[0]
     begin = time.perf_counter()
     setup = prepare_abstract(config)
     step, init = make_program(_without_offload(setup), config.train.steps or STEPS)
     state = jax.eval_shape(init, setup.trainable)
-    traced = step.trace(*_placed(setup, state, device))
+    given = _placed(setup, state, device)
+    traced = step.trace(*given)
     counts = count(traced.jaxpr)
     owners = {
         **_base_bytes(setup),
         "adapter": 0 if config.train.method == "full" else tree_bytes(setup.trainable),
-        "optimizer": 0 if config.train.offload_optimizer else tree_bytes(state.opt_state),
+        "optimizer": _bytes_on_device(given[0].opt_state),
         "gradients": sum(4 * x.size for x in jax.tree.leaves(setup.trainable)),
         "activations": counts.kept,
     }
     floor = sum(owners.values())
     if at_most is not None and floor > at_most:
-        made = {"refused": "not compiled: too large without temporaries", "total": floor}
+        made = {"refused": NOT_COMPILED, "total": floor}
     else:
         made = _compiled(traced, target)
     c = setup.config
@@ -60,12 +65,13 @@ def compile_plan(config: RunConfig, target: Target, at_most: float | None = None
             "accumulate": c.train.accumulate,
             "max_length": c.data.seq_length,
             "dtype": c.model.dtype,
-            "param_dtype": c.model.param_dtype,
+            "param_dtype": _param_dtype(setup),
             "remat": c.model.remat,
             "optimizer": c.train.optimizer,
             "offload_optimizer": c.train.offload_optimizer,
             "loss_chunk": c.train.loss_chunk,
-            "quant": None if c.quant is None else dataclasses.asdict(c.quant),
+            "quant": _quant(setup),
+            "attention": setup.pretrained.attention_path,
             "rank": c.lora.r,
         },
         "owners": owners,
@@ -122,12 +128,18 @@ def _placed(setup: Setup, state: Any, device: Any) -> tuple[Any, Any, Any]:
     return state, base, batches
 
 
+def _bytes_on_device(tree: Any) -> int:
+    """Without what is placed in the host's memory, which a GPU that is not here does not offer."""
+    leaves = jax.tree.leaves(tree)
+    return tree_bytes([x for x in leaves if x.sharding.memory_kind != "pinned_host"])
+
+
 def _compiled(traced: Any, target: Target) -> dict[str, Any]:
     """What the compiler says of the program, or why it refuses it."""
     try:
         compiled = traced.lower().compile()
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        if "RESOURCE_EXHAUSTED" not in str(error) or "hbm" not in str(error).lower():
             raise InputError(f"{target.name}: the compiler fails: {first_line(error)}") from error
         return {"refused": str(error), "total": _needed(str(error))}
     memory, program = compiled.memory_analysis(), parse(compiled.as_text())
@@ -148,15 +160,35 @@ def _compiled(traced: Any, target: Target) -> dict[str, Any]:
 def _needed(refusal: str) -> int | None:
     """Bytes that a compiler says it would need, which it counts in powers of 1024."""
     units = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-    found = re.findall(r"([\d.]+)([KMGT])(?:iB)?\b", refusal)
+    found = re.findall(r"(\d+(?:\.\d+)?)([KMGT])(?:iB)?\b", refusal)
     return round(max((float(x) * units[unit] for x, unit in found), default=0)) or None
+
+
+def _weights(setup: Setup) -> list[Any]:
+    weights = setup.trainable if setup.config.train.method == "full" else setup.base
+    return [leaf for _, leaf in leaves_with_path(weights)]
+
+
+def _param_dtype(setup: Setup) -> str:
+    """Type of the dense weights, whether the config or the checkpoint says so."""
+    dense = [x for x in _weights(setup) if not isinstance(x, QuantizedTensor)]
+    return str(dense[0].dtype)
+
+
+def _quant(setup: Setup) -> dict[str, Any] | None:
+    """How kernels, embedding and head are kept; `stored` if the checkpoint has them so."""
+    if setup.config.quant is not None:
+        return {**dataclasses.asdict(setup.config.quant), "stored": False}
+    stored = [x for x in _weights(setup) if isinstance(x, QuantizedTensor)]
+    if not stored:
+        return None
+    return {"format": stored[0].format, "embedding": None, "head": None, "stored": True}
 
 
 def _base_bytes(setup: Setup) -> dict[str, int]:
     """Bytes of the weights: codes and dense arrays, and the scales of the quantized ones."""
-    weights = setup.trainable if setup.config.train.method == "full" else setup.base
     codes = scales = 0
-    for _, leaf in leaves_with_path(weights):
+    for leaf in _weights(setup):
         of_codes = tree_bytes(leaf.codes) if isinstance(leaf, QuantizedTensor) else tree_bytes(leaf)
         codes += of_codes
         scales += tree_bytes(leaf) - of_codes

@@ -3,7 +3,6 @@
 import collections
 import dataclasses
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -26,7 +25,8 @@ def count(jaxpr: Any) -> Counts:
     """The multiplications of a jaxpr, and what its forward loops keep for its backward loops.
 
     A product of (m, k) and (k, n) is 2·m·k·n FLOPs; what is in a loop counts once for each turn.
-    What is not a product of matrices is not counted.
+    What is not a product of matrices is not counted, nor what a kernel does in its grid, nor the
+    turns of a `while`; of alternatives the least counts.
 
     Args:
         jaxpr: A `ClosedJaxpr`, as `jax.make_jaxpr` gives.
@@ -36,28 +36,29 @@ def count(jaxpr: Any) -> Counts:
         >>> count(jax.make_jaxpr(jnp.dot)(jnp.ones((2, 3)), jnp.ones((3, 5)))).flops
         {'float32': 60}
     """
-    flops: collections.Counter[str] = collections.Counter()
-    for eqn, times in _products(jaxpr.jaxpr, 1):
-        flops[eqn.invars[0].aval.dtype.name] += times * _flops(eqn)
+    flops = _products(jaxpr.jaxpr)
     kept = [aval for aval in _kept(jaxpr.jaxpr)]
     host = sum(_bytes(aval) for aval in kept if aval.memory_space == jax.memory.Space.Host)
     return Counts(dict(flops), sum(map(_bytes, kept)) - host, host)
 
 
-def _products(jaxpr: Any, times: int) -> Iterator[tuple[Any, int]]:
-    """Every product of matrices, with how often it is computed."""
+def _products(jaxpr: Any) -> collections.Counter[str]:
+    """FLOPs of all products of matrices; of alternatives those of the least."""
+    flops: collections.Counter[str] = collections.Counter()
     for eqn in jaxpr.eqns:
         if eqn.primitive.name in ("dot_general", "conv_general_dilated"):
-            yield eqn, times
+            flops[eqn.invars[0].aval.dtype.name] += _flops(eqn)
+        found = [_products(inner) for inner in _inner(eqn)]
+        if eqn.primitive.name == "cond":
+            found = [min(found, key=lambda branch: branch.total())]
         turns = eqn.params["length"] if eqn.primitive.name == "scan" else 1
-        for inner in _inner(eqn):
-            yield from _products(inner, times * turns)
+        for inner in found:
+            flops.update({dtype: turns * count for dtype, count in inner.items()})
+    return flops
 
 
 def _inner(eqn: Any) -> list[Any]:
-    """The jaxprs that an equation runs; of alternatives only the last, the default."""
-    if eqn.primitive.name == "cond":
-        return [_open(eqn.params["branches"][-1])]
+    """The jaxprs that an equation runs."""
     if eqn.primitive.name.startswith("custom_"):
         # Functions for their derivatives lie beside what is computed.
         bodies = [eqn.params.get(name) for name in ("call", "call_jaxpr", "fun_jaxpr")]

@@ -26,6 +26,10 @@ _INSTRUCTION = re.compile(rf"^  (ROOT )?{_NAME} = ")
 _NAMES = {"bitcast", "get-tuple-element", "tuple", "optimization-barrier", "reshape"}
 _FREE = _NAMES | {"parameter", "constant", "iota", "after-all", "partition-id", "replica-id"}
 _SLICES = {"dynamic-slice", "slice", "gather"}
+_BODIES = (
+    "to_apply", "calls", "called_computations", "branch_computations", "true_computation",
+    "false_computation",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,40 +92,46 @@ class Program:
         has put into another memory.  As much of every value as `cache` bytes hold may still be on
         the chip from when it was made, and does not count either.
         """
+        return round(self._traffic(self.entry, cache))
+
+    def _traffic(self, name: str, cache: float) -> float:
+        """Bytes that a computation moves; of branches the one that moves least."""
         total = 0.0
-        for name, times in self._executed(self.entry, 1):
-            for instruction in self.computations[name].values():
-                total += times * self._moved(name, instruction, cache)
-        return round(total)
+        for x in self.computations[name].values():
+            if x.opcode == "while":
+                body = x.called("body")[0]
+                total += self._turns(x) * self._traffic(body, cache)
+            elif x.opcode == "conditional":
+                total += min(self._traffic(branch, cache) for branch in x.called(*_BODIES))
+            elif x.opcode in ("call", "async-start"):
+                total += sum(self._traffic(body, cache) for body in x.called(*_BODIES))
+            else:
+                total += self._moved(name, x, cache)
+        return total
 
     def collectives(self) -> list[Collective]:
         """The exchanges between devices, by kind."""
         found: dict[str, list[int]] = collections.defaultdict(lambda: [0, 0, 0])
-        for name, times in self._executed(self.entry, 1, everything=True):
+        for name, times in self._executed(self.entry, 1):
             for x in self.computations[name].values():
                 kind = x.opcode.removesuffix("-start")
                 if kind in COLLECTIVES:
-                    size = max(shape.bytes for shape in x.shapes) if x.shapes else 0
-                    size = x.bytes if x.opcode == kind else size
+                    size = x.bytes if x.opcode == kind else _started_bytes(kind, x)
                     received = round(size * _share(kind, _group(x.attributes)))
                     for i, amount in enumerate((1, size, received)):
                         found[kind][i] += times * amount
         return [Collective(kind, *amounts) for kind, amounts in sorted(found.items())]
 
-    def _executed(
-        self, name: str, times: int, everything: bool = False
-    ) -> Iterator[tuple[str, int]]:
-        """Computations that run by themselves (with `everything`, parts of fusions too)."""
+    def _executed(self, name: str, times: int) -> Iterator[tuple[str, int]]:
+        """Every computation below one, with how often it runs; of branches all."""
         yield name, times
         for x in self.computations[name].values():
             if x.opcode == "while":
                 for body in x.called("body"):
-                    yield from self._executed(body, times * self._turns(x), everything)
-            elif x.opcode in ("call", "conditional", "async-start") or everything:
-                roles = ("to_apply", "calls", "called_computations", "branch_computations",
-                         "true_computation", "false_computation")  # fmt: skip
-                for body in x.called(*roles):
-                    yield from self._executed(body, times, everything)
+                    yield from self._executed(body, times * self._turns(x))
+            else:
+                for body in x.called(*_BODIES):
+                    yield from self._executed(body, times)
 
     def _turns(self, loop: Instruction) -> int:
         """How often a loop turns, where its text tells; otherwise once."""
@@ -134,8 +144,6 @@ class Program:
 
     def _moved(self, computation: str, x: Instruction, cache: float) -> float:
         if x.opcode in _FREE or x.opcode.endswith("-done"):
-            return 0
-        if x.opcode in ("while", "call", "conditional", "async-start"):
             return 0
 
         def visible(shape: Shape, touched: int) -> float:
@@ -171,7 +179,7 @@ class Program:
         if body:
             return min(size, self._touched(body, i))
         if i == 0 and x.opcode in _SLICES:
-            return x.bytes
+            return min(size, x.bytes)
         if i == 0 and x.opcode in ("dynamic-update-slice", "scatter"):
             return 0
         return size
@@ -187,10 +195,11 @@ class Program:
 
     def _update(self, computation: str, x: Instruction) -> int | None:
         """Bytes that an update in place writes; None for anything else."""
-        if x.opcode != "dynamic-update-slice":
+        at = {"dynamic-update-slice": 1, "scatter": 2}.get(x.opcode)
+        if at is None or len(x.shapes) != 1:
             return None
-        update = self.computations[computation].get(x.operands[1])
-        return None if update is None else update.bytes
+        update = self.computations[computation].get(x.operands[at])
+        return None if update is None else min(update.bytes, x.bytes)
 
     def _written(self, body: str) -> list[tuple[Shape, int | None]]:
         """The results of a fusion, each with the bytes of an update in place or None."""
@@ -315,12 +324,19 @@ def _group(attributes: str) -> int | None:
     return None
 
 
+def _started_bytes(kind: str, x: Instruction) -> int:
+    """Bytes of the result among the shapes of what is started, which tell of its operand too."""
+    sizes = [shape.bytes for shape in x.shapes if shape.bytes > 4] or [0]
+    return min(sizes) if kind == "reduce-scatter" else max(sizes)
+
+
 def _share(kind: str, group: int | None) -> float:
-    """Bytes that come from others, for each byte of the result."""
+    """Bytes that must come from others, for each byte of the result.
+
+    Of a sum the part that a device adds up itself need not come; a switch may add up the rest.
+    """
     n: Any = group or 2
     return {
-        "all-reduce": 2 * (n - 1) / n,
-        "reduce-scatter": n - 1,
         "collective-permute": 1,
         "collective-broadcast": 1,
     }.get(kind, (n - 1) / n)

@@ -32,7 +32,10 @@ _ENVIRONMENT = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_STDERR_LOG_LEVEL": "3",
     "TPU_MIN_LOG_LEVEL": "3",
+    "JAX_TRACEBACK_FILTERING": "off",
 }
+_COMPILING = ("XLA_", "JAX_", "LIBTPU_", "TPU_")
+"""Beginnings of variables that change what is compiled."""
 _COMPILERS = {
     "tpu": ("libtpu", "plan-tpu"),
     "cuda": ("jax_plugins.xla_cuda13", "plan-gpu"),
@@ -84,6 +87,11 @@ class Plan:
         return self.refused is None and self.total <= self.limit
 
     @property
+    def compiled(self) -> bool:
+        """Whether the sizes are those of a program, and not what it needs without temporaries."""
+        return self.refused is None or not self.refused.startswith("not compiled")
+
+    @property
     def bounds(self) -> dict[str, float]:
         """Seconds that a step takes at least, by what limits it: a roofline, not a prediction.
 
@@ -93,8 +101,7 @@ class Plan:
         device = self.target.device
         if not device.bandwidth:
             return {}
-        half = ("bfloat16", "float16")
-        compute = sum(n / (device.bf16 if t in half else device.f32) for t, n in self.flops.items())
+        compute = sum(n / device.rate(dtype) for dtype, n in self.flops.items())
         bounds = {"compute": compute, "memory": (self.traffic or 0) / device.bandwidth}
         received = sum(x["received"] for x in self.collectives)
         return bounds | ({"links": received / device.link} if received else {})
@@ -148,11 +155,13 @@ def plan(
     text, where = _text(config)
     request = {"text": text, "where": where, "overrides": list(overrides), "target": target}
     request["at_most"] = at_most
-    entry = _cache() / f"{_key(request, goal)}.json"
-    made = _kept(entry)
+    # What was compiled in full answers for any limit.
+    keys = [_key({**request, "at_most": limit}, goal) for limit in dict.fromkeys((None, at_most))]
+    entries = [_cache() / f"{key}.json" for key in keys]
+    made = next(filter(None, map(_kept, entries)), None)
     if made is None:
         made = _compile(request, goal)
-        _keep(entry, made)
+        _keep(entries[0 if "arguments" in made["compiled"] else -1], made)
     return _plan(goal, made)
 
 
@@ -245,11 +254,13 @@ def _ending(code: int, errors: str) -> str:
     how = f"with exit status {code}"
     if code < 0:
         how = f"by {signal.Signals(-code).name}"
+    if code == -signal.SIGKILL:
+        said = "this computer's memory may be too small to compile in"
     return f"the compiler's process ended {how}: {said[:300]}"
 
 
 def _cache() -> Path:
-    home = os.environ.get("XDG_CACHE_HOME") or str(Path("~/.cache").expanduser())
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return Path(home, "lora_jax", "plans")
 
 
@@ -263,6 +274,7 @@ def _key(request: Mapping[str, Any], target: Target) -> str:
         "device": dataclasses.asdict(target),
         "package": hashlib.sha256(b"".join(sources)).hexdigest(),
         "versions": [_version(name) for name in names],
+        "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith(_COMPILING)},
     }
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 

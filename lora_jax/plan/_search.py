@@ -1,5 +1,6 @@
 """Smaller runs: the least change to a config that a machine holds, and memory over a grid."""
 
+import itertools
 import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -35,30 +36,40 @@ def search(
         The words to add to the overrides, and their plan.
     """
 
-    def attempt(words: Words) -> Plan:
-        made = plan(config, target, [*overrides, *words], at_most=start.limit)
+    def attempt(words: Words) -> Plan | None:
+        try:
+            made = plan(config, target, [*overrides, *words], at_most=start.limit)
+        except InputError:  # a change that this run cannot have
+            return None
         tell(made, words)
         return made
 
     steps = list(changes(start))
     for words in steps:
-        if (made := attempt(words)).fits:
+        made = attempt(words)
+        if made is not None and made.fits:
             return words, made
     taken: list[Words] = []
+    least = start
     for words in steps:
-        taken = [x for x in taken if x[0] != words[0]] + [words]
-        if len(taken) > 1 and (made := attempt(sum(taken, ()))).fits:
-            return _without_idle(taken, made, attempt)
+        more = [x for x in taken if x[0] != words[0]] + [words]
+        made = attempt(sum(more, ()))
+        if made is not None and made.fits:
+            return _without_idle(more, made, attempt)
+        # What does not help beside the others is left out again.
+        if made is not None and made.total < least.total:
+            taken, least = more, made
     return None
 
 
 def _without_idle(
-    taken: list[Words], made: Plan, attempt: Callable[[Words], Plan]
+    taken: list[Words], made: Plan, attempt: Callable[[Words], Plan | None]
 ) -> tuple[Words, Plan]:
     """Leave out, one after another, the changes that are not needed."""
     for words in taken[:-1]:
         rest = [x for x in taken if x != words]
-        if (fewer := attempt(sum(rest, ()))).fits:
+        fewer = attempt(sum(rest, ())) if rest else None
+        if fewer is not None and fewer.fits:
             taken, made = rest, fewer
     return sum(taken, ()), made
 
@@ -86,9 +97,10 @@ def changes(start: Plan) -> Iterator[Words]:
         yield "--model.param_dtype", "bfloat16"
     if run["method"] == "lora":
         yield from _fewer_bits(run["quant"])
-    if run["remat"] != "offload":
+    # The memory of a CPU is the host's, and that of a GPU that is not here cannot be told from it.
+    if start.target.platform != "cpu" and run["remat"] != "offload":
         yield "--model.remat", "offload"
-    if not run["offload_optimizer"]:
+    if start.target.platform == "tpu" and not run["offload_optimizer"]:
         yield "--train.offload_optimizer", "true"
     length = run["max_length"]
     while length // 2 >= LEAST_LENGTH:
@@ -98,6 +110,8 @@ def changes(start: Plan) -> Iterator[Words]:
 
 def _fewer_bits(quant: dict[str, Any] | None) -> Iterator[Words]:
     """The kernels in four bits, then the embedding and the head in eight and in four."""
+    if quant is not None and quant["stored"]:
+        return
     kernels = ("--quant.format", "nf4") if quant is None or quant["format"] == "int8" else ()
     if kernels:
         yield kernels
@@ -115,33 +129,42 @@ def sweep(
 ) -> list[Plan]:
     """Plans for every pair of values of two axes, `batch` (rows) and `seq` (tokens in a row).
 
+    A pair that the model or the compiler cannot have is left out.
+
     Args:
         config, target, overrides: As for `plan`.
-        axes: `batch,seq`, or with values of one's own `batch=1:2:4,seq=512:1024`.
+        axes: `batch,seq`, one of them, or with values of one's own `batch=1:2:4,seq=512:1024`.
         tell: Called with every plan.
 
     Raises:
-        InputError: for another axis, or a value that is no whole number above 0.
+        InputError: for another axis, a value that is no whole number above 0, or if no pair can
+            be planned.
     """
-    values = _values(axes)
-    plans = []
-    for batch in values["batch"]:
-        for seq in values["seq"]:
-            words = (_AXES["batch"], str(batch), _AXES["seq"], str(seq))
+    plans, failed = [], None
+    for values in itertools.product(*_values(axes)):
+        words = [word for pair in values for word in pair]
+        try:
             plans.append(plan(config, target, [*overrides, *words]))
-            tell(plans[-1])
+        except InputError as error:
+            failed = failed or error
+            continue
+        tell(plans[-1])
+    if failed is not None and not plans:
+        raise failed
     return plans
 
 
-def _values(axes: str) -> dict[str, list[int]]:
-    values = {"batch": [1, 2, 4, 8], "seq": [512, 1024, 2048, 4096]}
+def _values(axes: str) -> list[list[Words]]:
+    """For every axis that is named, the words of each of its values."""
+    usual = {"batch": "1:2:4:8", "seq": "512:1024:2048:4096"}
+    found = {}
     for part in axes.split(","):
         name, given, numbers = part.partition("=")
-        if name not in _AXES or (given and not re.fullmatch(r"[1-9]\d*(:[1-9]\d*)*", numbers)):
+        numbers = numbers if given else usual.get(name, "")
+        if name not in _AXES or not re.fullmatch(r"[1-9]\d*(:[1-9]\d*)*", numbers):
             raise InputError(
                 f"--sweep: {part!r} is no axis; give batch,seq or values of your own, as in"
                 " batch=1:2:4,seq=512:1024"
             )
-        if given:
-            values[name] = sorted({int(number) for number in numbers.split(":")})
-    return values
+        found[name] = sorted({int(number) for number in numbers.split(":")})
+    return [[(_AXES[name], str(value)) for value in values] for name, values in found.items()]

@@ -9,8 +9,6 @@ _WIDTH = 40
 _EIGHTHS = " ▏▎▍▌▋▊▉"
 # JAX's allocator takes this share of a GPU's memory unless it is told otherwise.
 _BY_DEFAULT = 0.75
-# Okabe and Ito's palette, which colour-blind readers can tell apart.
-_COLOURS = ("#0072B2", "#56B4E9", "#009E73", "#F0E442", "#E69F00", "#D55E00", "#CC79A7", "#999999")
 
 
 def show(plan: Plan) -> str:
@@ -31,6 +29,10 @@ def _lines(plan: Plan) -> Iterator[str]:
         return
     yield f"  a step: {_amounts(plan)}"
     yield f"  {_bound(plan)}"
+    if plan.target.platform == "cuda":
+        yield "  (attention and four bits by XLA; a run tries cuDNN and kernels of its own, too)"
+        if plan.run["offload_optimizer"]:
+            yield "  (offload_optimizer is not planned for GPUs: the state counts as if it stayed)"
     if plan.target.platform == "cuda" and plan.fits and plan.total > _share(plan):
         yield "  JAX takes 75 % of a GPU unless told: set XLA_PYTHON_CLIENT_MEM_FRACTION=0.95"
 
@@ -59,6 +61,8 @@ def _bar(share: float) -> str:
 
 def _verdict(plan: Plan) -> str:
     over, limit = plan.total - plan.limit, plan.limit / 1e9
+    if not plan.compiled:
+        return f"and temporaries, of {limit:.1f}: does not fit (not compiled)"
     if plan.fits:
         return f"of {limit:.1f}: fits, {-over / 1e9:.1f} GB ({-over / plan.limit:.0%}) free"
     if over > 0:
@@ -68,11 +72,20 @@ def _verdict(plan: Plan) -> str:
 
 def _amounts(plan: Plan) -> str:
     flops = sum(plan.flops.values())
-    moved = f"at least {(plan.traffic or 0) / 1e9:,.0f} GB to and from memory"
+    moved = f"at least {_scaled(plan.traffic or 0)}B to and from memory"
     between = [
-        f"{x['count']} {x['kind']} of {x['bytes'] / 1e9:.3f} GB in all" for x in plan.collectives
+        f"{x['count']} {x['kind']} of {_scaled(x['bytes'])}B in all" for x in plan.collectives
     ]
     return ", ".join([f"{flops:.3g} FLOPs", moved, *(between or ["nothing between devices"])])
+
+
+def _scaled(amount: float) -> str:
+    """Three digits and a prefix."""
+    for prefix in ("", "k", "M", "G", "T", "P"):
+        if amount < 1000 or prefix == "P":
+            break
+        amount /= 1000
+    return f"{amount:.3g} {prefix}"
 
 
 def _bound(plan: Plan) -> str:
@@ -121,34 +134,38 @@ def draw(plans: Sequence[Plan], path: str | Path) -> None:
     """
     from matplotlib.figure import Figure
 
-    from .._files import atomic_file
+    from .._drawing import save_figure
 
-    figure = Figure(figsize=(8, 2.4 if len(plans) == 1 else 4.5), layout="constrained")
+    figure = Figure(figsize=(8, 2.8 if len(plans) == 1 else 4.5), layout="constrained")
     axes = figure.subplots()
     (_draw_bar if len(plans) == 1 else _draw_sweep)(axes, plans)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    with atomic_file(Path(path)) as temporary:
-        figure.savefig(temporary, dpi=150, format="png")
+    save_figure(figure, [axes], path)
 
 
 def _draw_bar(axes, plans: Sequence[Plan]) -> None:
+    from .._drawing import COLOURS
+
     (plan,) = plans
     left = 0.0
-    for name, colour in zip(OWNERS, _COLOURS, strict=True):
+    for name, colour in zip(OWNERS, COLOURS, strict=True):
         size = plan.owners[name] / 1e9
         if size >= 0.005:
             axes.barh(0, size, left=left, color=colour, label=f"{name} {size:.2f}")
         left += size
     axes.axvline(plan.limit / 1e9, color="black", linestyle="--")
-    axes.set(xlabel="GB on the device", yticks=[], title="\n".join(_head(plan)))
+    label = f"GB on the device (dashed: {plan.limit / 1e9:.1f})"
+    # The end of a long path is what tells.
+    lines = [line if len(line) < 90 else f"…{line[-88:]}" for line in _head(plan)]
+    axes.set(xlabel=label, yticks=[], title="\n".join(lines))
     axes.title.set_fontsize(9)
-    axes.legend(frameon=False, ncols=4, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.35))
+    axes.figure.legend(frameon=False, ncols=4, fontsize=8, loc="outside lower center")
 
 
 def _draw_sweep(axes, plans: Sequence[Plan]) -> None:
+    from .._drawing import COLOURS
+
     batches, lengths, cells = _grid(plans)
-    for length, colour in zip(lengths, _COLOURS * len(lengths), strict=False):
+    for length, colour in zip(lengths, COLOURS * len(lengths), strict=False):
         line = [(b, cells[b, length].total / 1e9) for b in batches if (b, length) in cells]
         axes.plot(*zip(*line, strict=True), marker="o", color=colour, label=f"{length} tokens")
     axes.axhline(plans[0].limit / 1e9, color="black", linestyle="--", label="the device")

@@ -1,10 +1,12 @@
 """Machines that can be compiled for, and what their makers say of them."""
 
+import contextlib
 import dataclasses
 import math
 import os
 import re
 from collections.abc import Mapping
+from pathlib import Path
 
 from .._errors import InputError, nearest
 
@@ -51,6 +53,12 @@ class Device:
     cache: float
     source: str
     gpu: Gpu | None = None
+
+    def rate(self, dtype: str) -> float:
+        """FLOP per second on operands of a dtype; those of 8 bits are twice as fast at most."""
+        if dtype in ("float32", "float64"):
+            return self.f32
+        return 2 * self.bf16 if "8" in dtype else self.bf16
 
 
 _XLA = "openxla/xla, xla/backends/gpu/target_config/specs"
@@ -109,7 +117,7 @@ TPUS: Mapping[str, TpuKind] = {
     "v4": TpuKind(
         Device("TPU v4", 30.75 * _GIB, 1.228e12, 275e12, 275e12, 300e9, 160 * 2**20,
                f"{_CLOUD}/v4; memory: what the compiler grants"),
-        _CUBES,
+        (*_CUBES, "16x16x16"),
     ),
     "v5e": TpuKind(
         Device("TPU v5e", 15.75 * _GIB, 0.819e12, 197e12, 197e12, 200e9, 128 * 2**20,
@@ -122,7 +130,7 @@ TPUS: Mapping[str, TpuKind] = {
         (*_CUBES, "16x16x16", "16x16x24"),
     ),
     "v6e": TpuKind(
-        Device("TPU v6e", 31.24 * _GIB, 1.6e12, 918e12, 918e12, 400e9, 128 * 2**20,
+        Device("TPU v6e", 31.24 * _GIB, 1.638e12, 918e12, 918e12, 400e9, 128 * 2**20,
                f"{_CLOUD}/v6e; memory: what the compiler grants"),
         _FLAT,
     ),
@@ -158,7 +166,7 @@ def parse_target(text: str) -> Target:
         return Target(text, "cpu", this_machine(), 1)
     if match := re.fullmatch(r"(v\d\w?)(?::(.*))?", text):
         return _tpu(text, match[1], match[2])
-    several = re.fullmatch(r"(.+\d)x(\d+)", text)
+    several = re.fullmatch(r"(.+\d)x([1-9][0-9]?)", text)
     name, count = (several[1], int(several[2])) if several else (text, 1)
     if name in GPUS and 1 <= count <= MOST_GPUS:
         return Target(text, "cuda", GPUS[name], count)
@@ -194,6 +202,8 @@ def _listed() -> str:
 def this_machine() -> Device:
     """The computer that asks; nobody's data sheet tells its speed."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with contextlib.suppress(OSError, ValueError):  # what a container may use of it
+        memory = min(memory, int(Path("/sys/fs/cgroup/memory.max").read_text()))
     return Device("this computer's CPU", memory, 0, 0, 0, 0, 0, "the operating system")
 
 

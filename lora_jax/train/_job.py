@@ -252,7 +252,7 @@ def _check_start(config: RunConfig) -> None:
     """Refuse a start whose base, once it is quantized, nobody could make again."""
     if not _moves_base(config):
         return
-    init, loftq = config.lora.init_lora_weights, config.lora.loftq_config or {}
+    init, loftq = config.lora.init_lora_weights, config.lora.loftq_config
     if init == "loftq" and loftq.get("loftq_iter", 1) > 1:
         raise InputError(
             "lora: loftq_config: after more than one loftq_iter the base is another than quant"

@@ -25,7 +25,13 @@ def make_program(setup: Setup, steps: int) -> tuple[Any, Callable[[Params], Trai
     def init(trainable: Params) -> TrainState:
         key = jax.random.key(c.train.seed)
         return init_state(
-            trainable, tx, key, dtype=c.model.dtype, offload=c.train.offload_optimizer
+            trainable,
+            tx,
+            key,
+            dtype=c.model.dtype,
+            offload=c.train.offload_optimizer,
+            # Two copies of a whole model are one too many.
+            copy=c.train.method != "full",
         )
 
     return step, init

@@ -47,6 +47,7 @@ def init_state(
     *,
     dtype: Any = jnp.float32,
     offload: bool = False,
+    copy: bool = True,
 ) -> TrainState:
     """A state before its first step; it owns copies of the arrays, since steps donate it.
 
@@ -56,8 +57,9 @@ def init_state(
         key: Random key, for dropout.
         dtype: Type of the activations; float16 here or in `trainable` means loss scaling.
         offload: Keep the optimizer's state in host memory between updates.
+        copy: False takes the arrays themselves, which the first step then uses up.
     """
-    trainable = jax.tree.map(jnp.array, trainable)
+    trainable = jax.tree.map(jnp.array if copy else jnp.asarray, trainable)
     dtypes = {jnp.dtype(dtype)} | {leaf.dtype for _, leaf in leaves_with_path(trainable)}
     opt_state = tx.init(as_float32(trainable))
     scale = FIRST_SCALE if jnp.dtype(jnp.float16) in dtypes else 1.0

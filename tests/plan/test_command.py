@@ -16,7 +16,8 @@ def ready(monkeypatch, make_plan):
         small = "--train.batch_size" in words or "--model.remat" in words
         batch, seq = 4, 2048
         if "--data.max_length" in words:
-            batch, seq = int(words[-3]), int(words[-1])
+            given = dict(zip(words[::2], words[1::2], strict=True))
+            batch, seq = int(given["--train.batch_size"]), int(given["--data.max_length"])
         total = (20 if small else 30) * 10**9
         return make_plan({"batch_size": batch, "max_length": seq}, total=total)
 
@@ -47,7 +48,9 @@ def test_json_for_scripts(ready, capsys):
     assert plain["total"] == 20 * 10**9 and plain["fits"] and "fits_with" not in plain
     main(["plan", "x.yaml", "--json"])
     out, err = capsys.readouterr()
-    assert json.loads(out)["fits_with"] == ["--model.remat", "nothing"]
+    plain = json.loads(out)
+    assert plain["fits_with"] == ["--model.remat", "nothing"]
+    assert not plain["fits"] and plain["fits_plan"]["fits"]
     assert "does not fit" in err
 
 
@@ -68,6 +71,7 @@ def test_a_sweep_and_its_picture(ready, capsys, tmp_path):
         (["plan", "nowhere.yaml", "--targt", "h100"], "unknown flag --targt (did you mean"),
         (["plan", "nowhere.yaml", "--sweep", "rows"], "'rows' is no axis"),
         (["plan"], "required: CONFIG.yaml"),
+        (["plan", "x.yaml", "--output", "y"], "takes no --output"),
     ],
 )
 def test_what_it_refuses(capsys, words, message):

@@ -77,6 +77,15 @@ def test_custom_derivatives_count_what_is_computed_alone():
     assert counted(grad, (8, 16), (16, 4)).flops["float32"] == 3 * 1024
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_of_branches_the_least_counts(order):
+    def either(a, b):
+        branches = [lambda a, b: a @ b, lambda a, b: a @ b @ b.T @ b][::order]
+        return jax.lax.cond(a[0, 0] > 0, *branches, a, b)
+
+    assert counted(either, (8, 16), (16, 4)).flops["float32"] == 1024
+
+
 def test_of_platforms_the_default_counts():
     def either(a, b):
         return jax.lax.platform_dependent(a, b, cuda=lambda a, b: a @ b @ b.T @ b, default=jnp.dot)

@@ -80,9 +80,44 @@ def test_what_is_small_already_is_not_made_smaller(machine):
     run = {
         "loss_chunk": 128, "remat": "offload", "batch_size": 1, "optimizer": "adamw_8bit",
         "offload_optimizer": True, "max_length": 512,
-        "quant": {"format": "nf4", "embedding": "nf4", "head": "nf4"},
+        "quant": {"format": "nf4", "embedding": "nf4", "head": "nf4", "stored": False},
     }  # fmt: skip
     assert machine(39, **run) == (None, [])
+
+
+def test_what_a_run_cannot_have_is_passed_over(monkeypatch, make_plan):
+    def plan(config, target, words, *, at_most):
+        if "--model.remat" in words:
+            raise InputError("no such thing here")
+        return make_plan(total=23 * 10**9 if "--train.batch_size" in words else 30 * 10**9)
+
+    monkeypatch.setattr(_search, "plan", plan)
+    words, _ = search("x.yaml", "rtx4090", [], make_plan(total=30 * 10**9))
+    assert words == ("--train.batch_size", "2", "--train.accumulate", "2")
+
+
+def test_what_makes_it_worse_is_left_out(monkeypatch, make_plan):
+    """Each change alone is too little; one of them costs more than it spares."""
+    cost = {"--train.optimizer": 2, "--model.remat": -1, "--train.batch_size": -4}
+    cost |= {"--data.max_length": -3}
+
+    def plan(config, target, words, *, at_most):
+        return make_plan(total=(30 + sum(cost.get(word, 0) for word in words)) * 10**9)
+
+    monkeypatch.setattr(_search, "plan", plan)
+    words, found = search("x.yaml", "rtx4090", [], make_plan(total=30 * 10**9))
+    assert found.fits and "--train.optimizer" not in words
+
+
+def test_what_a_checkpoint_has_in_four_bits_stays_so(make_plan):
+    stored = {"format": "nf4", "embedding": None, "head": None, "stored": True}
+    words = list(_search.changes(make_plan({"quant": stored})))
+    assert not any(name.startswith("--quant") for change in words for name in change)
+
+
+def test_a_cpu_has_no_other_memory(make_plan):
+    words = list(_search.changes(make_plan(target=parse_target("cpu"))))
+    assert not any("offload" in word for change in words for word in change)
 
 
 def test_changes_that_make_a_dense_base_small(make_plan):
@@ -99,13 +134,21 @@ def test_changes_that_make_a_dense_base_small(make_plan):
 
 def test_sweep_asks_for_every_pair(monkeypatch, make_plan):
     def plan(config, target, words):
-        batch, seq = int(words[-3]), int(words[-1])
+        given = dict(zip(words[::2], words[1::2], strict=True))
+        batch = int(given.get("--train.batch_size", 4))
+        seq = int(given.get("--data.max_length", 256))
+        if seq > 2048:
+            raise InputError("data.max_length: 4096 exceeds the model's")
         return make_plan({"batch_size": batch, "max_length": seq}, total=batch * seq)
 
     monkeypatch.setattr(_search, "plan", plan)
     plans = sweep("x.yaml", "rtx4090", ["--lora.r", "4"], "batch=1:3,seq=512")
     assert [p.total for p in plans] == [512, 1536]
-    assert len(sweep("x.yaml", "rtx4090", [], "batch,seq")) == 16
+    # What the model has no positions for is left out, unless nothing else is asked for.
+    assert len(sweep("x.yaml", "rtx4090", [], "batch,seq")) == 12
+    with pytest.raises(InputError, match="4096 exceeds"):
+        sweep("x.yaml", "rtx4090", [], "seq=4096")
+    assert len(sweep("x.yaml", "rtx4090", [], "seq=512:1024")) == 2
     for axes in ("rows", "batch=", "batch=0", "batch=1;2", "", "seq=512:"):
         with pytest.raises(InputError, match="is no axis; give batch,seq"):
             sweep("x.yaml", "rtx4090", [], axes)

@@ -32,7 +32,7 @@ def test_several_devices_and_what_they_exchange(make_plan):
     between = [{"kind": "all-gather", "count": 64, "bytes": 2 * 10**9, "received": 10**9}]
     text = show(make_plan(target=parse_target("h200x8"), collectives=between, host=10**9))
     assert "for NVIDIA H200, one of 8" in text
-    assert "64 all-gather of 2.000 GB in all" in text and "links" in text
+    assert "64 all-gather of 2 GB in all" in text and "links" in text
     assert "on the host     1.000 GB" in text
 
 

@@ -39,7 +39,7 @@ def test_how_many_devices(name, platform, count):
         ("tpu", r"unknown 'tpu'"),
         ("", r"unknown ''"),
         ("h200x9", r"h200x9: a machine holds 1 to 8 GPUs, got 9"),
-        ("h200x0", r"1 to 8 GPUs, got 0"),
+        ("h200x0", r"unknown 'h200x0' \(did you mean 'h200'\?\)"),
         ("v7x:2x2", r"unknown TPU 'v7x'"),
         ("v5e", r"v5e needs one of its topologies, none was given; as v5e:1x1, with one of 1x1"),
         ("v5e:3x3", r"got '3x3'; as v5e:1x1, with one of 1x1, 2x2, .*16x16"),
