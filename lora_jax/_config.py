@@ -115,7 +115,7 @@ class LoraConfig:
     layers_to_transform: list[int] | int | None = None
     modules_to_save: list[str] | None = None
     init_lora_weights: bool | str = True
-    loftq_config: dict[str, int] | None = None
+    loftq_config: dict[str, int] = dataclasses.field(default_factory=dict)
     use_dora: bool = False
     bias: str = "none"
     task_type: str | None = None
@@ -124,7 +124,7 @@ class LoraConfig:
     def __post_init__(self) -> None:
         for name in ("target_modules", "exclude_modules", "modules_to_save"):
             _set_names(self, name, single=name != "modules_to_save")
-        for name in ("rank_pattern", "alpha_pattern"):
+        for name in ("rank_pattern", "alpha_pattern", "loftq_config"):
             _set_pattern(self, name)
         for name in ("r", "lora_alpha", "lora_dropout", "use_rslora", "init_lora_weights",
                      "use_dora"):  # fmt: skip
@@ -247,7 +247,7 @@ def _plain(value: Any) -> Any:
 
 
 def _set_pattern(config: LoraConfig, field: str) -> None:
-    """Null is PEFT's word for an empty pattern."""
+    """Null is PEFT's word for an empty pattern, or an empty section."""
     value = getattr(config, field)
     if value is not None and not isinstance(value, Mapping):
         raise InputError(f"lora: {field} must map patterns to numbers, got {value!r}")

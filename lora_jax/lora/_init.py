@@ -131,11 +131,16 @@ def with_dropout(key: Key, adapter: Params, rate: float) -> dict[str, Any]:
         return tree_from_paths(leaves)
     for path, a in list(leaves.items()):
         if path.endswith("lora_A"):
-            stack, own = a.shape[:-2], jax.random.fold_in(key, _seed(path))
+            stack, own = a.shape[:-2], fold_in_name(key, path)
             prefix = path.removesuffix("lora_A")
             leaves[f"{prefix}lora_dropout_key"] = jax.random.split(own, stack) if stack else own
             leaves[f"{prefix}lora_dropout_rate"] = jnp.full(stack, rate, jnp.float32)
     return tree_from_paths(leaves)
+
+
+def fold_in_name(key: Key, name: str) -> Key:
+    """A key for one name, whatever other names there are."""
+    return jax.random.fold_in(key, np.uint32(zlib.crc32(name.encode())))
 
 
 def _factors(key: Key, target: Target, config: LoraConfig) -> tuple[Array, Array]:
@@ -143,7 +148,7 @@ def _factors(key: Key, target: Target, config: LoraConfig) -> tuple[Array, Array
     width = max(target.ranks)
     pairs = []
     for name, rank in zip(target.names, target.ranks, strict=True):
-        own = jax.random.fold_in(key, _seed(name))
+        own = fold_in_name(key, name)
         a, b = _factor_pair(own, target, rank, config) if rank else _nothing(target)
         pairs.append(
             (jnp.pad(a, ((0, 0), (0, width - rank))), jnp.pad(b, ((0, width - rank), (0, 0))))
@@ -201,7 +206,3 @@ def _trainable_copy(path: str, leaf: Any, dtype: Any) -> Array:
     if isinstance(leaf, QuantizedTensor):
         return dequantize(leaf, dtype)
     return jnp.array(meta.unbox(leaf), dtype=dtype)
-
-
-def _seed(name: str) -> np.uint32:
-    return np.uint32(zlib.crc32(name.encode()))

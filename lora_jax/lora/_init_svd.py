@@ -60,7 +60,7 @@ def init_pissa(
     svd = _svd if niter is None else functools.partial(_randomized_svd, niter=niter)
 
     def split(weight: Array, target: Target) -> tuple[Any, Array, Array]:
-        a, b = _low_rank(weight, target, config, svd)
+        a, b = low_rank(weight, target, config, svd)
         return _rest(weight, a, b, target, quant), a, b
 
     return _split(base_params, config, layouts, split)
@@ -98,6 +98,7 @@ def init_olora(
     """
 
     def split(weight: Array, target: Target) -> tuple[Any, Array, Array]:
+        _check_rank(target)
         q, r = jnp.linalg.qr(_matrices(weight, target).swapaxes(-1, -2))
         width = max(target.ranks)
         used = jnp.arange(width) < jnp.asarray(target.ranks)[:, None]
@@ -153,10 +154,10 @@ def init_loftq(
 
     def split(weight: Array, target: Target) -> tuple[Any, Array, Array]:
         q = _quantize(weight, quant, target)
-        a, b = _low_rank(weight - dequantize(q, jnp.float32), target, config, _svd)
+        a, b = low_rank(weight - dequantize(q, jnp.float32), target, config)
         for _ in range(iterations - 1):
             q = _rest(weight, a, b, target, quant)
-            a, b = _low_rank(weight - dequantize(q, jnp.float32), target, config, _svd)
+            a, b = low_rank(weight - dequantize(q, jnp.float32), target, config)
         return q, a, b
 
     return _split(base_params, config, layouts, split)
@@ -179,11 +180,6 @@ def _split(
                 f"{target.path}: is quantized already, and its error cannot be known; give the"
                 " dense weights"
             )
-        if max(target.ranks) > min(target.d_in, target.d_out):
-            raise InputError(
-                f"{target.path}: rank {max(target.ranks)} exceeds the smaller side of"
-                f" ({target.d_in}, {target.d_out}); lower r or rank_pattern"
-            )
         own, a, b = split(jnp.asarray(weight, jnp.float32), target)
         dense = not isinstance(own, QuantizedTensor)
         moved[target.path] = own.astype(weight.dtype) if dense else own
@@ -198,20 +194,36 @@ def _split(
     return base, combine(fresh, tree_from_paths(factors))
 
 
-def _low_rank(
-    weight: Array, target: Target, config: LoraConfig, svd: Callable[..., Any]
+def _svd(matrices: Array, width: int) -> tuple[Array, Array, Array]:
+    u, s, vt = jnp.linalg.svd(matrices, full_matrices=False)
+    return u[..., :width], s[..., :width], vt[..., :width, :]
+
+
+def _check_rank(target: Target) -> None:
+    if max(target.ranks) > min(target.d_in, target.d_out):
+        raise InputError(
+            f"{target.path}: rank {max(target.ranks)} exceeds the smaller side of"
+            f" ({target.d_in}, {target.d_out}); lower r or rank_pattern"
+        )
+
+
+def low_rank(
+    weight: Array, target: Target, config: LoraConfig, svd: Callable[..., Any] = _svd
 ) -> tuple[Array, Array]:
-    """A and B, in the adapter's type, with scaling·A·B nearest to the weight at the ranks given."""
+    """A and B, in the adapter's type, with scaling·A·B nearest to the weight at the ranks given.
+
+    Args:
+        svd: From matrices and a number of directions to the largest singular ones.
+
+    Raises:
+        InputError: for a rank above the target's smaller dimension.
+    """
+    _check_rank(target)
     width, scalings = max(target.ranks), jnp.asarray(target.scalings, jnp.float32)
     u, s, vt = svd(_matrices(weight, target), width)
     used = jnp.arange(width) < jnp.asarray(target.ranks)[:, None]
     root = jnp.where(used, jnp.sqrt(s / jnp.where(used, scalings[:, None], 1.0)), 0.0)
     return _as_adapter(u * root[:, None, :], root[:, :, None] * vt, target, config)
-
-
-def _svd(matrices: Array, width: int) -> tuple[Array, Array, Array]:
-    u, s, vt = jnp.linalg.svd(matrices, full_matrices=False)
-    return u[..., :width], s[..., :width], vt[..., :width, :]
 
 
 def _randomized_svd(matrices: Array, width: int, niter: int) -> tuple[Array, Array, Array]:

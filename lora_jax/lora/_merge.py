@@ -1,8 +1,9 @@
 """Adapters merged into their base, and taken out again."""
 
+from collections.abc import Mapping
 from typing import Any
 
-import jax.numpy as jnp  # noqa: F401 (the examples use it)
+import jax.numpy as jnp
 from flax.core import meta
 
 from .._errors import InputError
@@ -10,11 +11,17 @@ from .._tree import combine, leaves_with_path, map_with_path, partition
 from .._typing import Params
 from ._box import LoraParam, box_adapters
 from ._layout import Layouts
+from ._single_layers import whole_parameters
 from ._targets import leaf_shape
 
 
 def merge_adapter(
-    base_params: Params, adapter: Params, *, layouts: Layouts | None = None, dtype: Any = None
+    base_params: Params,
+    adapter: Params,
+    *,
+    layouts: Layouts | None = None,
+    dtype: Any = None,
+    safe: bool = False,
 ) -> Params:
     """W0 + scaling·A·B for every adapted parameter; neither argument is changed.
 
@@ -23,12 +30,14 @@ def merge_adapter(
         adapter: As from `init_adapter`; parameters it holds in full replace the base's.
         layouts: The layouts the adapter was made with.
         dtype: Of merged weights; the base's own by default.
+        safe: Refuse a merge that leaves a weight infinite or not a number. It waits for every
+            weight, and does not go with `jit`.
 
     Returns:
         A tree of the base's structure; weights without an adapter stay as they are.
 
     Raises:
-        InputError: if the adapter does not fit the base.
+        InputError: if the adapter does not fit the base, or is not `safe` to merge.
 
     Example:
         >>> base = {"q_proj": {"kernel": jnp.zeros((4, 6))}}
@@ -39,7 +48,10 @@ def merge_adapter(
 
     Source: Hu et al. 2021, section 4.1 ("no additional inference latency").
     """
-    return _merge(base_params, adapter, 1.0, layouts, dtype)
+    merged = _merge(base_params, adapter, 1.0, layouts, dtype)
+    if safe:
+        _check_finite(merged, dict(leaves_with_path(base_params)))
+    return merged
 
 
 def unmerge_adapter(
@@ -61,9 +73,8 @@ def unmerge_adapter(
         >>> unmerge_adapter(merge_adapter(base, adapter), adapter)["q_proj"]["kernel"][0, 0]
         Array(0., dtype=float32)
     """
-    whole, _ = partition(adapter, lambda path: "lora_" not in path.rsplit("/", 1)[-1])
-    if whole:
-        paths = ", ".join(path for path, _ in leaves_with_path(whole))
+    if whole := whole_parameters(adapter):
+        paths = ", ".join(whole)
         raise InputError(f"unmerge_adapter: {paths} replaced the base's; keep the base instead")
     return _merge(merged_params, adapter, -1.0, layouts, dtype)
 
@@ -101,3 +112,22 @@ def _whole(path: str, value: Any, old: Any, dtype: Any) -> Any:
             " for another base"
         )
     return meta.unbox(value).astype(own if dtype is None else dtype)
+
+
+def _check_finite(merged: Params, before: Mapping[str, Any]) -> None:
+    """Refuse weights that are not finite; those the merge left alone are not looked at."""
+    for path, leaf in leaves_with_path(merged):
+        if leaf is before.get(path):
+            continue
+        new = meta.unbox(leaf)
+        if count := int(jnp.sum(~jnp.isfinite(new))):
+            own = bool(jnp.isfinite(meta.unbox(before[path])).all())
+            why = (
+                f"the base's are; the adapter holds NaN, or the sum is too large for {new.dtype}"
+                if own
+                else "nor are the base's own"
+            )
+            raise InputError(
+                f"merge_adapter: {count} of {new.size} merged weights of {path} are not finite,"
+                f" {why}"
+            )

@@ -56,7 +56,7 @@ def init_with_base(
     if name == "loftq":
         if quant is None:
             raise InputError("lora: init_lora_weights='loftq' needs a quant section; add one")
-        turns = (config.loftq_config or {}).get("loftq_iter", 1)
+        turns = config.loftq_config.get("loftq_iter", 1)
         return init_loftq(base_params, config, quant, iterations=turns, layouts=layouts)
     if quant is not None:
         raise InputError(
@@ -118,5 +118,5 @@ def _twice(config: LoraConfig) -> LoraConfig:
         rank_pattern={name: 2 * rank for name, rank in config.rank_pattern.items()},
         alpha_pattern={name: factor * alpha for name, alpha in config.alpha_pattern.items()},
         init_lora_weights=True,
-        loftq_config=None,
+        loftq_config={},
     )

@@ -148,3 +148,28 @@ def test_an_adapter_for_another_base(change, word):
     with pytest.raises(InputError, match=word) as error:
         merge_adapter(params, change(adapter))
     assert "\n" not in str(error.value)
+
+
+def test_a_safe_merge_refuses_what_is_not_finite():
+    params, adapter, _ = make((4, 6))
+    safe = merge_adapter(params, adapter, safe=True)
+    np.testing.assert_array_equal(
+        safe["s"]["w"]["kernel"], merge_adapter(params, adapter)["s"]["w"]["kernel"]
+    )
+    adapter["s"]["w"]["lora_B"] = adapter["s"]["w"]["lora_B"].at[0, 2].set(jnp.nan)
+    merge_adapter(params, adapter)
+    with pytest.raises(InputError, match="4 of 24 merged weights of s/w/kernel are not"):
+        merge_adapter(params, adapter, safe=True)
+
+
+def test_a_safe_merge_says_what_is_wrong():
+    """Too large for the type, or wrong before; a weight left alone is not looked at."""
+    params, adapter, _ = make((4, 6), dtype=jnp.float16)
+    other = {"norm": {"scale": jnp.array([jnp.inf])}}
+    assert jnp.isinf(merge_adapter({**params, **other}, adapter, safe=True)["norm"]["scale"])
+    big = {"s": {"w": {**adapter["s"]["w"], "lora_A": jnp.full((4, 2), 1e6)}}}
+    with pytest.raises(InputError, match="or the sum is too large for float16"):
+        merge_adapter(params, big, safe=True)
+    params["s"]["w"]["kernel"] = params["s"]["w"]["kernel"].at[0, 0].set(jnp.nan)
+    with pytest.raises(InputError, match="1 of 24 .* are not finite, nor are the base's own"):
+        merge_adapter(params, adapter, safe=True)

@@ -16,8 +16,10 @@ from lora_jax import (
     init_pissa,
     init_with_base,
     merge_adapter,
+    resize_adapter,
     without_start,
 )
+from lora_jax.adapters import weighted_adapter
 from lora_jax.lora import KernelLayout
 
 KEY = jax.random.key(0)
@@ -134,3 +136,21 @@ def test_a_start_that_moves_the_base_is_not_half_made():
         init_with_base(KEY, BASE, plain, QuantConfig())
     with pytest.raises(InputError, match="rank 17 exceeds the smaller side"):
         init_olora(BASE, dataclasses.replace(config, r=17))
+
+
+def test_neither_magnitudes_nor_moved_bases_add_up():
+    config = LoraConfig(r=4, target_modules=["head"], init_lora_weights="pissa")
+    _, adapter = init_with_base(KEY, BASE, config)
+    for refused in (
+        lambda: resize_adapter(adapter, config, 2),
+        lambda: weighted_adapter([(adapter, config)] * 2, [1.0, 1.0], "cat"),
+    ):
+        with pytest.raises(InputError, match="belongs to the base which that moved"):
+            refused()
+    dora = LoraConfig(r=4, target_modules=["head"], use_dora=True)
+    adapter = init_adapter(KEY, BASE, dora)
+    with pytest.raises(InputError, match="deltas under DoRA do not add up"):
+        weighted_adapter([(adapter, dora)] * 2, [1.0, 1.0], "cat")
+    # A delta of another rank has the same norms.
+    small, _ = resize_adapter(adapter, dora, 2)
+    assert small["head"]["lora_magnitude"] is adapter["head"]["lora_magnitude"]

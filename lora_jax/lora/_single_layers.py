@@ -1,0 +1,140 @@
+"""An adapter as single layers, each trimmed to its own rank, and back to its tree."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Float
+
+from .._config import LoraConfig
+from .._errors import InputError
+from .._tree import leaves_with_path, tree_from_paths
+from .._typing import Array, Params
+from ._layout import Layouts, paths_of_layers, rule_for
+from ._targets import adapter_names, is_target, target_name
+
+
+@dataclasses.dataclass(frozen=True)
+class AdaptedLayer:
+    """The factors of one layer; of rank 0 where a layer of a stack has no adapter."""
+
+    name: str
+    """Path of its module, `model/layers/0/self_attn/q_proj`."""
+    lora_A: Float[Array, "d_in rank"]
+    lora_B: Float[Array, "rank d_out"]
+    scaling: Float[Array, ""]
+
+    @property
+    def rank(self) -> int:
+        return self.lora_A.shape[-1]
+
+
+def single_layers(
+    adapter: Params, config: LoraConfig, layouts: Layouts | None = None
+) -> dict[str, tuple[AdaptedLayer, ...]]:
+    """From the path of each adapted parameter to its layers, one where it is not stacked.
+
+    Which layers there are, and of what rank, is read from the config: it holds under `jit` too.
+
+    Args:
+        adapter: As from `init_adapter`; modules it holds in full are left out.
+        config: The config it was made with.
+        layouts: The layouts it was made with.
+
+    Raises:
+        InputError: if the adapter is not the config's, a stack is not in the layouts, the adapter
+            has magnitudes (DoRA), or it belongs to a base that its start has moved.
+
+    Example:
+        >>> adapter = {"q": {"lora_A": jnp.ones((4, 2)), "lora_B": jnp.ones((2, 6)),
+        ...                  "lora_scaling": jnp.float32(1)}}
+        >>> config = LoraConfig(r=2, target_modules=["q"])
+        >>> [(path, layer.rank) for path, (layer,) in single_layers(adapter, config).items()]
+        [('q/kernel', 2)]
+    """
+    leaves = dict(leaves_with_path(adapter))
+    check_unmoved("single_layers", config)
+    if lengths := [path for path in leaves if path.endswith("lora_magnitude")]:
+        raise InputError(
+            f"{lengths[0]}: deltas under DoRA do not add up, since each has its own norms; merge"
+            " adapters one by one"
+        )
+    params = [_adapted_param(path) for path in leaves if path.endswith("lora_A")]
+    return {param: tuple(_layers_of(param, leaves, config, layouts)) for param in params}
+
+
+def check_unmoved(what: str, config: LoraConfig) -> None:
+    """Refuse an adapter whose delta is only one over a base that its start has moved."""
+    if config.moves_base:
+        raise InputError(
+            f"{what}: an adapter that started with init_lora_weights={config.init_lora_weights!r}"
+            " belongs to the base which that moved; make it plain by without_start first"
+        )
+
+
+def adapter_from_layers(
+    layers: Mapping[str, Sequence[AdaptedLayer]], rank: int, layouts: Layouts | None, dtype: Any
+) -> dict[str, Any]:
+    """The adapter with these layers, all padded to one rank; the inverse of `single_layers`.
+
+    Example:
+        >>> layer = AdaptedLayer("q", jnp.ones((4, 2)), jnp.ones((2, 6)), jnp.float32(1))
+        >>> adapter = adapter_from_layers({"q/kernel": [layer]}, 3, None, "bfloat16")
+        >>> adapter["q"]["lora_A"].shape, adapter["q"]["lora_B"].shape
+        ((4, 3), (3, 6))
+    """
+    leaves: dict[str, Any] = {}
+    for param, own in layers.items():
+        pads = [(0, rank - layer.rank) for layer in own]
+        a = jnp.stack([jnp.pad(x.lora_A, ((0, 0), pad)) for x, pad in zip(own, pads, strict=True)])
+        b = jnp.stack([jnp.pad(x.lora_B, (pad, (0, 0))) for x, pad in zip(own, pads, strict=True)])
+        scaling = jnp.stack([jnp.asarray(layer.scaling, jnp.float32) for layer in own])
+        stacked = rule_for(layouts, param).stack is not None
+        values = (a.astype(dtype), b.astype(dtype), scaling)
+        for path, value in zip(adapter_names(param), values, strict=True):
+            leaves[path] = value if stacked else value[0]
+    return tree_from_paths(leaves)
+
+
+def whole_parameters(adapter: Params) -> list[str]:
+    """Paths of what an adapter holds in full, for `modules_to_save`.
+
+    Example:
+        >>> whole_parameters({"lm_head": {"kernel": 1}, "q": {"lora_A": 2}})
+        ['lm_head/kernel']
+    """
+    paths = [path for path, _ in leaves_with_path(adapter)]
+    return [path for path in paths if "lora_" not in path.rpartition("/")[2]]
+
+
+def _adapted_param(path_a: str) -> str:
+    """The parameter beside which a `lora_A` lies: what `adapter_names` was given."""
+    prefix = path_a.removesuffix("lora_A")
+    of_module = not prefix or prefix.endswith("/")
+    return f"{prefix}kernel" if of_module else prefix.removesuffix("_")
+
+
+def _layers_of(
+    param: str, leaves: Mapping[str, Any], config: LoraConfig, layouts: Layouts | None
+) -> list[AdaptedLayer]:
+    paths = adapter_names(param)
+    if missing := [path for path in paths if path not in leaves]:
+        raise InputError(f"{param}: the adapter lacks {', '.join(missing)}")
+    a, b, scaling = (jnp.asarray(leaves[path]) for path in paths)
+    layout = rule_for(layouts, param)
+    if a.ndim != 2 + (layout.stack is not None):
+        raise InputError(
+            f"{paths[0]} has shape {a.shape}: pass the layouts the adapter was made with"
+        )
+    if layout.stack is None:
+        a, b, scaling = a[None], b[None], scaling[None]
+    names = paths_of_layers(target_name(param), layout, a.shape)
+    ranks = [config.rank(name) if is_target(name, param, config) else 0 for name in names]
+    if max(ranks) != a.shape[-1]:
+        raise InputError(
+            f"{paths[0]} has rank {a.shape[-1]}, but the config gives {max(ranks)}; pass the config"
+            " the adapter was made with"
+        )
+    parts = zip(names, ranks, a, b, scaling, strict=True)
+    return [AdaptedLayer(name, a[:, :rank], b[:rank], s) for name, rank, a, b, s in parts]
