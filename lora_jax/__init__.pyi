@@ -10,6 +10,7 @@ from ._tree import combine as combine
 from ._tree import partition as partition
 from .lora import KernelLayout as KernelLayout
 from .lora import dora_linear as dora_linear
+from .lora import extract_adapter as extract_adapter
 from .lora import init_adapter as init_adapter
 from .lora import init_loftq as init_loftq
 from .lora import init_olora as init_olora
@@ -17,6 +18,8 @@ from .lora import init_pissa as init_pissa
 from .lora import init_with_base as init_with_base
 from .lora import lora_linear as lora_linear
 from .lora import merge_adapter as merge_adapter
+from .lora import resize_adapter as resize_adapter
+from .lora import scale_adapter as scale_adapter
 from .lora import trainable_mask as trainable_mask
 from .lora import unmerge_adapter as unmerge_adapter
 from .lora import with_dropout as with_dropout

@@ -85,7 +85,7 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
         "  ./lora plan configs/quickstart.yaml\n"
         "  ./lora plan configs/llama3_8b_qlora.yaml --target rtx4090\n"
         "  ./lora plan configs/llama3_8b_qlora.yaml --target v5e:1x1 --sweep batch,seq\n",
-        SECTIONS,
+        ("model", "quant", "lora", "data", "train"),
     )
     p.add_argument("config", metavar="CONFIG.yaml")
     p.add_argument(
@@ -115,13 +115,16 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
 
     p = add(
         "inspect",
-        "Show what quantization does to a model: every layer's error, and the held-out loss.",
+        "Show what an adapter learned and the rank it needs, or what quantization does to a model.",
+        "  ./lora inspect runs/mine/adapter --model DIR\n"
         "  ./lora inspect DIR --quant --data test.jsonl\n"
         "  ./lora inspect bundled --quant --data stdlib-heldout --data.train_rows 40\n",
         ("data", "train.loss_chunk", "train.batch_size"),
     )
-    p.add_argument("model", metavar="MODEL")
-    p.add_argument("--quant", action="store_true", required=True, help="compare the formats")
+    p.add_argument("directory", metavar="DIR", help="an adapter's, or with --quant a model's")
+    p.add_argument("--model", metavar="DIR", help="of an adapter's base: compare norms with it")
+    p.add_argument("--picture", metavar="FILE", help="draw an adapter's ranks into a PNG file")
+    p.add_argument("--quant", action="store_true", help="compare the formats of a model")
     p.add_argument("--data", metavar="FILE", help="held-out rows, or stdlib-heldout")
     p.add_argument("--formats", metavar="A,B", help="only these, such as nf4,int4-zero")
 

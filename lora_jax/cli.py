@@ -121,6 +121,7 @@ def _plan(options: argparse.Namespace, overrides: list[str]) -> None:
             print(text, file=sys.stderr if o.json else sys.stdout, flush=True)
             found = planning.search(o.config, o.target, overrides, plans[0], _tell_plan)
             plain["fits_with"] = None if found is None else found[0]
+            plain["fits_plan"] = None if found is None else found[1].to_json()
             text = planning.show_found(found)
     print(json.dumps(plain, indent=1) if o.json else text)
     if o.picture is not None:
@@ -132,7 +133,8 @@ def _tell_plan(plan: Any, words: Sequence[str] = ()) -> None:
     tokens = f"{plan.run['batch_size']} × {plan.run['max_length']} tokens"
     said = " ".join(words) or tokens
     verdict = "fits" if plan.fits else "does not fit"
-    print(f"{said}: {plan.total / 1e9:.2f} GB, {verdict}", file=sys.stderr, flush=True)
+    size = f"{'' if plan.compiled else 'over '}{plan.total / 1e9:.2f} GB"
+    print(f"{said}: {size}, {verdict}", file=sys.stderr, flush=True)
 
 
 def _evaluate(options: argparse.Namespace, overrides: list[str]) -> None:
@@ -153,10 +155,26 @@ def _evaluate(options: argparse.Namespace, overrides: list[str]) -> None:
 
 def _inspect(options: argparse.Namespace, overrides: list[str]) -> None:
     from ._inspect import inspect_quantization
+    from ._inspect_adapter import inspect_adapter, is_adapter
 
     o = options
-    for line in inspect_quantization(o.model, o.formats, o.data, overrides):
+    if is_adapter(o.directory):
+        _only("inspect an adapter", o, ("quant", "data", "formats"), overrides)
+        lines = iter(inspect_adapter(o.directory, o.model, o.picture))
+    elif not o.quant:
+        raise InputError(f"{o.directory}: holds no adapter_config.json; of a model, --quant tells")
+    else:
+        _only("inspect --quant", o, ("model", "picture"), [])
+        lines = inspect_quantization(o.directory, o.formats, o.data, overrides)
+    for line in lines:
         print(line, flush=True)
+
+
+def _only(what: str, options: argparse.Namespace, others: Sequence[str], keys: list[str]) -> None:
+    """Refuse options that would change nothing."""
+    given = [f"--{name}" for name in others if getattr(options, name)] + keys[:1]
+    if given:
+        raise InputError(f"lora {what}: takes no {given[0]}; leave it out")
 
 
 def _merge(options: argparse.Namespace, overrides: list[str]) -> None:

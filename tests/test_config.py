@@ -49,11 +49,11 @@ def test_patterns_change_rank_and_alpha_where_they_match():
         ({"alpha_pattern": {"q": math.inf}}, "alpha q must be positive"),
         ({"lora_dropout": 1.0}, r"lora_dropout must be in \[0, 1\), got 1.0"),
         ({"bias": "all"}, "use bias='none'"),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' is not supported"),
+        ({"init_lora_weights": "eva"}, "init_lora_weights='eva' is not supported"),
         ({"adapter_dtype": "int8"}, "use float32, bfloat16 or float16"),
         ({"target_modules": "("}, "not a regular expression"),
         ({"rank_pattern": {"(": 2}}, "not a regular expression"),
-        ({"use_dora": True}, "use_dora=True is not supported; leave it out"),
+        ({"lora_bias": True}, "lora_bias=True is not supported; leave it out"),
         ({"peft_type": "ADALORA"}, "peft_type 'ADALORA' is not supported"),
         ({"lora_alhpa": 8}, r"unknown field 'lora_alhpa' \(did you mean 'lora_alpha'\?\)"),
     ],
@@ -66,7 +66,7 @@ def test_a_wrong_field_gets_one_line(values, words):
 
 
 def test_fields_that_describe_and_fields_at_their_default_are_taken():
-    values = {"peft_type": "LORA", "revision": "main", "use_dora": False, "rank_pattern": None}
+    values = {"peft_type": "LORA", "revision": "main", "lora_bias": False, "rank_pattern": None}
     assert LoraConfig.from_dict({**values, "r": 3}) == LoraConfig(r=3)
 
 
@@ -100,7 +100,7 @@ def test_scaling_follows_patterns_and_rslora():
         ("lora_dropout", "0.1"),
         ("bias", "all"),
         ("use_rslora", "yes"),
-        ("init_lora_weights", "pissa"),
+        ("init_lora_weights", "eva"),
         ("adapter_dtype", "float64"),
         ("target_modules", "("),
         ("target_modules", 5),

@@ -31,7 +31,7 @@ from ..lora import (
     without_start,
 )
 from ..quant import QuantizedTensor, config_of, quantize
-from ._peft import CONFIG_FILE, WEIGHTS_FILE, module_key, read_config, whole_keys
+from ._peft import CONFIG_FILE, WEIGHTS_FILE, module_key, read_config, weights_file, whole_keys
 
 
 def load_adapter(
@@ -61,7 +61,7 @@ def load_adapter(
             f"{directory / CONFIG_FILE}: target_modules {config.target_modules} match nothing in"
             f" this base; the adapter was made for another base"
         )
-    with open_tensors(_weights_file(directory)) as file:
+    with open_tensors(weights_file(directory)) as file:
         unread = set(file.keys())
 
         def take(key: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -208,9 +208,3 @@ def _unexpected(directory: Path, keys: list[str]) -> str:
     found = next((v for k, v in features.items() if any(k in key for key in keys)), None)
     what = f"{found} is not supported" if found else "the adapter was made for another base"
     return f"{directory / WEIGHTS_FILE}: {len(keys)} tensors have no place, {keys[0]} first; {what}"
-
-
-def _weights_file(directory: Path) -> Path:
-    path = directory / WEIGHTS_FILE
-    pickled = directory / "adapter_model.bin"
-    return pickled if pickled.exists() and not path.exists() else path

@@ -71,3 +71,10 @@ def config_to_peft(adapter: Params, config: LoraConfig, base_model: str | None) 
         "revision": None,
     }
     return {**PEFT_DEFAULTS, **own, **facts}
+
+
+def weights_file(directory: Path) -> Path:
+    """Where an adapter's tensors are; a pickle only if there is nothing else, to be refused."""
+    path = directory / WEIGHTS_FILE
+    pickled = directory / "adapter_model.bin"
+    return pickled if pickled.exists() and not path.exists() else path

@@ -2,11 +2,8 @@
 
 from pathlib import Path
 
-from .._files import atomic_file
+from .._drawing import BLUE, VERMILION, save_figure
 from ._records import read_records, series
-
-# Okabe and Ito's palette, which colour-blind readers can tell apart.
-BLUE, VERMILION, GREY = "#0072B2", "#D55E00", "#888888"
 
 
 def draw_loss(directory: str | Path) -> Path:
@@ -29,10 +26,6 @@ def draw_loss(directory: str | Path) -> Path:
     axes.plot(*series(records, "loss"), color=BLUE, label="training")
     axes.plot(*series(records, "eval_loss"), color=VERMILION, marker="o", label="held out")
     axes.set(xlabel="step", ylabel="loss (nats per trained token)", title=Path(directory).name)
-    axes.grid(color=GREY, alpha=0.2)
     axes.legend(frameon=False)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    with atomic_file(path) as temporary:
-        figure.savefig(temporary, dpi=150, format="png")
+    save_figure(figure, [axes], path)
     return path

@@ -9,14 +9,14 @@ import pytest
 torch = pytest.importorskip("torch")
 functional = pytest.importorskip("bitsandbytes.functional")
 
-from lora_jax import _config  # noqa: E402
+from lora_jax import _quant_config  # noqa: E402
 from lora_jax.quant import _codebook, dequantize, quantize  # noqa: E402
 
 pytestmark = pytest.mark.oracle
 
 SHAPES = [(64, 3), (128, 256), (192, 40), (320, 77)]
-PLAIN = _config.QuantConfig(double_quant=False)
-FP4 = _config.QuantConfig(format="fp4", double_quant=False)
+PLAIN = _quant_config.QuantConfig(double_quant=False)
+FP4 = _quant_config.QuantConfig(format="fp4", double_quant=False)
 
 
 def weight(shape, dtype="float32", seed=0):
@@ -123,7 +123,7 @@ def test_double_quantized_weight_equals_theirs_where_the_codes_agree():
 def test_golden_error(double_quant, golden):
     torch.manual_seed(0)
     kernel = jnp.asarray(torch.randn(512, 512).numpy().T)
-    q = quantize(kernel, _config.QuantConfig(double_quant=double_quant))
+    q = quantize(kernel, _quant_config.QuantConfig(double_quant=double_quant))
     rms = float(jnp.sqrt(jnp.mean((dequantize(q) - kernel) ** 2)))
     assert rms == pytest.approx(golden, abs=6e-7)
 
@@ -132,7 +132,7 @@ def test_golden_error(double_quant, golden):
 def test_other_block_sizes(blocksize):
     tensor, kernel = weight((1024, 12), seed=1)
     packed, state = theirs(tensor, double_quant=False, blocksize=blocksize)
-    q = quantize(kernel, _config.QuantConfig(block_size=blocksize, double_quant=False))
+    q = quantize(kernel, _quant_config.QuantConfig(block_size=blocksize, double_quant=False))
     np.testing.assert_array_equal(in_their_order(q.scales), state.absmax.numpy())
     expected = functional.dequantize_4bit(packed, state).numpy()
     np.testing.assert_array_equal(dequantize(q).T, expected)

@@ -7,8 +7,8 @@ import pytest
 from jax.test_util import check_grads
 
 from lora_jax import quant
-from lora_jax._config import QuantConfig
 from lora_jax._errors import InputError
+from lora_jax._quant_config import QuantConfig
 from lora_jax.quant import _matmul, dequantize, quantize, quantized_matmul
 
 KERNELS = [((96, 4, 8), 1), ((4, 24, 16), 2), ((20, 130), (1,))]

@@ -13,8 +13,8 @@ import pytest
 from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
 from lora_jax import quant
-from lora_jax._config import QuantConfig
 from lora_jax._errors import InputError
+from lora_jax._quant_config import QuantConfig
 from lora_jax.quant import _gpu, _matmul, _mosaic_gpu, dequantize, quantize, quantized_matmul
 
 CONFIGS = [

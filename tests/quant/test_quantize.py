@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_jax._config import QuantConfig
 from lora_jax._errors import InputError
+from lora_jax._quant_config import QuantConfig
 from lora_jax.quant import _tensor, dequantize, quantize
 
 FORMATS = [("nf4", False), ("fp4", False), ("int4", False), ("int4", True), ("int8", False)]

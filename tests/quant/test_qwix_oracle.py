@@ -7,7 +7,7 @@ import pytest
 
 qarray = pytest.importorskip("qwix._src.core.qarray")
 
-from lora_jax import _config  # noqa: E402
+from lora_jax import _quant_config  # noqa: E402
 from lora_jax.quant import dequantize, quantize  # noqa: E402
 
 pytestmark = pytest.mark.oracle
@@ -17,7 +17,7 @@ def test_int4_reads_as_qwix():
     kernel = jax.random.normal(jax.random.key(0), (192, 24))
     how = qarray.HowToQuantize(qtype=jnp.int4, channelwise_axes=(1,), tiled_axes={0: 64})
     expected = qarray.dequantize(qarray.quantize(kernel, how))
-    q = quantize(kernel, _config.QuantConfig(format="int4", double_quant=False))
+    q = quantize(kernel, _quant_config.QuantConfig(format="int4", double_quant=False))
     # A block's most negative value lies between -8 and -7 steps: they round it up, we down.
     step = np.repeat(np.asarray(q.scales), 64, axis=0) / 7.5
     tie = np.abs(np.asarray(kernel) / step + 7.5) < 1e-5

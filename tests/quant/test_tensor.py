@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from flax.core import meta
 
-from lora_jax._config import QuantConfig
 from lora_jax._errors import InputError
+from lora_jax._quant_config import QuantConfig
 from lora_jax.quant import QuantizedTensor, dequantize, look_up, partition_specs, quantize
 
 ROOT = Path(__file__).parents[2]

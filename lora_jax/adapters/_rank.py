@@ -1,0 +1,118 @@
+"""What ranks an adapter really uses: the singular values of its deltas, read from its file."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .._errors import InputError
+from .._files import open_tensors
+from ._peft import PREFIX, read_config, weights_file
+
+ENERGY = 0.99
+"""Share of the squared singular values that the suggested rank keeps."""
+_PAIRS = (
+    (".lora_A.weight", ".lora_B.weight"),
+    (".lora_embedding_A", ".lora_embedding_B"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class DeltaSpectrum:
+    """The delta `scaling·A·B` of one module.
+
+    Args:
+        module: Its dotted path.
+        rank: The rank it was given.
+        values: Its `rank` singular values, largest first, float64.
+    """
+
+    module: str
+    rank: int
+    values: np.ndarray
+
+    @property
+    def norm(self) -> float:
+        """Frobenius norm of the delta."""
+        return float(np.linalg.norm(self.values))
+
+    @property
+    def effective_rank(self) -> float:
+        """exp of the entropy of the singular values' shares: between 1 and the rank, or 0.
+
+        Source: Roy and Vetterli 2007, "The effective rank", definition 1.
+        """
+        total = self.values.sum()
+        if not total:
+            return 0.0
+        shares = self.values[self.values > 0] / total
+        return float(np.exp(-(shares * np.log(shares)).sum()))
+
+    @property
+    def suggested_rank(self) -> int:
+        """The least rank that keeps 99 % of the squared norm."""
+        energy = np.cumsum(self.values**2)
+        if not energy[-1]:
+            return 0
+        return int(np.searchsorted(energy, ENERGY * energy[-1]) + 1)
+
+
+def delta_spectra(directory: str | Path) -> list[DeltaSpectrum]:
+    """The singular values of every delta in an adapter's directory, without its base.
+
+    Computed in float64 from the two factors: those of the small `R_A·R_Bᵀ` of their QR
+    decompositions.
+
+    Args:
+        directory: An adapter that this library or PEFT wrote, for any model.
+
+    Raises:
+        InputError: for a missing or broken file, a pickle, or an adapter without such pairs.
+
+    Example:
+        >>> import tempfile
+        >>> import jax.numpy as jnp
+        >>> from lora_jax import LoraConfig
+        >>> from lora_jax.adapters import save_adapter
+        >>> one = {"lora_A": jnp.eye(4, 2), "lora_B": jnp.eye(2, 6), "lora_scaling": jnp.float32(3)}
+        >>> config = LoraConfig(r=2, lora_alpha=6, target_modules=["q_proj"])
+        >>> with tempfile.TemporaryDirectory() as directory:
+        ...     save_adapter(directory, {"q_proj": one}, config)
+        ...     (found,) = delta_spectra(directory)
+        >>> found.module, found.values.tolist(), round(found.effective_rank, 6)
+        ('q_proj', [3.0, 3.0], 2.0)
+    """
+    directory = Path(directory)
+    config = read_config(directory)
+    spectra = []
+    with open_tensors(weights_file(directory)) as file:
+        keys = set(file.keys())
+        for key in sorted(keys, key=_natural):
+            for end_a, end_b in _PAIRS:
+                other = key.removesuffix(end_a) + end_b
+                if not key.endswith(end_a) or other not in keys:
+                    continue
+                module = key.removesuffix(end_a).removeprefix(PREFIX)
+                a, b = (file.get_tensor(name).astype(np.float64) for name in (key, other))
+                # Of a convolution A has the kernel's axes, and B ones of size 1.
+                a, b = a.reshape(len(a), -1), b.reshape(len(b), -1)
+                values = config.scaling(module) * _singular_values(a, b)
+                spectra.append(DeltaSpectrum(module, len(a), values))
+    if not spectra:
+        raise InputError(f"{directory}: its file holds no pair of lora_A and lora_B")
+    return spectra
+
+
+def _singular_values(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Those of b·a for a (rank, d_in) and b (d_out, rank)."""
+    r_a = np.linalg.qr(a.T, mode="r")
+    r_b = np.linalg.qr(b, mode="r")
+    values = np.linalg.svd(r_b @ r_a.T, compute_uv=False)
+    # QR of fewer rows than columns leaves fewer values: the others are zero.
+    return np.pad(values, (0, len(a) - len(values)))
+
+
+def _natural(key: str) -> list[Any]:
+    """Sorts layer 10 behind layer 9."""
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in key.split(".")]
