@@ -99,7 +99,10 @@ def train(config: RunConfig, *, resume: bool = False, listener: Listener | None 
 
 
 def run(job: Job, *, resume: bool = False, listener: Listener | None = None) -> Result:
-    """Train a job that `prepare` made ready; otherwise as `train`."""
+    """Train a job that `prepare` made ready; otherwise as `train`.
+
+    Full training uses up the weights of the job: two copies of a model may be one too many.
+    """
     loop = _Loop(job, listener)
     # Nothing is written before the data and the optimizer are known to be right.
     directory = (reopen_directory if resume else claim_directory)(job.config)

@@ -84,7 +84,13 @@ def test_policies_keep_more_and_more():
     assert kept[2] <= 1 + 1 + 0.5 + 0.5 + 1 + 4 + 4
 
 
-@pytest.mark.parametrize("quantized", [False, True], ids=["dense", "nf4"])
+@pytest.mark.parametrize(
+    "quantized",
+    [
+        pytest.param(False, id="dense"),
+        pytest.param(True, id="nf4", marks=pytest.mark.slow),
+    ],
+)
 def test_nothing_keeps_one_carry_of_each_layer(quantized):
     """No dense copy of a quantized stack, no second copy of the base, no mask for each layer."""
     assert carries_per_layer("nothing", quantized) <= 1.05

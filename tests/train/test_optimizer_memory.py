@@ -42,7 +42,9 @@ def weights(directory):
     "train",
     [
         pytest.param({"optimizer": "adamw_8bit"}, marks=pytest.mark.slow),
-        {"optimizer": "adamw_8bit", "offload_optimizer": True},
+        pytest.param(
+            {"optimizer": "adamw_8bit", "offload_optimizer": True}, marks=pytest.mark.slow
+        ),
     ],
     ids=["8 bits", "8 bits on the host"],
 )

@@ -21,7 +21,7 @@ IDS = jnp.arange(3, 27).reshape(2, 12)
     ("fields", "quant"),
     [
         ({"init_lora_weights": "pissa", "use_dora": True, "lora_alpha": 12}, None),
-        ({"init_lora_weights": "loftq"}, QuantConfig()),
+        pytest.param({"init_lora_weights": "loftq"}, QuantConfig(), marks=pytest.mark.slow),
     ],
 )
 def test_its_adapter_goes_with_the_base_as_it_is(make_config, base_dir, fields, quant):

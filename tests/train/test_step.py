@@ -136,7 +136,7 @@ def test_rematerialization_changes_no_gradient(tiny, adapter, plain_gradient, po
     assert_close(grads, plain_gradient[1])
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_trains_the_adapter_over_a_quantized_base(base_dir, dtype):
     tiny = load_pretrained(base_dir, quant=QuantConfig(), dtype=dtype)
     adapter = init_adapter(jax.random.key(1), tiny.params, LORA, layouts=tiny.layouts)
