@@ -106,8 +106,7 @@ def delta_spectra(directory: str | Path) -> list[DeltaSpectrum]:
 
 def _singular_values(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Those of b·a for a (rank, d_in) and b (d_out, rank)."""
-    r_a = np.linalg.qr(a.T, mode="r")
-    r_b = np.linalg.qr(b, mode="r")
+    r_a, r_b = (np.asarray(np.linalg.qr(x, mode="r")) for x in (a.T, b))
     values = np.linalg.svd(r_b @ r_a.T, compute_uv=False)
     # QR of fewer rows than columns leaves fewer values: the others are zero.
     return np.pad(values, (0, len(a) - len(values)))

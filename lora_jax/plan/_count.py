@@ -26,7 +26,8 @@ def count(jaxpr: Any) -> Counts:
 
     A product of (m, k) and (k, n) is 2·m·k·n FLOPs; what is in a loop counts once for each turn.
     What is not a product of matrices is not counted, nor what a kernel does in its grid, nor the
-    turns of a `while`; of alternatives the least counts.
+    turns of a `while`; of alternatives the one with most counts: the loss skips chunks of tokens
+    that are not trained on, and a step may train on all of its tokens.
 
     Args:
         jaxpr: A `ClosedJaxpr`, as `jax.make_jaxpr` gives.
@@ -43,14 +44,14 @@ def count(jaxpr: Any) -> Counts:
 
 
 def _products(jaxpr: Any) -> collections.Counter[str]:
-    """FLOPs of all products of matrices; of alternatives those of the least."""
+    """FLOPs of all products of matrices; of alternatives those of the one that has most."""
     flops: collections.Counter[str] = collections.Counter()
     for eqn in jaxpr.eqns:
         if eqn.primitive.name in ("dot_general", "conv_general_dilated"):
             flops[eqn.invars[0].aval.dtype.name] += _flops(eqn)
         found = [_products(inner) for inner in _inner(eqn)]
         if eqn.primitive.name == "cond":
-            found = [min(found, key=lambda branch: branch.total())]
+            found = [max(found, key=lambda branch: branch.total())]
         turns = eqn.params["length"] if eqn.primitive.name == "scan" else 1
         for inner in found:
             flops.update({dtype: turns * count for dtype, count in inner.items()})

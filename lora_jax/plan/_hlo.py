@@ -6,7 +6,6 @@ import functools
 import math
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 COLLECTIVES = (
     "all-gather",
@@ -335,8 +334,7 @@ def _share(kind: str, group: int | None) -> float:
 
     Of a sum the part that a device adds up itself need not come; a switch may add up the rest.
     """
-    n: Any = group or 2
-    return {
-        "collective-permute": 1,
-        "collective-broadcast": 1,
-    }.get(kind, (n - 1) / n)
+    if kind in ("collective-permute", "collective-broadcast"):
+        return 1.0
+    n = group or 2
+    return (n - 1) / n

@@ -93,8 +93,8 @@ def _bound(plan: Plan) -> str:
         return "bound: none, since no data sheet tells how fast this machine is"
     parts = ", ".join(f"{name} {seconds:.3g} s" for name, seconds in plan.bounds.items())
     return (
-        f"bound: at least {max(plan.bounds.values()):.3g} s a step ({parts}); a roofline, no"
-        " prediction"
+        f"bound: at least {max(plan.bounds.values()):.3g} s a step that trains on all its tokens"
+        f" ({parts}); a roofline, no prediction"
     )
 
 

@@ -277,9 +277,11 @@ def _adapter(
     _refuse_embeddings(config.lora, pretrained)
 
     def start(key: Any, params: Params) -> tuple[Params, dict[str, Any]]:
-        own = quant.of(quant.format) if quant is not None and config.lora.moves_base else None
+        if quant is None or not config.lora.moves_base:
+            return init_with_base(key, params, config.lora, layouts=layouts)
+        own = quant.of(quant.format)
         base, adapter = init_with_base(key, params, config.lora, own, layouts=layouts)
-        return base if own is None else quantize_params(base, quant), adapter
+        return quantize_params(base, quant), adapter
 
     key = jax.random.key(config.train.seed)
     if config.lora.moves_base:
