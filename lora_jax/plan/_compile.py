@@ -93,7 +93,9 @@ def _devices(target: Target) -> Any:
     if target.platform == "tpu":
         # A chip of this generation has two cores, which JAX drives as one device.
         one = {"chip_config_name": "megacore"} if target.name.startswith("v4") else {}
-        return topologies.get_topology_desc(target.name, "tpu", **one).devices
+        # Older compilers know no slice of one chip; a run uses one chip of four alike.
+        name = target.name.replace(":1x1", ":2x2")
+        return topologies.get_topology_desc(name, "tpu", **one).devices
     __import__("jax_plugins.xla_cuda13")
     return topologies.get_topology_desc(
         "", "cuda", topology=f"1x{target.count}x1", target_config=gpu_text(target.device)
