@@ -6,10 +6,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from jaxtyping import Float
 
 from .._errors import InputError
-from .._tree import leaves_with_path
+from .._tree import leaves_with_path, map_with_path
 from .._typing import Array, Params
 
 Sibling = Callable[[str, str], Array]
@@ -47,6 +48,26 @@ def siblings(what: str, params: Params | None, frozen_params: Params) -> Sibling
         return jnp.asarray(leaf)
 
     return look_up
+
+
+def factor_by_factor(
+    what: str, change: Callable[[str, Any, Sibling], Any]
+) -> optax.GradientTransformationExtraArgs:
+    """A transformation that changes every update by its path and the leaves beside it.
+
+    Args:
+        what: Its name, for errors.
+        change: From a path, its update and `siblings` to the new update.
+    """
+
+    def update(
+        updates: Any, state: Any, params: Any = None, *, frozen_params: Any = None, **extra: Any
+    ) -> tuple[Any, Any]:
+        del extra
+        beside = siblings(what, params, frozen_params or {})
+        return map_with_path(lambda path, g: change(path, g, beside), updates), state
+
+    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
 
 
 def is_factor(path: str, leaf: Any, names: tuple[str, ...] = ("lora_A", "lora_B")) -> bool:

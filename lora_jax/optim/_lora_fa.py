@@ -8,7 +8,14 @@ import optax
 
 from .._tree import map_with_path
 from .._typing import Array, Params
-from ._factors import check_damping, is_embedding_factor, is_factor, siblings, solve_gram
+from ._factors import (
+    Sibling,
+    check_damping,
+    factor_by_factor,
+    is_embedding_factor,
+    is_factor,
+    solve_gram,
+)
 from ._freeze import freeze_base
 
 
@@ -89,26 +96,13 @@ def scale_by_lora_fa(damping: float = 1e-8) -> optax.GradientTransformationExtra
     """
     check_damping("lora_fa", damping)
 
-    def update(
-        updates: Any,
-        state: Any,
-        params: Any = None,
-        *,
-        frozen_params: Any = None,
-        **extra: Any,
-    ) -> tuple[Any, Any]:
-        del extra
-        beside = siblings("lora_fa", params, frozen_params or {})
+    def scaled(path: str, g: Any, beside: Sibling) -> Any:
+        if not is_factor(path, g, ("lora_B",)) or is_embedding_factor(path):
+            return g
+        solved = solve_gram(beside(path, "lora_A").mT, g, damping)
+        return (_over_square(beside(path, "lora_scaling")) * solved).astype(g.dtype)
 
-        def scaled(path: str, g: Any) -> Any:
-            if not is_factor(path, g, ("lora_B",)) or is_embedding_factor(path):
-                return g
-            solved = solve_gram(beside(path, "lora_A").mT, g, damping)
-            return (_over_square(beside(path, "lora_scaling")) * solved).astype(g.dtype)
-
-        return map_with_path(scaled, updates), state
-
-    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
+    return factor_by_factor("lora_fa", scaled)
 
 
 def without_lora_a(mask: Callable[[Params], Params]) -> Callable[[Params], Params]:

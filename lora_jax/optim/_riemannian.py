@@ -4,8 +4,7 @@ from typing import Any
 
 import optax
 
-from .._tree import map_with_path
-from ._factors import check_damping, is_factor, siblings, solve_gram
+from ._factors import Sibling, check_damping, factor_by_factor, is_factor, solve_gram
 
 
 def riemannian(
@@ -77,26 +76,13 @@ def scale_by_riemannian(damping: float = 1e-2) -> optax.GradientTransformationEx
     """
     check_damping("riemannian", damping)
 
-    def update(
-        updates: Any,
-        state: Any,
-        params: Any = None,
-        *,
-        frozen_params: Any = None,
-        **extra: Any,
-    ) -> tuple[Any, Any]:
-        del extra
-        beside = siblings("riemannian", params, frozen_params or {})
+    def scaled(path: str, g: Any, beside: Sibling) -> Any:
+        if not is_factor(path, g):
+            return g
+        if path.endswith("lora_A"):
+            solved = solve_gram(beside(path, "lora_B"), g.mT, damping).mT
+        else:
+            solved = solve_gram(beside(path, "lora_A").mT, g, damping)
+        return solved.astype(g.dtype)
 
-        def scaled(path: str, g: Any) -> Any:
-            if not is_factor(path, g):
-                return g
-            if path.endswith("lora_A"):
-                solved = solve_gram(beside(path, "lora_B"), g.mT, damping).mT
-            else:
-                solved = solve_gram(beside(path, "lora_A").mT, g, damping)
-            return solved.astype(g.dtype)
-
-        return map_with_path(scaled, updates), state
-
-    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
+    return factor_by_factor("riemannian", scaled)
