@@ -22,8 +22,7 @@ OWNERS = ("base", "scales", "adapter", "optimizer", "gradients", "activations", 
 """Whose the bytes on a device are, in the order they are shown."""
 
 _PACKAGE = Path(__file__).parents[1]
-# A compiler for TPUs looks for one, and for its neighbours, unless it is told.
-_ENVIRONMENT = {
+ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
@@ -34,6 +33,7 @@ _ENVIRONMENT = {
     "TPU_MIN_LOG_LEVEL": "3",
     "JAX_TRACEBACK_FILTERING": "off",
 }
+"""What a process that compiles is told: a TPU's compiler looks for one, and for its neighbours."""
 _COMPILING = ("XLA_", "JAX_", "LIBTPU_", "TPU_")
 """Beginnings of variables that change what is compiled."""
 _COMPILERS = {
@@ -215,7 +215,7 @@ def _compile(request: Mapping[str, Any], target: Target) -> dict[str, Any]:
     """Let a process of its own compile, and give what it found."""
     _check_compiler(target)
     path = os.pathsep.join(filter(None, [str(_PACKAGE.parent), os.environ.get("PYTHONPATH")]))
-    environment = {**os.environ, **_ENVIRONMENT, "PYTHONPATH": path}
+    environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": path}
     with tempfile.TemporaryDirectory() as directory:
         output = Path(directory, "plan.json")
         run = subprocess.run(

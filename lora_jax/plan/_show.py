@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ._plan import OWNERS, Plan
+from ._targets import ROOM
 
 _WIDTH = 40
 _EIGHTHS = " ▏▎▍▌▋▊▉"
@@ -99,7 +100,7 @@ def _bound(plan: Plan) -> str:
 
 
 def _share(plan: Plan) -> float:
-    return plan.limit / 0.95 * _BY_DEFAULT
+    return plan.limit / ROOM * _BY_DEFAULT
 
 
 def show_found(found: tuple[Sequence[str], Plan] | None) -> str:

@@ -66,31 +66,31 @@ _HOPPER = Gpu((9, 0), 132, 128, 1.98, 233472)
 _AMPERE = Gpu((8, 0), 108, 64, 1.41, 167936)
 _GIB = 2**30
 # Of a GPU's memory XLA's allocator gets 95 % at most before the driver and libraries run short.
-_ROOM = 0.95
+ROOM = 0.95
 
 GPUS: Mapping[str, Device] = {
     "h200": Device(
-        "NVIDIA H200", 151397597184 * _ROOM, 4.8e12, 989.4e12, 494.7e12, 450e9, 52428800,
+        "NVIDIA H200", 151397597184 * ROOM, 4.8e12, 989.4e12, 494.7e12, 450e9, 52428800,
         f"NVIDIA H200 data sheet (halved where it counts sparsity); {_XLA}/h200.txtpb",
         _HOPPER,
     ),
     "h100": Device(
-        "NVIDIA H100 SXM 80 GB", 84942979072 * _ROOM, 3.352e12, 989.4e12, 494.7e12, 450e9, 52428800,
+        "NVIDIA H100 SXM 80 GB", 84942979072 * ROOM, 3.352e12, 989.4e12, 494.7e12, 450e9, 52428800,
         f"NVIDIA H100 data sheet (halved where it counts sparsity); {_XLA}/h100_sxm.txtpb",
         _HOPPER,
     ),
     "a100-80": Device(
-        "NVIDIA A100 SXM 80 GB", 85100068864 * _ROOM, 2.039e12, 312e12, 156e12, 300e9, 41943040,
+        "NVIDIA A100 SXM 80 GB", 85100068864 * ROOM, 2.039e12, 312e12, 156e12, 300e9, 41943040,
         f"NVIDIA A100 data sheet; {_XLA}/a100_sxm_80.txtpb",
         _AMPERE,
     ),
     "a100-40": Device(
-        "NVIDIA A100 SXM 40 GB", 42331013120 * _ROOM, 1.555e12, 312e12, 156e12, 300e9, 41943040,
+        "NVIDIA A100 SXM 40 GB", 42331013120 * ROOM, 1.555e12, 312e12, 156e12, 300e9, 41943040,
         f"NVIDIA A100 data sheet; {_XLA}/a100_sxm_40.txtpb",
         _AMPERE,
     ),
     "rtx4090": Device(
-        "NVIDIA GeForce RTX 4090", 23.64 * _GIB * _ROOM, 1.008e12, 165.2e12, 82.6e12, 32e9,
+        "NVIDIA GeForce RTX 4090", 23.64 * _GIB * ROOM, 1.008e12, 165.2e12, 82.6e12, 32e9,
         75497472,
         "NVIDIA Ada GPU architecture whitepaper, appendix A (float32 accumulation); 23.64 GiB is"
         " what CUDA reports; PCIe 4.0 x16",
@@ -218,7 +218,7 @@ def gpu_text(device: Device) -> str:
         shared_memory_per_core: {gpu.shared} core_count: {gpu.cores} fpus_per_core: {gpu.fpus}
         block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
         memory_bandwidth: {device.bandwidth:.0f} l2_cache_size: {device.cache:.0f}
-        clock_rate_ghz: {gpu.clock} device_memory_size: {device.memory / _ROOM:.0f}
+        clock_rate_ghz: {gpu.clock} device_memory_size: {device.memory / ROOM:.0f}
         cuda_compute_capability {{major: {major} minor: {minor}}}
         registers_per_core_limit: 65536 registers_per_block_limit: 65536
     }}

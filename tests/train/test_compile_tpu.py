@@ -8,18 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from lora_jax.plan._plan import ENVIRONMENT
+
 pytest.importorskip("libtpu")
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
-# The compiler reads these when it is loaded, so a process of its own sets them first.
-TPU = {
-    "JAX_PLATFORMS": "cpu",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_WORKER_ID": "0",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-}
 CODE = """
 import json, sys
 import jax, jax.numpy as jnp, optax
@@ -66,7 +59,7 @@ def memory_of(remat: str, layers: int) -> dict[str, int]:
     run = subprocess.run(
         [sys.executable, "-c", CODE, remat, str(layers)],
         cwd=ROOT,
-        env={**os.environ, **TPU},
+        env={**os.environ, **ENVIRONMENT},
         capture_output=True,
         text=True,
     )
