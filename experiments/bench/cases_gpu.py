@@ -1,5 +1,6 @@
 """The JAX side on an accelerator: an 8B shape in bfloat16, dense and in NF4, and its decoding."""
 
+import dataclasses
 import functools
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,7 @@ def made(number: int, path: Any, leaf: Any, quant: QuantConfig | None) -> Any:
     return jax.block_until_ready(quantize(weight, quant, stacked=1))
 
 
-def model_of(spec: Spec, quant: QuantConfig | None) -> tuple[CausalLM, Any, Any]:
+def model_of(spec: Spec, quant: QuantConfig | None, dora: bool = False) -> tuple[CausalLM, Any, Any]:
     """(module, parameters, adapter): from the gate's files, or made on the device."""
     if "dir" in spec:
         directory = Path(spec["dir"])
@@ -77,14 +78,18 @@ def model_of(spec: Spec, quant: QuantConfig | None) -> tuple[CausalLM, Any, Any]
         return loaded.module, loaded.params, adapter
     config = ModelConfig(**spec["shape"])
     params = random_params(config, quant)
-    shapes = abstract_params(config)
-    adapter = init_adapter(jax.random.key(2), shapes, lora_config(spec), layouts=LAYOUTS)
+    lora = dataclasses.replace(lora_config(spec), use_dora=dora)
+    # Without magnitudes, shapes would do; they are measured on the weights.
+    adapter = init_adapter(jax.random.key(2), params, lora, layouts=LAYOUTS)
     return CausalLM(config, dtype=DTYPE, remat=spec["remat"]), params, adapter
 
 
-def training(spec: Spec, quant: QuantConfig | None = None) -> Case:
+def training(
+    spec: Spec, quant: QuantConfig | None = None, remat: str | None = None, dora: bool = False
+) -> Case:
     """A step of `lora_jax.train` over all tokens."""
-    module, params, adapter = model_of(spec, quant)
+    spec = spec if remat is None else spec | {"remat": remat}
+    module, params, adapter = model_of(spec, quant, dora)
     tx, ids = adamw(), tokens(spec)
     step = make_step(lora_linen(module), tx)
     positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
@@ -149,6 +154,8 @@ CASES = {
     "prepare": prepare,
     "lora": training,
     "nf4": functools.partial(training, quant=QLORA),
+    "nf4_least": functools.partial(training, quant=QLORA, remat="nothing"),
+    "dora": functools.partial(training, dora=True),
     "dequantize": dequantization,
     "decode": decoding,
     "decode_nf4": functools.partial(decoding, quant=QLORA),

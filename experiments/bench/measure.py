@@ -91,7 +91,7 @@ def stepwise(run: Run) -> Samples:
     return samples
 
 
-def check(run: Run, built: dict[str, dict[str, Any]]) -> None:
+def check(run: Run, built: dict[str, dict[str, Any]], tolerance: float = TOLERANCE) -> None:
     """Stop unless every group's losses agree, and each quantized one with its dense reference."""
     run.notes["gate"] = {
         key: {"losses": x["losses"], "reference": x["reference"]} for key, x in built.items()
@@ -103,17 +103,17 @@ def check(run: Run, built: dict[str, dict[str, Any]]) -> None:
         losses, reference = built[entry.key]["losses"], built[entry.key]["reference"]
         if reference is not None:
             own = {"dequantized reference": [reference], entry.label: losses}
-            refuse(disagreement(own, TOLERANCE))
+            refuse(disagreement(own, tolerance), tolerance)
         groups.setdefault(entry.group or entry.key, {})[entry.label] = losses
     for losses in groups.values():
         longest_first = dict(sorted(losses.items(), key=lambda item: -len(item[1])))
-        refuse(disagreement(longest_first, TOLERANCE))
+        refuse(disagreement(longest_first, tolerance), tolerance)
     say("gate passed: " + ", ".join(f"{k} {x['losses'][0]:.6f}" for k, x in built.items()))
 
 
-def refuse(difference: str | None) -> None:
+def refuse(difference: str | None, tolerance: float) -> None:
     if difference:
-        raise GateError(f"not the same work: {difference} (tolerance {TOLERANCE:g})")
+        raise GateError(f"not the same work: {difference} (tolerance {tolerance:g})")
 
 
 @contextlib.contextmanager

@@ -282,13 +282,19 @@ SLOPE = Workload(
 WORKLOADS = {
     w.name: w for w in (STEP, NF4_STEP, INT4_STEP, DEQUANTIZE, LOSS, RESIDENT, COMPILE, SLOPE)
 }
-GPU_ROWS = (
+GPU_TRAIN_ROWS = (
     Row("GPU: LoRA bf16, 8B, S 4096, 8,192 tokens a step: tok/s", "lora", None, ">= 13000",
         metric="tokens_per_s"),
     Row("GPU: QLoRA 8B over that", "nf4", "lora", ">= 0.92", metric="tokens_per_s"),
     Row("GPU: LoRA speed over PEFT with checkpointing", "lora", "peft", ">= 1.5",
         metric="tokens_per_s"),
     Row("GPU: QLoRA speed over PEFT + bitsandbytes", "nf4", "bnb", ">= 2", metric="tokens_per_s"),
+    Row("GPU: DoRA step over the LoRA step", "dora", "lora", "<= 1.15"),
+    Row("GPU: QLoRA with blocks recomputed, tok/s", "nf4_least", None, metric="tokens_per_s"),
+    Row("GPU: PEFT, tok/s", "peft", None, metric="tokens_per_s"),
+    Row("GPU: PEFT + bitsandbytes, tok/s", "bnb", None, metric="tokens_per_s"),
+)  # fmt: skip
+GPU_READ_ROWS = (
     Row("GPU: NF4 dequantization to bf16, TB/s", "dequantize", None, ">= 3",
         metric="terabytes_per_s"),
     Row("the same over bitsandbytes", "dequantize", "dequantize_bnb", None,
