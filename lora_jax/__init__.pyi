@@ -20,6 +20,8 @@ from .lora import lora_linear as lora_linear
 from .lora import merge_adapter as merge_adapter
 from .lora import resize_adapter as resize_adapter
 from .lora import scale_adapter as scale_adapter
+from .lora import stack_adapters as stack_adapters
+from .lora import take_adapter as take_adapter
 from .lora import trainable_mask as trainable_mask
 from .lora import unmerge_adapter as unmerge_adapter
 from .lora import with_dropout as with_dropout

@@ -80,6 +80,20 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
     )
 
     p = add(
+        "sweep",
+        "Train a grid of adapters over one base, several in one step, and keep the best.",
+        "  ./lora sweep configs/quickstart.yaml --lora.r 1,2,4,8,16,32\n"
+        "  ./lora sweep CONFIG.yaml --lora.r 4,16 --train.learning_rate 1e-3,3e-3 --output DIR\n"
+        "  ./lora sweep CONFIG.yaml --lora.target_modules '[q_proj,v_proj],all-linear'\n",
+        SECTIONS,
+    )
+    p.add_argument("config", metavar="CONFIG.yaml")
+    p.add_argument("--output", metavar="DIR", help="where to write; must be empty")
+    p.add_argument(
+        "--at-once", type=int, default=8, metavar="N", help="adapters in one step (default 8)"
+    )
+
+    p = add(
         "plan",
         "Compile a run's train step for a machine that need not be here, and show what it takes.",
         "  ./lora plan configs/quickstart.yaml\n"

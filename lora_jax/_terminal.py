@@ -57,6 +57,43 @@ class TrainingProgress:
             self.console.print(f"{step}  {words}{eta}")
 
 
+class SweepProgress:
+    """What shows how far a sweep is: a bar of adapters' steps, and a line for each one's end."""
+
+    def __init__(self, console: Console, members: int) -> None:
+        self.console, self.members, self.done = console, members, 0
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            console=console,
+            disable=not console.is_terminal,
+            transient=True,
+        )
+        self.task = self.bar.add_task("getting ready", total=None)
+
+    def __enter__(self) -> "SweepProgress":
+        self.bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.bar.stop()
+
+    def step(self, record: dict[str, Any]) -> None:
+        """A step of the adapters that are trained now."""
+        at, steps = record["step"], record["steps"]
+        description = f"{self.done} of {self.members} adapters, step {at}/{steps}"
+        self.bar.update(self.task, description=description, total=steps, completed=at)
+
+    def finished(self, record: dict[str, Any]) -> None:
+        """An adapter is trained."""
+        self.done += 1
+        loss = record["loss"]
+        told = "diverged" if loss is None else f"held-out loss {loss:.4f}"
+        varied = ", ".join(f"{name} {value}" for name, value in record["varied"].items())
+        line = f"{self.done} of {self.members}: {varied}: {told}"
+        self.console.print(line, markup=False, highlight=False)
+
+
 def human_bytes(count: float) -> str:
     """A count of bytes in powers of 1000.
 

@@ -106,6 +106,21 @@ def _train(options: argparse.Namespace, overrides: list[str]) -> None:
     )
 
 
+def _sweep(options: argparse.Namespace, overrides: list[str]) -> None:
+    from ._terminal import SweepProgress
+    from .report import draw_sweep, sweep_table
+    from .train import grid, sweep
+
+    members, console = grid(options.config, _with_output(options, overrides)), _console()
+    directory = Path(members[0].config.output)
+    with SweepProgress(console, len(members)) as progress:
+        records = sweep(
+            members, at_once=options.at_once, tell=progress.finished, listener=progress.step
+        )
+    picture = draw_sweep(directory)
+    _say(console)(f"\n{sweep_table(records)}\n\n{picture}; the best is in {directory / 'best'}")
+
+
 def _plan(options: argparse.Namespace, overrides: list[str]) -> None:
     from . import plan as planning
 
@@ -269,6 +284,7 @@ def _say(console: Any) -> Any:
 COMMANDS: Mapping[str, Callable[[argparse.Namespace, list[str]], None]] = {
     "quickstart": _quickstart,
     "train": _train,
+    "sweep": _sweep,
     "plan": _plan,
     "evaluate": _evaluate,
     "inspect": _inspect,

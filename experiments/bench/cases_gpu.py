@@ -67,7 +67,9 @@ def made(number: int, path: Any, leaf: Any, quant: QuantConfig | None) -> Any:
     return jax.block_until_ready(quantize(weight, quant, stacked=1))
 
 
-def model_of(spec: Spec, quant: QuantConfig | None, dora: bool = False) -> tuple[CausalLM, Any, Any]:
+def model_of(
+    spec: Spec, quant: QuantConfig | None, dora: bool = False
+) -> tuple[CausalLM, Any, Any]:
     """(module, parameters, adapter): from the gate's files, or made on the device."""
     if "dir" in spec:
         directory = Path(spec["dir"])

@@ -108,7 +108,9 @@ def written(
     result["hardware"]["accelerator"] = card
     out = options.out or (TRIALS if options.small else RESULTS)
     out.mkdir(parents=True, exist_ok=True)
-    (out / f"{run.workload.name}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    (out / f"{run.workload.name}.json").write_text(
+        json.dumps(result, indent=1) + "\n", encoding="utf-8"
+    )
     return result, out
 
 

@@ -33,6 +33,9 @@ from ._single_layers import AdaptedLayer as AdaptedLayer
 from ._single_layers import adapter_from_layers as adapter_from_layers
 from ._single_layers import single_layers as single_layers
 from ._single_layers import whole_parameters as whole_parameters
+from ._stack import pad_rank as pad_rank
+from ._stack import stack_adapters as stack_adapters
+from ._stack import take_adapter as take_adapter
 from ._start import init_with_base as init_with_base
 from ._start import without_start as without_start
 from ._targets import TRAINED as TRAINED

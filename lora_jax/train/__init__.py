@@ -34,3 +34,11 @@ from ._rundir import with_output as with_output
 from ._step import TrainState as TrainState
 from ._step import init_state as init_state
 from ._step import make_step as make_step
+from ._sweep import Member as Member
+from ._sweep import grid as grid
+from ._sweep import sweep as sweep
+from ._together import Outcome as Outcome
+from ._together import init_joint_state as init_joint_state
+from ._together import make_joint_step as make_joint_step
+from ._together import scale_by_own_rate as scale_by_own_rate
+from ._together import train_together as train_together

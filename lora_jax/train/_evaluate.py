@@ -3,7 +3,8 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -56,12 +57,26 @@ def evaluate(
         InputError: if no batch holds a trained token, or the loss is not finite.
     """
     sums = [eval_step(params, {k: v for k, v in b.items() if k != "rows"}) for b in batches]
+    found = mean_loss(sums)
+    if not math.isfinite(found.loss):
+        raise InputError(
+            "evaluate: the held-out loss is not finite; look at the weights, and at model.dtype"
+        )
+    return found
+
+
+def mean_loss(sums: Sequence[tuple[Any, Any]]) -> Evaluation:
+    """Mean loss per trained token from each batch's (summed loss, trained tokens).
+
+    Raises:
+        InputError: if there is no trained token.
+
+    Example:
+        >>> mean_loss([(3.0, 2), (1.0, 2)])
+        Evaluation(loss=1.0, tokens=4)
+    """
     loss = float(np.sum([np.float64(loss) for loss, _ in sums]))
     tokens = int(np.sum([int(count) for _, count in sums]))
     if not tokens:
         raise InputError("evaluate: the held-out rows hold no trained token")
-    if not math.isfinite(loss):
-        raise InputError(
-            "evaluate: the held-out loss is not finite; look at the weights, and at model.dtype"
-        )
     return Evaluation(loss / tokens, tokens)

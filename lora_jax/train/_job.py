@@ -151,6 +151,19 @@ def prepare_abstract(config: RunConfig) -> Setup:
     return _set_up(config, pretrained, make=jax.eval_shape)
 
 
+def prepare_beside(config: RunConfig, job: Job) -> Job:
+    """The job of another config over the base and the rows of one that is ready.
+
+    Only `lora` and `train` may differ, and neither may move the base.
+
+    Raises:
+        InputError: for whatever in the config does not fit the model.
+    """
+    setup = _set_up(config, job.pretrained)
+    own = {field.name: getattr(setup, field.name) for field in dataclasses.fields(setup)}
+    return dataclasses.replace(job, **own)
+
+
 def _set_up(
     config: RunConfig, pretrained: Pretrained, make: Callable[..., Any] = lambda f, *x: f(*x)
 ) -> Setup:

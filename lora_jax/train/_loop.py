@@ -291,9 +291,7 @@ class _Loop:
     def _finish(self, at: int) -> Result:
         progress = self.progress
         trainable: dict[str, Any] = self.state.trainable if self.best is None else self.best
-        (_save_adapter if self.job.config.train.method == "lora" else _save_model)(
-            self.job, self.directory, trainable
-        )
+        save_result(self.job, self.directory, trainable)
         after = progress.best or progress.last
         assert progress.before is not None and after is not None
         return Result(self.directory, at, progress.before, after, trainable, progress.stopped)
@@ -307,6 +305,12 @@ def _diverged(metrics: dict[str, Any]) -> bool:
     """Not finite, and no matter of the loss scale: that is found by overflowing now and then."""
     scaled_down = float(metrics["loss_scale"]) <= LOWEST_SCALE
     return not (np.isfinite(metrics["loss"]) and (metrics["finite"] or not scaled_down))
+
+
+def save_result(job: Job, directory: Path, trainable: dict[str, Any]) -> None:
+    """Write what a job has trained: `adapter/` in PEFT's format, or `model/`."""
+    save = _save_adapter if job.config.train.method == "lora" else _save_model
+    save(job, directory, trainable)
 
 
 def _save_adapter(job: Job, directory: Path, adapter: dict[str, Any]) -> None:

@@ -35,6 +35,21 @@ def claim_directory(config: RunConfig) -> Path:
     return directory
 
 
+def free_directory(config: RunConfig) -> Path:
+    """The directory a config writes to, which must hold nothing.
+
+    Raises:
+        InputError: if it does.
+    """
+    directory = Path(config.output)
+    if _holds_something(directory):
+        raise InputError(
+            f"{directory}: holds something already; write to another directory: --output"
+            f" {next_directory(directory)}"
+        )
+    return directory
+
+
 def reopen_directory(config: RunConfig) -> Path:
     """The directory of a run that is to go on; its config must be the same.
 

@@ -92,13 +92,17 @@ def batch_loss(model: LoraLinen, params: Params, batch: Params, chunk: int) -> t
     return next_token_loss(head, hidden, batch["input_ids"], batch["loss_mask"], chunk=chunk)
 
 
+Step = Callable[[TrainState, Params, Params], tuple[TrainState, dict[str, Array]]]
+"""`(state, base_params, batches) -> (state, metrics)`."""
+
+
 def make_step(
     model: LoraLinen,
     tx: optax.GradientTransformation,
     *,
     dropout: float = 0.0,
     chunk: int = 1024,
-) -> Callable[[TrainState, Params, Params], tuple[TrainState, dict[str, Array]]]:
+) -> Step:
     """The jitted step `(state, base_params, batches) -> (state, metrics)`.
 
     The gradient is that of the mean loss per trained token over all batches of the step.
@@ -115,6 +119,15 @@ def make_step(
         The step.  `batches` holds arrays (accumulate, batch, seq); metrics are scalars on the
         device: `loss` (nats per token), `tokens`, `grad_norm`, `finite`, `loss_scale`.
     """
+    # Results begin with what is donated, in its order: JAX pairs the two by shape alone, and must
+    # not pair arrays in host memory with results on the device.
+    return jax.jit(step_function(model, tx, dropout=dropout, chunk=chunk), donate_argnums=0)
+
+
+def step_function(
+    model: LoraLinen, tx: optax.GradientTransformation, *, dropout: float, chunk: int
+) -> Step:
+    """What `make_step` compiles."""
 
     def loss_of_batch(trainable: Params, base: Params, batch: Params, key: Key, weight: Array):
         adapter = with_dropout(key, trainable, dropout)
@@ -164,9 +177,7 @@ def make_step(
         )
         return state, metrics
 
-    # Results begin with what is donated, in its order: JAX pairs the two by shape alone, and must
-    # not pair arrays in host memory with results on the device.
-    return jax.jit(step, donate_argnums=0)
+    return step
 
 
 def _next_scale(state: TrainState, finite: Array) -> dict[str, Array]:
