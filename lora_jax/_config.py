@@ -293,8 +293,8 @@ def _set_tokens(config: LoraConfig) -> None:
 
 def _token_ids(given: Any) -> list[int]:
     several = isinstance(given, list | tuple | set | range | np.ndarray)
-    ids = [_plain(x) for x in given] if several else [None]
-    if not all(type(x) is int and 0 <= x < _MOST_TOKENS for x in ids):
+    ids: list[Any] = [_plain(x) for x in given] if several else []
+    if not several or not all(type(x) is int and 0 <= x < _MOST_TOKENS for x in ids):
         raise InputError(
             "lora: trainable_token_indices must be a list of token ids, or map module names to"
             f" such lists, got {given!r}"

@@ -107,8 +107,8 @@ def load_adapter(
     if config.moves_base:
         if table := next((t.path for t in targets if is_embedding(t.path)), None):
             raise InputError(
-                f"{directory / CONFIG_FILE}: init_lora_weights={config.init_lora_weights!r} moves no"
-                f" embedding in PEFT, and {table} is adapted; convert the adapter where it was"
+                f"{directory / CONFIG_FILE}: init_lora_weights={config.init_lora_weights!r} moves"
+                f" no embedding in PEFT, and {table} is adapted; convert the adapter where it was"
                 " trained (PEFT: save_pretrained(path_initial_model_for_weight_conversion=...))"
             )
         return _over_unmoved(directory, base_params, adapter, config, layouts)

@@ -27,9 +27,10 @@ def saved_tokens(leaves: Mapping[str, Any], config: LoraConfig) -> dict[str, np.
         rows, ids = np.asarray(leaves[name]), np.asarray(leaves.get(name_ids)).tolist()
         if ids != wanted.get(table):
             raise InputError(
-                f"save_adapter: {module} has rows of its own for the tokens {ids}, but the config's"
-                f" trainable_token_indices gives it {wanted.get(table)}; pass the config the"
-                " adapter was made with, and train through optim.freeze_base, which leaves ids alone"
+                f"save_adapter: {module} has rows of its own for the tokens {ids}, but by the"
+                f" config's trainable_token_indices for {wanted.get(table)}; pass the config the"
+                " adapter was made with, and train through optim.freeze_base, which leaves ids"
+                " alone"
             )
         found[module] = rows
     return found

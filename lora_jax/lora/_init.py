@@ -51,7 +51,8 @@ def init_adapter(
 
     Raises:
         InputError: if a name or pattern of the config matches nothing, if `modules_to_save` or
-            `trainable_token_indices` asks for what cannot be kept apart or copied, or if the config's start moves the base.
+            `trainable_token_indices` asks for what cannot be kept apart or copied, or if the
+            config's start moves the base.
 
     Example:
         >>> base = {"q_proj": {"kernel": jnp.zeros((4, 6))}}

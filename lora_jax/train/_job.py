@@ -300,7 +300,7 @@ def _refuse_moved_embeddings(lora: LoraConfig, pretrained: Pretrained) -> None:
     for target in find_targets(pretrained.params, lora, layouts=pretrained.layouts):
         if is_embedding(target.path):
             raise InputError(
-                f"lora: target_modules reaches {target.path}, which no"
-                f" init_lora_weights={lora.init_lora_weights!r} of PEFT's moves, so that the adapter"
+                f"lora: target_modules reaches {target.path}, which PEFT's"
+                f" init_lora_weights={lora.init_lora_weights!r} does not move, so that the adapter"
                 " could not be saved; take it out, or set init_lora_weights: true"
             )

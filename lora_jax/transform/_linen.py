@@ -122,9 +122,6 @@ def lora_linen(module: nn.Module, *, layouts: Layouts | None = None) -> LoraLine
     return LoraLinen(module, layouts)
 
 
-_Boxed = LoraParam | TokenParam
-
-
 def _intercept(next_fun: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
     """Replace a known layer's product; all it needs is in the params tree.
 
@@ -135,7 +132,7 @@ def _intercept(next_fun: Callable, args: tuple, kwargs: dict, context: Any) -> A
     name = "embedding" if layer else "kernel"
     if (layer or method == "__call__") and module.has_variable("params", name):
         param, inputs = module.get_variable("params", name), _inputs(args, kwargs)
-        known = isinstance(param, _Boxed | QuantizedTensor)
+        known = isinstance(param, LoraParam | TokenParam | QuantizedTensor)
         if layer and known and inputs:
             return layer(module, param, *inputs)
         if not layer and known and inputs:
@@ -151,13 +148,13 @@ def _inputs(args: tuple, kwargs: dict) -> tuple:
 
 
 def _product(
-    module: Any, param: _Boxed | QuantizedTensor, x: Array, rest: tuple[Any, ...]
+    module: Any, param: LoraParam | TokenParam | QuantizedTensor, x: Array, rest: tuple[Any, ...]
 ) -> Array | None:
     """The layer's output in factored form; None where only the dense weight will do."""
     contraction = contraction_of(module, x.ndim, rest)
     if contraction is None or (isinstance(param, TokenParam) and contraction.kernel != (0,)):
         return None
-    base = param.base if isinstance(param, _Boxed) else param
+    base = param.base if isinstance(param, LoraParam | TokenParam) else param
     if not _is_matrix(base, contraction.kernel):
         base = meta.unbox(base)
     kernel = _as_matrix(base, contraction.kernel)
@@ -198,8 +195,8 @@ def _as_matrix(base: Any, contracting: tuple[int, ...]) -> Any:
     return as_matrix(base, contracting)
 
 
-def _look_up(module: Any, param: _Boxed | QuantizedTensor, ids: Array) -> Array:
-    base = param.base if isinstance(param, _Boxed) else param
+def _look_up(module: Any, param: LoraParam | TokenParam | QuantizedTensor, ids: Array) -> Array:
+    base = param.base if isinstance(param, LoraParam | TokenParam) else param
     empty = jnp.zeros((), base.dtype)
     (empty,) = module.promote_dtype(empty, dtype=module.dtype, inexact=False)
     if _is_matrix(base, (1,)):
@@ -214,8 +211,8 @@ def _look_up(module: Any, param: _Boxed | QuantizedTensor, ids: Array) -> Array:
     return param.scaled(rows + look_up_delta(ids, a, b, param.scaling), meta.unbox(base))
 
 
-def _attend(module: Any, param: _Boxed | QuantizedTensor, query: Array) -> Array:
-    base = param.base if isinstance(param, _Boxed) else param
+def _attend(module: Any, param: LoraParam | TokenParam | QuantizedTensor, query: Array) -> Array:
+    base = param.base if isinstance(param, LoraParam | TokenParam) else param
     if isinstance(param, LoraParam) and param.untied:
         param = base
     query, _ = module.promote_dtype(query, jnp.zeros((), base.dtype), dtype=module.dtype)
