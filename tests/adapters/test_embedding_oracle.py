@@ -108,7 +108,7 @@ def forward(case, adapter):
 
 
 def test_logits(case):
-    """Those of PEFT's unmerged model: without ensure_weight_tying its head reads the plain table."""
+    """Those of PEFT's unmerged model: unless tied, its head reads the plain table."""
     base = case.ours.module.apply({"params": case.ours.params}, jnp.asarray(IDS))
     assert np.abs(base - case.expected).max() > 1e-2 * np.abs(case.expected).max()
     close(forward(case, case.adapter), case.expected)
