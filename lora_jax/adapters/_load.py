@@ -253,8 +253,8 @@ def _take(
 def _unexpected(directory: Path, keys: list[str]) -> str:
     head = any(key.startswith(f"{PREFIX}{HEAD}.") for key in keys)
     what = (
-        f"a head of its own, where this base may share its embedding ({HEAD}: give the base as a"
-        " checkpoint with tie_word_embeddings false)"
+        f"it adapts {HEAD}, which config and base do not: of its own base and this one, one shares"
+        f" {HEAD} with the embedding (tie_word_embeddings) and one does not"
         if head
         else "the adapter was made for another base"
     )

@@ -1,11 +1,13 @@
 """An embedding that the output head shares: what an adapter of it reaches, and merging it."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from lora_jax import (
     InputError,
@@ -19,8 +21,14 @@ from lora_jax import (
     unmerge_adapter,
     with_dropout,
 )
-from lora_jax.adapters import load_adapter, save_adapter, weighted_adapter
-from lora_jax.lora import KernelLayout, extract_adapter, resize_adapter, tied_config
+from lora_jax.adapters import delta_spectra, load_adapter, save_adapter, weighted_adapter
+from lora_jax.lora import (
+    KernelLayout,
+    extract_adapter,
+    init_with_base,
+    resize_adapter,
+    tied_config,
+)
 from lora_jax.models import CausalLM, ModelConfig
 
 KEY = jax.random.key(0)
@@ -31,7 +39,7 @@ CONFIG = ModelConfig(
 )  # fmt: skip
 MODEL = CausalLM(CONFIG)
 LAYOUTS = {"model/layers": KernelLayout(stack="model/layers")}
-TABLE = ["model", "embed_tokens"]
+WEIGHTS, PREFIX = "adapter_model.safetensors", "base_model.model."
 
 
 @pytest.fixture(scope="module")
@@ -198,6 +206,46 @@ def test_saved_and_loaded(base, tmp_path, fields):
     pairs = zip(jax.tree.leaves(loaded), jax.tree.leaves(adapter), strict=True)
     assert all((x == y).all() and x.dtype == y.dtype for x, y in pairs)
     save_adapter(tmp_path / "b", loaded, read, layouts=LAYOUTS)
-    names = ("adapter_model.safetensors",)
-    for name in names:
-        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    one, other = (load_file(tmp_path / x / WEIGHTS) for x in "ab")
+    assert one.keys() == other.keys() and all((one[key] == other[key]).all() for key in one)
+    assert "lm_head" not in [x.module for x in delta_spectra(tmp_path / "a")]
+
+
+def edited(directory, **tensors):
+    path = directory / WEIGHTS
+    save_file(load_file(path) | {PREFIX + key: value for key, value in tensors.items()}, path)
+
+
+HEAD_A, HEAD_COPY = "lm_head.lora_A.weight", "lm_head.base_layer.weight"
+
+
+def test_a_file_whose_head_is_another(base, tmp_path):
+    tied = {"ensure_weight_tying": True}
+    save_adapter(tmp_path / "a", made(base, **tied), config(**tied), layouts=LAYOUTS)
+    edited(tmp_path / "a", **{HEAD_COPY: np.array(table_of(base)["embedding"])})
+    load_adapter(tmp_path / "a", base, layouts=LAYOUTS)
+    untied = combine(base, {"lm_head": {"kernel": jnp.ones((32, 24))}})
+    with pytest.raises(InputError, match="not this base's"):
+        load_adapter(tmp_path / "a", untied, layouts=LAYOUTS)
+    edited(tmp_path / "a", **{HEAD_A: np.ones((2, 32), np.float32)})
+    with pytest.raises(InputError, match="lm_head.lora_A.weight is not what the embedding has"):
+        load_adapter(tmp_path / "a", base, layouts=LAYOUTS)
+    save_adapter(tmp_path / "b", made(base), config(), layouts=LAYOUTS)
+    edited(tmp_path / "b", **{HEAD_A: np.ones((2, 32), np.float32)})
+    with pytest.raises(InputError, match="1 tensors have no place.* it adapts lm_head"):
+        load_adapter(tmp_path / "b", base, layouts=LAYOUTS)
+
+
+def test_a_start_that_moves_an_embedding_has_no_file(base, tmp_path):
+    """PEFT moves none: it would read ours as another adapter, and we theirs."""
+    fields = {"init_lora_weights": "pissa", "ensure_weight_tying": True}
+    _, adapter = init_with_base(KEY, base, config(**fields), layouts=LAYOUTS)
+    with pytest.raises(InputError, match="moves no embedding in PEFT; make the adapter plain"):
+        save_adapter(tmp_path / "a", adapter, config(**fields), layouts=LAYOUTS)
+    save_adapter(tmp_path / "a", made(base), config(), layouts=LAYOUTS)
+    path = tmp_path / "a" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    with pytest.raises(InputError, match="lm_head.lora_A|moves no embedding"):
+        load_adapter(tmp_path / "a", base, layouts=LAYOUTS)
+    with pytest.raises(InputError, match="would move model/embed_tokens/embedding under"):
+        init_with_base(KEY, base, config(init_lora_weights="pissa"), layouts=LAYOUTS)

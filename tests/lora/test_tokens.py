@@ -97,7 +97,9 @@ def test_gradients_reach_the_rows_and_nothing_as_large_as_the_table(tied):
     assert found["wte"]["embedding_lora_tokens"].any()
     assert not found["wte"]["embedding_lora_token_ids"].any()
     text = str(jax.make_jaxpr(jax.grad(loss))(adapter))
-    sums = [line for line in text.splitlines() if "scatter-add" in line or "add_any" in line]
+    # Flax opens every box in `setup` too; what nobody reads (`_`) is never computed.
+    lines = [line for line in text.splitlines() if not line.strip().startswith("_:")]
+    sums = [line for line in lines if "scatter-add" in line or "add_any" in line]
     assert sums and not any("[11,32]" in line or "[32,11]" in line for line in sums)
 
 
@@ -172,10 +174,10 @@ def test_a_list_is_for_one_embedding():
     config = LoraConfig(r=1, target_modules=["q"], trainable_token_indices=[1])
     with pytest.raises(InputError, match="one embedding of a model, and this has a/emb.*, b/emb"):
         init_adapter(KEY, base, config)
-    layers = {"layers": {"q": {"kernel": jnp.ones((2, 2, 2))}}}
-    named = LoraConfig(r=1, target_modules=["q"], trainable_token_indices={"q": [1]})
+    base["c"] = {"kernel": jnp.ones((2, 2, 2))}
+    named = LoraConfig(r=1, target_modules=["q"], trainable_token_indices={"c": [1]})
     with pytest.raises(InputError, match=r"has shape \(2, 2, 2\) and no rows of tokens"):
-        init_adapter(KEY, layers, named)
+        init_adapter(KEY, base, named)
 
 
 def test_an_empty_list_is_none():
