@@ -1,5 +1,6 @@
 """What an adapter looks like: `LoraConfig`, in PEFT's field names."""
 
+import collections
 import dataclasses
 import functools
 import math
@@ -16,7 +17,6 @@ _ONLY_AT_DEFAULT: Mapping[str, tuple[Any, ...]] = {
     "alora_invocation_tokens": (None,),
     "arrow_config": (None,),
     "corda_config": (None,),
-    "ensure_weight_tying": (False,),
     "eva_config": (None,),
     "fan_in_fan_out": (False,),
     "kasa_config": (None,),
@@ -30,7 +30,6 @@ _ONLY_AT_DEFAULT: Mapping[str, tuple[Any, ...]] = {
     "qalora_group_size": (16,),
     "runtime_config": (None, {"ephemeral_gpu_offload": False}),
     "target_parameters": (None, []),
-    "trainable_token_indices": (None, []),
     "use_bdlora": (None, False),
     "use_qalora": (False,),
     "velora_config": (None,),
@@ -83,6 +82,10 @@ class LoraConfig:
             match wins.
         layers_to_transform: Layer numbers to adapt; all by default.
         modules_to_save: Modules trained in full and saved with the adapter.
+        trainable_token_indices: Ids of tokens whose rows of the embedding are trained, or a
+            mapping from module names to ids.  A head that shares the embedding follows it.
+        ensure_weight_tying: Where the output head shares the embedding, whatever adapts or trains
+            one does the other.  Without it an adapter on the embedding leaves the head alone.
         init_lora_weights: True: A ~ U(±1/√d_in), B = 0. `"gaussian"`: A ~ N(0, 1/r²), B = 0.
             False: A ~ U(±1/√d_in), B ~ U(±1/√r), so that the adapter changes the output.
             `"orthogonal"`: rows of one orthogonal matrix, A·B = 0. `"pissa"`, `"pissa_niter_4"`
@@ -114,6 +117,8 @@ class LoraConfig:
     alpha_pattern: dict[str, float] = dataclasses.field(default_factory=dict)
     layers_to_transform: list[int] | int | None = None
     modules_to_save: list[str] | None = None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    ensure_weight_tying: bool = False
     init_lora_weights: bool | str = True
     loftq_config: dict[str, int] = dataclasses.field(default_factory=dict)
     use_dora: bool = False
@@ -130,6 +135,7 @@ class LoraConfig:
                      "use_dora"):  # fmt: skip
             object.__setattr__(self, name, _plain(getattr(self, name)))
         _set_layers(self)
+        _set_tokens(self)
         for name, rank in {"r": self.r, **self.rank_pattern}.items():
             if type(rank) is not int or rank < 1:
                 raise InputError(f"lora: the rank {name} must be a positive integer, got {rank!r}")
@@ -142,7 +148,7 @@ class LoraConfig:
             raise InputError(f"lora: task_type must be a name, got {self.task_type!r}")
         if self.bias != "none":
             raise InputError(f"lora: bias={self.bias!r} is not supported; use bias='none'")
-        for name in ("use_rslora", "use_dora"):
+        for name in ("use_rslora", "use_dora", "ensure_weight_tying"):
             if not isinstance(getattr(self, name), bool):
                 got = getattr(self, name)
                 raise InputError(f"lora: {name} must be true or false, got {got!r}")
@@ -171,9 +177,7 @@ class LoraConfig:
 
     def _key(self) -> tuple[Any, ...]:
         """All fields; patterns in their order, since the first that matches wins."""
-        values = (getattr(self, field.name) for field in dataclasses.fields(self))
-        ordered = (tuple(v.items()) if isinstance(v, dict) else v for v in values)
-        return tuple(tuple(v) if isinstance(v, list) else v for v in ordered)
+        return tuple(_hashable(getattr(self, field.name)) for field in dataclasses.fields(self))
 
     def rank(self, path: str) -> int:
         """Rank at a module path (`/` or `.` between names), after `rank_pattern`."""
@@ -268,6 +272,42 @@ def _set_layers(config: LoraConfig) -> None:
     in_order = sorted(numbers) if isinstance(value, set) else numbers
     layers = in_order if several else next(iter(numbers), None)
     object.__setattr__(config, "layers_to_transform", layers)
+
+
+_MOST_TOKENS = 2**24
+"""Ids beyond are no whole numbers in float32."""
+
+
+def _set_tokens(config: LoraConfig) -> None:
+    """Lists of ids, and None in the place of an empty one."""
+    value = config.trainable_token_indices
+    if isinstance(value, Mapping):
+        if not all(isinstance(name, str) for name in value):
+            raise InputError(f"lora: trainable_token_indices must map names to ids, got {value!r}")
+        named = {name: _token_ids(ids) for name, ids in value.items()}
+        ids = {name: own for name, own in named.items() if own} or None
+    else:
+        ids = None if value is None else _token_ids(value) or None
+    object.__setattr__(config, "trainable_token_indices", ids)
+
+
+def _token_ids(given: Any) -> list[int]:
+    several = isinstance(given, list | tuple | set | range | np.ndarray)
+    ids: list[Any] = [_plain(x) for x in given] if several else []
+    if not several or not all(type(x) is int and 0 <= x < _MOST_TOKENS for x in ids):
+        raise InputError(
+            "lora: trainable_token_indices must be a list of token ids, or map module names to"
+            f" such lists, got {given!r}"
+        )
+    if twice := [x for x, count in collections.Counter(ids).items() if count > 1]:
+        raise InputError(f"lora: trainable_token_indices has {twice[0]} twice; name it once")
+    return sorted(ids) if isinstance(given, set) else ids
+
+
+def _hashable(value: Any) -> Any:
+    if isinstance(value, dict):
+        return tuple((key, _hashable(own)) for key, own in value.items())
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _check_init(config: LoraConfig) -> None:

@@ -17,10 +17,14 @@ from .._names import is_kernel
 from .._tree import leaves_with_path, tree_from_paths
 from .._typing import Params
 from ..lora import (
+    HEAD,
+    TABLE,
+    TIED,
     Layouts,
     Target,
     adapter_names,
-    check_untied,
+    check_alone,
+    head_mark,
     init_with_base,
     is_embedding,
     is_within,
@@ -28,10 +32,25 @@ from ..lora import (
     magnitude_name,
     matched_targets,
     saved_modules,
+    shares_head,
+    target_name,
+    tied_config,
+    token_leaves,
+    token_tables,
     without_start,
 )
 from ..quant import QuantizedTensor, config_of, quantize
-from ._peft import CONFIG_FILE, WEIGHTS_FILE, module_key, read_config, weights_file, whole_keys
+from ._peft import (
+    CONFIG_FILE,
+    PREFIX,
+    WEIGHTS_FILE,
+    factor_keys,
+    module_key,
+    read_config,
+    tokens_key,
+    weights_file,
+    whole_keys,
+)
 
 
 def load_adapter(
@@ -54,7 +73,7 @@ def load_adapter(
     Example: see `save_adapter`.
     """
     directory = Path(directory)
-    config = _fitting(read_config(directory), base_params)
+    config = _fitting(tied_config(base_params, read_config(directory)), base_params)
     targets = matched_targets(base_params, config, layouts=layouts)
     if not targets:
         raise InputError(
@@ -72,14 +91,26 @@ def load_adapter(
             leaves.update(_read_target(target, take, config.use_dora))
         params = dict(leaves_with_path(base_params))
         for path in saved_modules(base_params, config):
-            check_untied(path, params)
             leaves[path] = _read_whole(path, params[path], layouts, take)
+        for path, ids in token_tables(base_params, config, layouts).items():
+            check_alone(path, leaves)
+            shape = (len(ids), leaf_shape(params[path])[0][int(is_embedding(path))])
+            leaves |= token_leaves(path, take(tokens_key(target_name(path)), shape), ids)
+        leaves |= head_mark(base_params, config, leaves)
+        if TIED in leaves:
+            _check_tied_head(directory, leaves, take)
         unread -= _copies_of_base(file, unread, directory, params, layouts)
     if unread:
         raise InputError(_unexpected(directory, sorted(unread)))
     dtype = str(leaves[adapter_names(targets[0].path)[0]].dtype)
     adapter, config = tree_from_paths(leaves), dataclasses.replace(config, adapter_dtype=dtype)
     if config.moves_base:
+        if table := next((t.path for t in targets if is_embedding(t.path)), None):
+            raise InputError(
+                f"{directory / CONFIG_FILE}: init_lora_weights={config.init_lora_weights!r} moves"
+                f" no embedding in PEFT, and {table} is adapted; convert the adapter where it was"
+                " trained (PEFT: save_pretrained(path_initial_model_for_weight_conversion=...))"
+            )
         return _over_unmoved(directory, base_params, adapter, config, layouts)
     return adapter, config
 
@@ -107,18 +138,16 @@ def _fitting(config: LoraConfig, base_params: Params) -> LoraConfig:
 
 def _read_target(target: Target, take: Any, dora: bool) -> Iterator[tuple[str, Any]]:
     """`lora_A`, `lora_B` and `lora_scaling` of a target, padded to its largest rank."""
-    if is_embedding(target.path):
-        raise InputError(f"{target.path}: adapters on embeddings (lora_embedding_A) are not read")
     width, pairs, lengths = max(target.ranks), [], []
     for name, rank in zip(target.names, target.ranks, strict=True):
         a, b = np.zeros((target.d_in, 0)), np.zeros((0, target.d_out))
         length = np.ones(target.d_out, np.float32)
         if rank:
-            key = module_key(name)
-            a = take(f"{key}.lora_A.weight", (rank, target.d_in)).T
-            b = take(f"{key}.lora_B.weight", (target.d_out, rank)).T
+            key_a, key_b = factor_keys(name, target.path)
+            a = take(key_a, (rank, target.d_in)).T
+            b = take(key_b, (target.d_out, rank)).T
             if dora:
-                length = take(f"{key}.lora_magnitude_vector", (target.d_out,))
+                length = take(f"{module_key(name)}.lora_magnitude_vector", (target.d_out,))
         lengths.append(length)
         pairs.append(
             (np.pad(a, ((0, 0), (0, width - rank))), np.pad(b, ((0, width - rank), (0, 0))))
@@ -134,6 +163,22 @@ def _read_target(target: Target, take: Any, dora: bool) -> Iterator[tuple[str, A
         yield path, jnp.asarray(value if target.stacked else value[0])
 
 
+def _check_tied_head(directory: Path, leaves: dict[str, Any], take: Any) -> None:
+    """Read what the file says of the head, and refuse it if it is not what the embedding has."""
+    if TABLE in leaves:
+        pairs = [(f"{PREFIX}{HEAD}.weight", leaves[TABLE])]
+    else:
+        a, b = (leaves[name] for name in adapter_names(TABLE)[:2])
+        pairs = list(zip(factor_keys(HEAD, f"{HEAD}/kernel"), (b, a), strict=True))
+    for key, value in pairs:
+        if not np.array_equal(take(key, value.shape), value):
+            raise InputError(
+                f"{directory / WEIGHTS_FILE}: {key} is not what the embedding has, though the"
+                " config says ensure_weight_tying; give the base as a checkpoint with"
+                " tie_word_embeddings false and an lm_head.weight"
+            )
+
+
 def _copies_of_base(
     file: Any, unread: set[str], directory: Path, params: dict[str, Any], layouts: Layouts | None
 ) -> set[str]:
@@ -143,8 +188,10 @@ def _copies_of_base(
     """
     bare = {key.replace(".base_layer.", "."): key for key in unread}
     found = set()
+    shared = [f"{PREFIX}{HEAD}.weight"] if shares_head(tree_from_paths(params)) else []
     for path, leaf in params.items():
         keys, stacked = whole_keys(path, leaf_shape(leaf)[0], layouts)
+        keys += shared if path == TABLE else []
         for i, key in enumerate(keys):
             if key not in bare:
                 continue
@@ -204,7 +251,11 @@ def _take(
 
 
 def _unexpected(directory: Path, keys: list[str]) -> str:
-    features = {"lora_embedding": "an adapted embedding"}
-    found = next((v for k, v in features.items() if any(k in key for key in keys)), None)
-    what = f"{found} is not supported" if found else "the adapter was made for another base"
+    head = any(key.startswith(f"{PREFIX}{HEAD}.") for key in keys)
+    what = (
+        f"it adapts {HEAD}, which config and base do not: of its own base and this one, one shares"
+        f" {HEAD} with the embedding (tie_word_embeddings) and one does not"
+        if head
+        else "the adapter was made for another base"
+    )
     return f"{directory / WEIGHTS_FILE}: {len(keys)} tensors have no place, {keys[0]} first; {what}"

@@ -10,7 +10,7 @@ from .._errors import InputError
 from .._names import hf_keys
 from .._tree import leaves_with_path
 from .._typing import Params
-from ..lora import Layouts, rule_for
+from ..lora import Layouts, is_embedding, rule_for
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -25,6 +25,24 @@ def module_key(name: str) -> str:
         'base_model.model.model.layers.0.q_proj'
     """
     return PREFIX + name.replace("/", ".")
+
+
+def factor_keys(name: str, param: str) -> tuple[str, str]:
+    """The keys of a module's two factors: an embedding's have names of their own.
+
+    Example:
+        >>> [key.removeprefix(PREFIX) for key in factor_keys("wte", "wte/embedding")]
+        ['wte.lora_embedding_A', 'wte.lora_embedding_B']
+    """
+    key = module_key(name)
+    if is_embedding(param):
+        return f"{key}.lora_embedding_A", f"{key}.lora_embedding_B"
+    return f"{key}.lora_A.weight", f"{key}.lora_B.weight"
+
+
+def tokens_key(name: str) -> str:
+    """The key of a module's trained rows, which PEFT calls deltas: they are the rows themselves."""
+    return f"{module_key(name)}.token_adapter.trainable_tokens_delta"
 
 
 def whole_keys(

@@ -8,6 +8,7 @@ import numpy as np
 
 from .._errors import InputError
 from .._files import open_tensors
+from ..lora import HEAD
 from ._peft import PREFIX, read_config, weights_file
 
 ENERGY = 0.99
@@ -94,6 +95,8 @@ def delta_spectra(directory: str | Path) -> list[DeltaSpectrum]:
                 if not key.endswith(end_a) or other not in keys:
                     continue
                 module = key.removesuffix(end_a).removeprefix(PREFIX)
+                if module == HEAD and config.ensure_weight_tying and _has_embedding(keys):
+                    continue  # the same factors once more
                 a, b = (file.get_tensor(name).astype(np.float64) for name in (key, other))
                 # Of a convolution A has the kernel's axes, and B ones of size 1.
                 a, b = a.reshape(len(a), -1), b.reshape(len(b), -1)
@@ -102,6 +105,10 @@ def delta_spectra(directory: str | Path) -> list[DeltaSpectrum]:
     if not spectra:
         raise InputError(f"{directory}: its file holds no pair of lora_A and lora_B")
     return spectra
+
+
+def _has_embedding(keys: set[str]) -> bool:
+    return any(key.endswith(_PAIRS[1][0]) for key in keys)
 
 
 def _singular_values(a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -2,7 +2,9 @@
 
 A directory holds `adapter_config.json` and `adapter_model.safetensors`; the keys are
 `base_model.model.<dotted module>.lora_A.weight` (rank, d_in) and `.lora_B.weight`
-(d_out, rank), a pair for every single layer.
+(d_out, rank), a pair for every single layer.  Of an embedding they are `lora_embedding_A`
+(rank, vocabulary) and `lora_embedding_B` (d, rank); of a head that is tied to it, the head's
+pair too.
 """
 
 import json
@@ -19,8 +21,31 @@ from .._files import atomic_directory, atomic_file, write_tensors
 from .._names import is_kernel
 from .._tree import leaves_with_path
 from .._typing import Params
-from ..lora import Layouts, is_embedding, is_target, is_within, paths_of_layers, rule_for
-from ._peft import CONFIG_FILE, WEIGHTS_FILE, config_to_peft, module_key, whole_keys
+from ..lora import (
+    HEAD,
+    TABLE,
+    TIED,
+    Layouts,
+    adapted_param,
+    is_embedding,
+    is_target,
+    is_within,
+    paths_of_layers,
+    rule_for,
+    target_name,
+    tied_config,
+)
+from ._peft import (
+    CONFIG_FILE,
+    PREFIX,
+    WEIGHTS_FILE,
+    config_to_peft,
+    factor_keys,
+    module_key,
+    tokens_key,
+    whole_keys,
+)
+from ._tokens import saved_tokens
 
 
 def save_adapter(
@@ -45,8 +70,8 @@ def save_adapter(
 
     Raises:
         InputError: if the adapter is not the config's (its modules, ranks, scaling), if a
-            part of it cannot be written (an adapted embedding, a layer without a name), or if
-            the disk is full.
+            part of it cannot be written (a layer without a name, an embedding whose start
+            moved the base), or if the disk is full.
 
     Example:
         >>> import jax, tempfile
@@ -61,7 +86,7 @@ def save_adapter(
         >>> bool((loaded["q_proj"]["lora_A"] == adapter["q_proj"]["lora_A"]).all())
         True
     """
-    directory = Path(directory)
+    directory, config = Path(directory), tied_config(adapter, config)
     _check_saved_modules(adapter, config)
     tensors = dict(_tensors(adapter, config, layouts))
     if not tensors:
@@ -93,6 +118,10 @@ def _tensors(
             yield from _whole_tensors(path, np.asarray(leaf), layouts)
         elif name.endswith("lora_A"):
             yield from _pair_tensors(path, leaves, config, layouts)
+    for module, rows in saved_tokens(leaves, config).items():
+        yield tokens_key(module), rows
+    if TIED in leaves and TABLE in leaves:
+        yield f"{PREFIX}{HEAD}.weight", np.asarray(leaves[TABLE])
 
 
 def _pair_tensors(
@@ -103,13 +132,17 @@ def _pair_tensors(
     if missing := [part for part in parts if part not in leaves]:
         raise InputError(f"save_adapter: the adapter has {path_a} but no {missing[0]}")
     a, b, scalings = (np.asarray(leaves[part]) for part in parts)
-    # `w_lora_A` belongs to the raw parameter `w`, `lora_A` to the module itself.
-    of_module = not prefix or prefix.endswith("/")
-    module = prefix.removesuffix("/" if of_module else "_")
-    param = f"{module}/kernel" if of_module else module
-    if not module or is_embedding(param):
-        what = "an adapter on an embedding" if module else "a layer without a name"
-        raise InputError(f"{path_a}: {what} cannot be saved in PEFT's format; exclude it")
+    param = adapted_param(path_a)
+    module = target_name(param)
+    if not module:
+        raise InputError(
+            f"{path_a}: a layer without a name cannot be saved in PEFT's format; exclude it"
+        )
+    if is_embedding(param) and config.moves_base:
+        raise InputError(
+            f"save_adapter: {param} started with init_lora_weights={config.init_lora_weights!r},"
+            " which moves no embedding in PEFT; make the adapter plain by without_start first"
+        )
     layout = rule_for(layouts, param)
     if a.ndim != 2 + (layout.stack is not None):
         raise InputError(
@@ -140,11 +173,15 @@ def _pair_tensors(
                 f"save_adapter: {name} has rank {_used_rank(a[i], b[i])}, but the config gives"
                 f" {rank}; pass the config the adapter was made with"
             )
-        key = module_key(name)
-        yield f"{key}.lora_A.weight", a[i, :, :rank].T
-        yield f"{key}.lora_B.weight", b[i, :rank].T
+        key_a, key_b = factor_keys(name, param)
+        yield key_a, a[i, :, :rank].T
+        yield key_b, b[i, :rank].T
         if lengths is not None:
-            yield f"{key}.lora_magnitude_vector", lengths[i]
+            yield f"{module_key(name)}.lora_magnitude_vector", lengths[i]
+        if param == TABLE and TIED in leaves:
+            key_a, key_b = factor_keys(HEAD, f"{HEAD}/kernel")
+            yield key_a, b[i, :rank]
+            yield key_b, a[i, :, :rank]
 
 
 def _magnitudes(prefix: str, leaves: dict[str, Any], config: LoraConfig) -> np.ndarray | None:

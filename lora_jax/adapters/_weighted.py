@@ -10,8 +10,11 @@ from jaxtyping import Float
 
 from .._config import LoraConfig
 from .._errors import InputError
+from .._tree import combine, leaves_with_path, tree_from_paths
 from .._typing import Array, Key, Params
 from ..lora import (
+    TIED,
+    UNTIED,
     AdaptedLayer,
     Layouts,
     adapter_from_layers,
@@ -100,7 +103,24 @@ def weighted_adapter(
     }
     configs = [config for _, config in adapters]
     config = unit_scaled(dataclasses.replace(configs[0], **_selection(configs, layers)), rank)
-    return adapter_from_layers(layers, rank, layouts, config.adapter_dtype), config
+    marks = _marks(adapters)
+    config = dataclasses.replace(
+        config, ensure_weight_tying=config.ensure_weight_tying or TIED in marks
+    )
+    made = adapter_from_layers(layers, rank, layouts, config.adapter_dtype)
+    return combine(made, tree_from_paths(marks)), config
+
+
+def _marks(adapters: Sequence[Pair]) -> dict[str, Any]:
+    """Whether the adapters of an embedding are those of the head that shares it: all or none."""
+    trees = [dict(leaves_with_path(adapter)) for adapter, _ in adapters]
+    marks = {name: tree[name] for tree in trees for name in (TIED, UNTIED) if name in tree}
+    if len(marks) > 1:
+        raise InputError(
+            "weighted_adapter: some adapters of the embedding act on the head that shares it"
+            " (ensure_weight_tying) and some do not; there is no sum of such"
+        )
+    return marks
 
 
 def _combine(own: Own, weights: Any, rule: Rule, rank: int, key: Key | None) -> AdaptedLayer:

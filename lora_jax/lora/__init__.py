@@ -18,6 +18,7 @@ from ._layout import as_matrix as as_matrix
 from ._layout import matrix_shape as matrix_shape
 from ._layout import paths_of_layers as paths_of_layers
 from ._layout import rule_for as rule_for
+from ._linear import base_product as base_product
 from ._linear import dense_delta as dense_delta
 from ._linear import drop as drop
 from ._linear import look_up_delta as look_up_delta
@@ -30,6 +31,7 @@ from ._resize import resize_adapter as resize_adapter
 from ._resize import unit_scaled as unit_scaled
 from ._scale import scale_adapter as scale_adapter
 from ._single_layers import AdaptedLayer as AdaptedLayer
+from ._single_layers import adapted_param as adapted_param
 from ._single_layers import adapter_from_layers as adapter_from_layers
 from ._single_layers import single_layers as single_layers
 from ._single_layers import whole_parameters as whole_parameters
@@ -41,7 +43,6 @@ from ._start import without_start as without_start
 from ._targets import TRAINED as TRAINED
 from ._targets import Target as Target
 from ._targets import adapter_names as adapter_names
-from ._targets import check_untied as check_untied
 from ._targets import find_targets as find_targets
 from ._targets import is_embedding as is_embedding
 from ._targets import is_target as is_target
@@ -51,4 +52,19 @@ from ._targets import magnitude_name as magnitude_name
 from ._targets import matched_targets as matched_targets
 from ._targets import pattern_counts as pattern_counts
 from ._targets import saved_modules as saved_modules
+from ._targets import target_name as target_name
+from ._targets import token_names as token_names
 from ._targets import trainable_mask as trainable_mask
+from ._tied import HEAD as HEAD
+from ._tied import TABLE as TABLE
+from ._tied import TIED as TIED
+from ._tied import UNTIED as UNTIED
+from ._tied import head_mark as head_mark
+from ._tied import is_tied as is_tied
+from ._tied import shares_head as shares_head
+from ._tied import tied_config as tied_config
+from ._tokens import TokenParam as TokenParam
+from ._tokens import check_alone as check_alone
+from ._tokens import replace_rows as replace_rows
+from ._tokens import token_leaves as token_leaves
+from ._tokens import token_tables as token_tables

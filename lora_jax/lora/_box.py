@@ -15,8 +15,10 @@ from .._typing import Array, Key, Params
 from ..quant import QuantizedTensor, dequantize
 from ._dora import column_scale, dora_linear
 from ._layout import Layouts, contracting_axes, matrix_shape
-from ._linear import dense_delta, lora_delta, lora_linear
+from ._linear import dense_delta, drop, lora_delta, lora_linear
 from ._targets import adapter_names, is_embedding, known_contracting, leaf_shape
+from ._tied import TABLE, TIED, UNTIED
+from ._tokens import token_param
 
 
 @jax.tree_util.register_dataclass
@@ -39,6 +41,8 @@ class LoraParam(meta.AxisMetadata):
     dropout_rate: Array | None
     path: str = dataclasses.field(metadata={"static": True})
     contracting: tuple[int, ...] | None = dataclasses.field(metadata={"static": True})
+    untied: bool = dataclasses.field(default=False, metadata={"static": True})
+    """Whether an output head that shares this embedding reads it without the adapter."""
 
     def unbox(self) -> Array:
         """W0 + scaling·A·B in the base's dtype.
@@ -47,7 +51,7 @@ class LoraParam(meta.AxisMetadata):
             InputError: under dropout, which needs the layer's input; or if the axes of a
                 kernel of more than two are not known.
         """
-        if self.dropout_key is not None:
+        if self.dropout_key is not None and not is_embedding(self.path):
             raise InputError(
                 f"{self.path}: lora_dropout needs a layer whose input is known (Dense,"
                 " DenseGeneral, Einsum, Embed); set lora_dropout to 0 or exclude this module"
@@ -118,6 +122,8 @@ class LoraParam(meta.AxisMetadata):
 
     def transposed(self, x: Array) -> Array:
         """The delta of y = x·Wᵀ, as a tied head has it."""
+        rate = 0.0 if self.dropout_rate is None else self.dropout_rate
+        x = drop(x, self.dropout_key, rate)
         return lora_delta(x, self.lora_B.T, self.lora_A.T, self.scaling)
 
     def replace_boxed(self, val: Any) -> Any:
@@ -134,6 +140,8 @@ class LoraParam(meta.AxisMetadata):
 def box_adapters(params: Params, layouts: Layouts | None = None) -> dict[str, Any]:
     """Put every parameter that has `lora_A` and `lora_B` beside it into a `LoraParam`.
 
+    One that has `lora_tokens` beside it goes into a `TokenParam`.
+
     Args:
         params: A base combined with an adapter.
         layouts: Axes of adapted raw parameters that are not matrices.
@@ -143,8 +151,12 @@ def box_adapters(params: Params, layouts: Layouts | None = None) -> dict[str, An
     """
     leaves = dict(leaves_with_path(params))
     boxed: dict[str, Any] = {}
-    used: set[str] = set()
+    used: set[str] = {TIED, UNTIED}
     for path, base in leaves.items():
+        tokens, names = token_param(path, base, leaves)
+        if tokens is not None:
+            boxed[path] = tokens
+            used.update(names)
         name_a, name_b, name_scaling = adapter_names(path)
         if name_a not in leaves or path in (name_a, name_b, name_scaling):
             continue
@@ -154,16 +166,19 @@ def box_adapters(params: Params, layouts: Layouts | None = None) -> dict[str, An
         if missing := [p for p in parts[:3] if p not in leaves]:
             raise InputError(f"{path}: the adapter lacks {', '.join(missing)}")
         factors: list[Any] = [leaves[part] for part in parts[:3]]
-        # A look-up has no input to drop; PEFT does not either.
-        dropout = (None, None) if is_embedding(path) else map(leaves.get, parts[4:])
+        # A look-up has no input to drop, and PEFT drops none; a head tied to it has.
+        drops = not is_embedding(path) or (path == TABLE and TIED in leaves)
+        dropout = map(leaves.get, parts[4:]) if drops else (None, None)
         contracting = known_contracting(layouts, path, base)
         factors.append(leaves.get(parts[3]))
         param = LoraParam(base, *factors, *dropout, path=path, contracting=contracting)
+        if path == TABLE and UNTIED in leaves:
+            param = dataclasses.replace(param, untied=True)
         check_shapes(param)
         boxed[path] = param
         used.update(parts)
     for path in leaves:
-        if path.endswith(("lora_A", "lora_B")) and path not in used:
+        if path.endswith(("lora_A", "lora_B", "lora_tokens")) and path not in used:
             raise InputError(
                 f"{path}: the base has no parameter beside it; this adapter was made for"
                 " another base"

@@ -18,12 +18,13 @@ from ._layout import Layouts, as_matrix
 from ._targets import (
     Target,
     adapter_names,
-    check_untied,
     find_targets,
     is_embedding,
     magnitude_name,
     saved_modules,
 )
+from ._tied import head_mark
+from ._tokens import check_alone, first_tokens, token_tables
 
 
 def init_adapter(
@@ -43,11 +44,15 @@ def init_adapter(
         in `config.adapter_dtype`, `lora_scaling ()` in float32, and under DoRA `lora_magnitude
         (d_out,)`, each with a leading layer axis where the base has one.  Layers of smaller rank
         are padded with zeros, which stay zero in training; a layer without an adapter has
-        scaling 0.  Modules of `modules_to_save` are copied in full.
+        scaling 0.  Modules of `modules_to_save` are copied in full.  Of an embedding with
+        `trainable_token_indices` there are the rows, `embedding_lora_tokens (n, d)`, and
+        `embedding_lora_token_ids (n,)`; one that the output head shares has a mark that says
+        whether its adapter is the head's too (`ensure_weight_tying`).
 
     Raises:
-        InputError: if a name or pattern of the config matches nothing, if `modules_to_save` asks
-            for what cannot be kept apart or copied, or if the config's start moves the base.
+        InputError: if a name or pattern of the config matches nothing, if `modules_to_save` or
+            `trainable_token_indices` asks for what cannot be kept apart or copied, or if the
+            config's start moves the base.
 
     Example:
         >>> base = {"q_proj": {"kernel": jnp.zeros((4, 6))}}
@@ -84,8 +89,12 @@ def fresh_adapter(
             leaves[magnitude_name(target.path)] = magnitudes(params[target.path], target, *values)
     if config.modules_to_save:
         for path in saved_modules(base_params, config):
-            check_untied(path, params)
             leaves[path] = _trainable_copy(path, params[path], dtype)
+    for path, ids in token_tables(base_params, config, layouts).items():
+        check_alone(path, leaves)
+        _check_values(path, params[path], "trainable_token_indices copies rows of")
+        leaves |= first_tokens(path, params[path], ids, dtype)
+    leaves |= head_mark(base_params, config, leaves)
     return tree_from_paths(leaves)
 
 

@@ -13,6 +13,8 @@ from ._box import LoraParam, box_adapters
 from ._layout import Layouts
 from ._single_layers import whole_parameters
 from ._targets import leaf_shape
+from ._tied import UNTIED, untied_head
+from ._tokens import TokenParam
 
 
 def merge_adapter(
@@ -34,7 +36,10 @@ def merge_adapter(
             weight, and does not go with `jit`.
 
     Returns:
-        A tree of the base's structure; weights without an adapter stay as they are.
+        A tree of the base's structure; weights without an adapter stay as they are.  Where the
+        output head shares an embedding that is adapted without it (PEFT's default, without
+        `ensure_weight_tying`), the tree gets a head of its own, `lm_head/kernel`: it is then one
+        of the same model with `tie_word_embeddings=False`.
 
     Raises:
         InputError: if the adapter does not fit the base, or is not `safe` to merge.
@@ -51,7 +56,7 @@ def merge_adapter(
     merged = _merge(base_params, adapter, 1.0, layouts, dtype)
     if safe:
         _check_finite(merged, dict(leaves_with_path(base_params)))
-    return merged
+    return untied_head(merged, base_params, dtype) if _is_untied(adapter) else merged
 
 
 def unmerge_adapter(
@@ -64,7 +69,8 @@ def unmerge_adapter(
         adapter, layouts, dtype: As in `merge_adapter`.
 
     Raises:
-        InputError: if the adapter holds whole modules, whose base is lost in a merge.
+        InputError: if the adapter holds whole modules or rows, whose base is lost in a merge, or
+            if the merge parted the head from the embedding.
 
     Example:
         >>> base = {"q_proj": {"kernel": jnp.zeros((4, 6))}}
@@ -76,6 +82,11 @@ def unmerge_adapter(
     if whole := whole_parameters(adapter):
         paths = ", ".join(whole)
         raise InputError(f"unmerge_adapter: {paths} replaced the base's; keep the base instead")
+    if _is_untied(adapter):
+        raise InputError(
+            "unmerge_adapter: merging gave this model an output head apart from its embedding;"
+            " keep the base instead"
+        )
     return _merge(merged_params, adapter, -1.0, layouts, dtype)
 
 
@@ -93,6 +104,8 @@ def _merge(
         value = boxed[path]
         if isinstance(value, LoraParam):
             new = value.shifted(sign, dtype)
+        elif isinstance(value, TokenParam):
+            new = value.merged(dtype)
         elif value is old:
             return old
         else:  # one of `modules_to_save`
@@ -102,6 +115,10 @@ def _merge(
     # A base that holds an adapter already loses it.
     bare = params if boxed.keys() == before.keys() else partition(params, boxed.__contains__)[0]
     return map_with_path(leaf, bare)
+
+
+def _is_untied(adapter: Params) -> bool:
+    return any(path == UNTIED for path, _ in leaves_with_path(adapter))
 
 
 def _whole(path: str, value: Any, old: Any, dtype: Any) -> Any:

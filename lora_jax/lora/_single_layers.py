@@ -13,6 +13,7 @@ from .._tree import leaves_with_path, tree_from_paths
 from .._typing import Array, Params
 from ._layout import Layouts, paths_of_layers, rule_for
 from ._targets import adapter_names, is_target, target_name
+from ._tied import tied_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,13 +55,14 @@ def single_layers(
         [('q/kernel', 2)]
     """
     leaves = dict(leaves_with_path(adapter))
+    config = tied_config(adapter, config)
     check_unmoved("single_layers", config)
     if lengths := [path for path in leaves if path.endswith("lora_magnitude")]:
         raise InputError(
             f"{lengths[0]}: deltas under DoRA do not add up, since each has its own norms; merge"
             " adapters one by one"
         )
-    params = [_adapted_param(path) for path in leaves if path.endswith("lora_A")]
+    params = [adapted_param(path) for path in leaves if path.endswith("lora_A")]
     return {param: tuple(_layers_of(param, leaves, config, layouts)) for param in params}
 
 
@@ -98,17 +100,17 @@ def adapter_from_layers(
 
 
 def whole_parameters(adapter: Params) -> list[str]:
-    """Paths of what an adapter holds in full, for `modules_to_save`.
+    """Paths of what an adapter holds in full: modules to save, and rows of tables.
 
     Example:
         >>> whole_parameters({"lm_head": {"kernel": 1}, "q": {"lora_A": 2}})
         ['lm_head/kernel']
     """
     paths = [path for path, _ in leaves_with_path(adapter)]
-    return [path for path in paths if "lora_" not in path.rpartition("/")[2]]
+    return [p for p in paths if p.endswith("lora_tokens") or "lora_" not in p.rpartition("/")[2]]
 
 
-def _adapted_param(path_a: str) -> str:
+def adapted_param(path_a: str) -> str:
     """The parameter beside which a `lora_A` lies: what `adapter_names` was given."""
     prefix = path_a.removesuffix("lora_A")
     of_module = not prefix or prefix.endswith("/")

@@ -22,13 +22,12 @@ from ._layout import (
     paths_of_layers,
     rule_for,
 )
+from ._tied import OUTPUT_HEADS, tied_config
 
 LAYER_PARAMS = ("kernel", "embedding")
 """Parameters that `target_modules` knows by their module; any other by its own path."""
-TRAINED = ("lora_A", "lora_B", "lora_magnitude")
+TRAINED = ("lora_A", "lora_B", "lora_magnitude", "lora_tokens")
 """Parts of an adapter that are trained."""
-OUTPUT_HEADS = ("lm_head",)
-"""Left out of "all-linear", as PEFT leaves out the output layer."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +74,7 @@ def find_targets(
             "lora: target_modules is missing; give names such as ['q_proj', 'v_proj'], a regular"
             f" expression, or 'all-linear'. There is: {_summary(params, layouts)}"
         )
-    wanted = _Matcher(config)
+    wanted = _Matcher(tied_config(params, config))
     targets = _matched(params, wanted, layouts)
     wanted.check(targets, params, layouts)
     return targets
@@ -91,7 +90,7 @@ def pattern_counts(
         >>> pattern_counts(params, LoraConfig(target_modules=["q_proj"]))
         {('target_modules', 'q_proj'): 1}
     """
-    wanted = _Matcher(config)
+    wanted = _Matcher(tied_config(params, config))
     _matched(params, wanted, layouts)
     return wanted.counts
 
@@ -103,7 +102,7 @@ def matched_targets(
 
     For adapters that exist: there the tensors in the file show what is missing.
     """
-    return _matched(params, _Matcher(config), layouts)
+    return _matched(params, _Matcher(tied_config(params, config)), layouts)
 
 
 def _matched(params: Params, wanted: "_Matcher", layouts: Layouts | None) -> tuple[Target, ...]:
@@ -125,7 +124,7 @@ def saved_modules(params: Params, config: LoraConfig) -> tuple[str, ...]:
     Raises:
         InputError: if a name matches nothing.
     """
-    wanted = config.modules_to_save or []
+    wanted = tied_config(params, config).modules_to_save or []
     found: dict[str, list[str]] = {name: [] for name in wanted}
     for path, _ in leaves_with_path(params):
         module = path.rpartition("/")[0].replace("/", ".")
@@ -138,26 +137,6 @@ def saved_modules(params: Params, config: LoraConfig) -> tuple[str, ...]:
                 f"lora: modules_to_save {name!r} matches nothing. There is: {_summary(params)}"
             )
     return tuple(dict.fromkeys(path for paths in found.values() for path in paths))
-
-
-def check_untied(path: str, params: Mapping[str, Any]) -> None:
-    """Refuse to train an embedding whole that the output head shares.
-
-    PEFT would train a copy of its own and leave the head as it was, so that the file would
-    mean another model there than here.
-
-    Args:
-        path: One of `saved_modules`.
-        params: The base's leaves by path.
-    """
-    heads = {other.split("/")[0] for other in params}.intersection(OUTPUT_HEADS)
-    # Only of the decoder's own tree is it known that the head is either there or shared.
-    if path == "model/embed_tokens/embedding" and not heads:
-        raise InputError(
-            f"lora: modules_to_save: this base has no lm_head, so its output head shares {path};"
-            " training both (PEFT's ensure_weight_tying) is not supported; take it out of"
-            " modules_to_save"
-        )
 
 
 def is_target(name: str, param_path: str, config: LoraConfig) -> bool:
@@ -195,6 +174,12 @@ def adapter_names(param_path: str) -> tuple[str, str, str]:
 def magnitude_name(param_path: str) -> str:
     """Path of `lora_magnitude` (DoRA) beside a parameter."""
     return adapter_names(param_path)[0].removesuffix("lora_A") + "lora_magnitude"
+
+
+def token_names(param_path: str) -> tuple[str, str]:
+    """Paths of `lora_tokens` and `lora_token_ids` beside a table: rows of its own, and which."""
+    prefix = adapter_names(param_path)[0].removesuffix("lora_A")
+    return f"{prefix}lora_tokens", f"{prefix}lora_token_ids"
 
 
 def target_name(param_path: str) -> str:

@@ -48,7 +48,8 @@ def save_pretrained(
     Args:
         directory: A directory that does not exist yet or is empty.
         params: The tree of a `CausalLM`, dense or quantized, without adapter leaves.
-        config: The model's shape.
+        config: The model's shape.  With an `lm_head` in `params`, as a merge may add one, the file
+            says `tie_word_embeddings: false`.
         dtype: Type of the tensors in the file.
         tokenizer: A tokenizer whose files are copied.
         max_shard_bytes: Above this size the tensors go to several files with an index; one
@@ -62,6 +63,8 @@ def save_pretrained(
         See `load_pretrained`.
     """
     save_as = float_dtype(dtype, "dtype")
+    if "lm_head" in params:
+        config = dataclasses.replace(config, tie_word_embeddings=False)
     _check_tree(params, config)
     tensors = [t for path, x in leaves_with_path(params) for t in _tensors(path, x, save_as)]
     with atomic_directory(Path(directory)) as out:

@@ -21,6 +21,7 @@ from ..lora import (
     Target,
     find_targets,
     init_with_base,
+    is_embedding,
     matched_targets,
     trainable_mask,
 )
@@ -80,10 +81,14 @@ class Setup:
         frozen = [x for _, x in leaves_with_path(self.base)]
         # Of stacked layers, the padding to a common rank is no parameter.
         trains_a = self.config.train.optimizer != "lora_fa"
-        adapted = sum(sum(t.ranks) * (trains_a * t.d_in + t.d_out) for t in self.targets)
+        adapted = sum(
+            sum(t.ranks) * ((trains_a or is_embedding(t.path)) * t.d_in + t.d_out)
+            for t in self.targets
+        )
         if self.config.lora.use_dora:
             adapted += sum(t.d_out for t in self.targets for rank in t.ranks if rank)
-        whole = [x.size for path, x in trainable.items() if not path.endswith(TRAINED)]
+        of_pairs = tuple(name for name in TRAINED if name != "lora_tokens")
+        whole = [x.size for path, x in trainable.items() if not path.endswith(of_pairs)]
         return {
             "trainable": adapted + sum(whole),
             "trainable_bytes": tree_bytes(trainable),
@@ -287,7 +292,7 @@ def _adapter(
         adapter, lora = load_adapter(config.train.adapter, params, layouts=layouts)
         lora = dataclasses.replace(lora, lora_dropout=config.lora.lora_dropout)
         return dataclasses.replace(config, lora=lora), params, adapter
-    _refuse_embeddings(config.lora, pretrained)
+    _refuse_moved_embeddings(config.lora, pretrained)
 
     def start(key: Any, params: Params) -> tuple[Params, dict[str, Any]]:
         if quant is None or not config.lora.moves_base:
@@ -302,10 +307,13 @@ def _adapter(
     return config, params, make(lambda *given: start(*given)[1], key, params)
 
 
-def _refuse_embeddings(lora: LoraConfig, pretrained: Pretrained) -> None:
+def _refuse_moved_embeddings(lora: LoraConfig, pretrained: Pretrained) -> None:
+    if not lora.moves_base:
+        return
     for target in find_targets(pretrained.params, lora, layouts=pretrained.layouts):
-        if target.path.endswith("embedding"):
+        if is_embedding(target.path):
             raise InputError(
-                f"lora: target_modules reaches {target.path}; adapters on embeddings cannot be"
-                " saved in PEFT's format, so take it out or list it in modules_to_save"
+                f"lora: target_modules reaches {target.path}, which PEFT's"
+                f" init_lora_weights={lora.init_lora_weights!r} does not move, so that the adapter"
+                " could not be saved; take it out, or set init_lora_weights: true"
             )

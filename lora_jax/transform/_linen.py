@@ -16,7 +16,9 @@ from ..lora import (
     KernelLayout,
     Layouts,
     LoraParam,
+    TokenParam,
     as_matrix,
+    base_product,
     box_adapters,
     check_shapes,
     leaf_shape,
@@ -130,9 +132,10 @@ def _intercept(next_fun: Callable, args: tuple, kwargs: dict, context: Any) -> A
     name = "embedding" if layer else "kernel"
     if (layer or method == "__call__") and module.has_variable("params", name):
         param, inputs = module.get_variable("params", name), _inputs(args, kwargs)
-        if layer and isinstance(param, LoraParam | QuantizedTensor) and inputs:
+        known = isinstance(param, LoraParam | TokenParam | QuantizedTensor)
+        if layer and known and inputs:
             return layer(module, param, *inputs)
-        if not layer and isinstance(param, LoraParam | QuantizedTensor) and inputs:
+        if not layer and known and inputs:
             out = _product(module, param, jnp.asarray(inputs[0]), inputs[1:])
             return next_fun(*args, **kwargs) if out is None else out
     return next_fun(*args, **kwargs)
@@ -145,13 +148,13 @@ def _inputs(args: tuple, kwargs: dict) -> tuple:
 
 
 def _product(
-    module: Any, param: LoraParam | QuantizedTensor, x: Array, rest: tuple[Any, ...]
+    module: Any, param: LoraParam | TokenParam | QuantizedTensor, x: Array, rest: tuple[Any, ...]
 ) -> Array | None:
     """The layer's output in factored form; None where only the dense weight will do."""
     contraction = contraction_of(module, x.ndim, rest)
-    if contraction is None:
+    if contraction is None or (isinstance(param, TokenParam) and contraction.kernel != (0,)):
         return None
-    base = param.base if isinstance(param, LoraParam) else param
+    base = param.base if isinstance(param, LoraParam | TokenParam) else param
     if not _is_matrix(base, contraction.kernel):
         base = meta.unbox(base)
     kernel = _as_matrix(base, contraction.kernel)
@@ -165,6 +168,9 @@ def _product(
     if isinstance(param, LoraParam):
         check_shapes(dataclasses.replace(param, contracting=contraction.kernel))
         y = param.linear(flat, kernel, module.precision)
+    elif isinstance(param, TokenParam):
+        product = base_product(flat, kernel, module.precision)
+        y = param.outputs(flat, product, module.precision)
     elif isinstance(kernel, QuantizedTensor):
         y = quantized_matmul(flat, kernel, precision=module.precision)
     else:
@@ -189,22 +195,26 @@ def _as_matrix(base: Any, contracting: tuple[int, ...]) -> Any:
     return as_matrix(base, contracting)
 
 
-def _look_up(module: Any, param: LoraParam | QuantizedTensor, ids: Array) -> Array:
-    base = param.base if isinstance(param, LoraParam) else param
+def _look_up(module: Any, param: LoraParam | TokenParam | QuantizedTensor, ids: Array) -> Array:
+    base = param.base if isinstance(param, LoraParam | TokenParam) else param
     empty = jnp.zeros((), base.dtype)
     (empty,) = module.promote_dtype(empty, dtype=module.dtype, inexact=False)
     if _is_matrix(base, (1,)):
         rows = look_up(base, ids, empty.dtype)
     else:
         rows = jnp.take(meta.unbox(base).astype(empty.dtype), ids, axis=0)
+    if isinstance(param, TokenParam):
+        return param.rows(jnp.asarray(ids), rows)
     if not isinstance(param, LoraParam):
         return rows
     a, b = param.lora_A.astype(rows.dtype), param.lora_B.astype(rows.dtype)
     return param.scaled(rows + look_up_delta(ids, a, b, param.scaling), meta.unbox(base))
 
 
-def _attend(module: Any, param: LoraParam | QuantizedTensor, query: Array) -> Array:
-    base = param.base if isinstance(param, LoraParam) else param
+def _attend(module: Any, param: LoraParam | TokenParam | QuantizedTensor, query: Array) -> Array:
+    base = param.base if isinstance(param, LoraParam | TokenParam) else param
+    if isinstance(param, LoraParam) and param.untied:
+        param = base
     query, _ = module.promote_dtype(query, jnp.zeros((), base.dtype), dtype=module.dtype)
     if isinstance(param, LoraParam):
         query = param.scaled(query, meta.unbox(base))
@@ -212,6 +222,8 @@ def _attend(module: Any, param: LoraParam | QuantizedTensor, query: Array) -> Ar
         logits = quantized_matmul(query, base)
     else:
         logits = jnp.dot(query, meta.unbox(base).astype(query.dtype).T)
+    if isinstance(param, TokenParam):
+        return param.outputs(query, logits)
     return logits + param.transposed(query) if isinstance(param, LoraParam) else logits
 
 

@@ -35,6 +35,7 @@ def logits(pretrained, adapter, ids):
         "regex_target",
         "dora_r4_all",
         "pissa_r4",
+        "embed_lora",
     ],
 )
 def test_adapters_that_peft_made(stories, peft_made, name):
@@ -72,17 +73,11 @@ def test_written_again_bit_for_bit(stories, peft_made, tmp_path, name):
     assert_equal(adapter, again)
 
 
-@pytest.mark.parametrize(
-    ("name", "word"),
-    [
-        ("embed_lora", "embedding"),
-        ("oldbin_r8_qv", "pickled weights are never opened"),
-    ],
-)
-def test_what_is_missing_is_named(stories, peft_made, name, word):
+def test_what_is_missing_is_named(stories, peft_made):
     with pytest.raises(InputError) as error:
-        load_adapter(peft_made(name)[0], stories.params, layouts=LAYOUTS)
-    assert word in str(error.value) and "\n" not in str(error.value)
+        load_adapter(peft_made("oldbin_r8_qv")[0], stories.params, layouts=LAYOUTS)
+    assert "pickled weights are never opened" in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -227,10 +222,6 @@ def test_what_cannot_be_saved(tmp_path):
     params, adapter, config = small()
     with pytest.raises(InputError, match="pass the layouts"):
         save_adapter(tmp_path / "a", adapter, config)
-    embed = {"embed": {"embedding": jnp.ones((5, 4))}}
-    config = LoraConfig(target_modules=["embed"])
-    with pytest.raises(InputError, match="embedding cannot be saved"):
-        save_adapter(tmp_path / "a", init_adapter(KEY, embed, config), config)
     config = LoraConfig(target_modules="all-linear")
     bare = init_adapter(KEY, {"kernel": jnp.ones((5, 4))}, config)
     with pytest.raises(InputError, match="a layer without a name"):
