@@ -35,8 +35,8 @@ from lora_jax.train import (
 LAYOUTS = {"model/layers": KernelLayout(stack="model/layers")}
 SHAPE = ModelConfig(
     vocab_size=24,
-    hidden_size=16,
-    intermediate_size=24,
+    hidden_size=32,
+    intermediate_size=64,
     num_hidden_layers=2,
     num_attention_heads=2,
 )
@@ -101,7 +101,7 @@ def test_one_that_diverges_leaves_the_others_alone(make_config):
     assert relative_difference(found[1].adapter, run(whole).trainable) < 1e-5
 
 
-@pytest.mark.parametrize("quant", [None, QuantConfig(block_size=8)], ids=["float32", "nf4"])
+@pytest.mark.parametrize("quant", [None, QuantConfig(block_size=32)], ids=["float32", "nf4"])
 @pytest.mark.parametrize("own_data", [False, True])
 def test_twenty_steps_equal_those_of_each_alone(quant, own_data):
     tx = freeze_base(optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3)))
