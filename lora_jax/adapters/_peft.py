@@ -62,6 +62,10 @@ def config_to_peft(adapter: Params, config: LoraConfig, base_model: str | None) 
         own["target_modules"] = sorted(
             {p.split("/")[-2] for p, _ in leaves_with_path(adapter) if p.endswith("/lora_A")}
         )
+    if config.target_parameters:
+        # Without target_modules PEFT would choose some by the model's family.
+        own["target_modules"] = own["target_modules"] or []
+        own["target_parameters"] = [_torch_name(name) for name in config.target_parameters]
     facts = {
         "peft_type": "LORA",
         "auto_mapping": None,
@@ -71,6 +75,11 @@ def config_to_peft(adapter: Params, config: LoraConfig, base_model: str | None) 
         "revision": None,
     }
     return {**PEFT_DEFAULTS, **own, **facts}
+
+
+def _torch_name(name: str) -> str:
+    module, dot, param = name.replace("/", ".").rpartition(".")
+    return f"{module}{dot}{'weight' if param == 'kernel' else param}"
 
 
 def weights_file(directory: Path) -> Path:

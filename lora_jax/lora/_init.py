@@ -43,8 +43,9 @@ def init_adapter(
         A nested dict over the adapted modules: `lora_A (d_in, rank)`, `lora_B (rank, d_out)`
         in `config.adapter_dtype`, `lora_scaling ()` in float32, and under DoRA `lora_magnitude
         (d_out,)`, each with leading axes of layers and of experts where the base has them.  The
-        names of raw parameters `w` are `w_lora_A`, ...  Layers of smaller rank are padded with zeros, which stay zero in training; a layer without an adapter has
-        scaling 0.  Modules of `modules_to_save` are copied in full.
+        names beside a raw parameter `w` are `w_lora_A`, ...  Layers of smaller rank are padded with
+        zeros, which stay zero in training; a layer without an adapter has scaling 0.  Modules of
+        `modules_to_save` are copied in full.
 
     Raises:
         InputError: if a name or pattern of the config matches nothing, if `modules_to_save` asks

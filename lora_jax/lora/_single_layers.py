@@ -25,6 +25,12 @@ class AdaptedLayer:
     lora_A: Float[Array, "d_in rank"]
     lora_B: Float[Array, "rank d_out"]
     scaling: Float[Array, ""]
+    is_expert: bool = False
+
+    @property
+    def layer(self) -> str:
+        """The name without an expert's number."""
+        return self.name.rpartition("/")[0] if self.is_expert else self.name
 
     @property
     def rank(self) -> int:
@@ -96,10 +102,10 @@ def adapter_from_layers(
         layout = rule_for(layouts, param)
         lead = (-1,) if layout.leading_axes == 1 else ()
         if layout.leading_axes == 2:
-            lead = (len({layer.name.rpartition("/")[0] for layer in own}), -1)
+            lead = (len({x.layer for x in own}), -1)
         values = (a.astype(dtype), b.astype(dtype), scaling)
         for path, value in zip(adapter_names(param), values, strict=True):
-            leaves[path] = value.reshape(*lead, *value.shape[1:])
+            leaves[path] = value.reshape((*lead, *value.shape[1:]))
     return tree_from_paths(leaves)
 
 
@@ -149,4 +155,7 @@ def _layers_of(
         ranks = [rank for rank in ranks for _ in range(count)]
     a, b = (x.reshape(-1, *x.shape[-2:]) for x in (a, b))
     parts = zip(names, ranks, a, b, scaling.reshape(-1), strict=True)
-    return [AdaptedLayer(name, a[:, :rank], b[:rank], s) for name, rank, a, b, s in parts]
+    return [
+        AdaptedLayer(name, a[:, :rank], b[:rank], s, layout.experts)
+        for name, rank, a, b, s in parts
+    ]

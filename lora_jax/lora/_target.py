@@ -8,7 +8,6 @@ import numpy as np
 from .._config import LoraConfig
 from ._layout import KernelLayout
 
-
 LAYER_PARAMS = ("kernel", "embedding")
 """Parameters that `target_modules` knows by their module; any other by its own path."""
 

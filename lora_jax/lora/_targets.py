@@ -50,8 +50,8 @@ def find_targets(
         layouts: Axes of kernels that are not plain matrices, and which number experts.
 
     Raises:
-        InputError: if there are neither `target_modules` nor `target_parameters`, or if any name or pattern (of targets,
-            exclusions, ranks, alphas, layers) matches nothing.
+        InputError: if there are neither `target_modules` nor `target_parameters`, or if any name
+            or pattern (of targets, exclusions, ranks, alphas, layers) matches nothing.
 
     Example:
         >>> params = {"q_proj": {"kernel": np.zeros((4, 6))}, "norm": {"scale": np.zeros(4)}}
