@@ -118,7 +118,7 @@ def _combine(own: Own, weights: Any, rule: Rule, rank: int, key: Key | None) -> 
         a, b = _truncated(rule(_deltas(own), w, _keys(key, own, "delta")), rank)
     else:
         a, b = _by_factors(own, w, rule, key)
-    return AdaptedLayer(some.name, a, b, jnp.float32(1))
+    return dataclasses.replace(some, lora_A=a, lora_B=b, scaling=jnp.float32(1))
 
 
 def _concatenated(own: Own, w: Array) -> tuple[Array, Array]:

@@ -152,7 +152,7 @@ FIELDS = {
     "patterns": dict(
         target_parameters=[*NAMES, "proj.weight"],
         target_modules=[],
-        rank_pattern={"experts.up": 3, r"layers\.1\.experts\.down": 1, "(down|gate)": 4},
+        rank_pattern={"experts.up": 3, r"layers\.1\.experts\.down": 1, "gate": 4},
         alpha_pattern={r"layers\.0\.experts\.down": 9, "proj.weight": 3},
     ),
     "one layer": dict(
@@ -164,8 +164,14 @@ FIELDS = {
 }
 
 
-@pytest.mark.parametrize("turned", [False, True], ids=["(out, in)", "(in, out)"])
-@pytest.mark.parametrize("fields", FIELDS.values(), ids=FIELDS)
+WAYS = pytest.mark.parametrize(
+    ("fields", "turned"),
+    zip(FIELDS.values(), (False, True, False, True, False), strict=True),
+    ids=FIELDS,
+)
+
+
+@WAYS
 def test_what_peft_made_is_read(tmp_path, fields, turned):
     theirs, model, params, layouts = both(turned)
     config = peft.LoraConfig(r=2, lora_alpha=5, init_lora_weights=False, **fields)
@@ -213,8 +219,7 @@ def load_file(path):
     return load_file(path)
 
 
-@pytest.mark.parametrize("turned", [False, True], ids=["(out, in)", "(in, out)"])
-@pytest.mark.parametrize("fields", FIELDS.values(), ids=FIELDS)
+@WAYS
 def test_what_we_save_peft_reads_and_merges_alike(tmp_path, fields, turned):
     theirs, model, params, layouts = both(turned)
     config = LoraConfig(r=2, lora_alpha=5, init_lora_weights=False, **fields)
@@ -223,7 +228,7 @@ def test_what_we_save_peft_reads_and_merges_alike(tmp_path, fields, turned):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         theirs = peft.PeftModel.from_pretrained(theirs, tmp_path).eval()
-    assert not [w for w in caught if "keys" in str(w.message)]
+    assert not [w for w in caught if "missing" in str(w.message) or "unexpected" in str(w.message)]
     out = model.apply({"params": combine(params, adapter)}, X)
     close(out, theirs(torch.from_numpy(X)))
     merged = merge_adapter(params, adapter, layouts=layouts)
@@ -314,8 +319,7 @@ def test_experts_of_transformers(tmp_path, make):
         close(merged["experts"][name], getattr(plain.experts, name))
 
 
-@pytest.mark.parametrize("turned", [False, True], ids=["(out, in)", "(in, out)"])
-@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize(("turned", "rslora"), [(False, True), (True, False)])
 def test_dora_is_that_of_each_expert_as_a_layer(tmp_path, turned, rslora):
     """PEFT has no DoRA on parameters; each expert as a linear layer of its own has."""
     rng = np.random.default_rng(2)
