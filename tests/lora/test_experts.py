@@ -1,5 +1,7 @@
 """Experts: a stack of matrices, each with an adapter of its own, is as many single layers."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -71,9 +73,15 @@ class Stack(nn.Module):
         return layers(self.width, self.inner, name="layers")(x, None)[0]
 
 
-def config(**fields):
-    fields = {"r": 2, "lora_alpha": 5, "init_lora_weights": False, **fields}
-    return LoraConfig(**{"target_parameters": ["up", "down"], **fields})
+def config(**given):
+    fields: dict[str, Any] = {
+        "target_parameters": ["up", "down"],
+        "r": 2,
+        "lora_alpha": 5,
+        "init_lora_weights": False,
+        **given,
+    }
+    return LoraConfig(**fields)
 
 
 def base():
@@ -247,7 +255,8 @@ def test_experts_by_vmap_in_scanned_layers_need_a_rule(field, tmp_path):
     layouts = lora_linen(Model(), layouts=rules).layouts(params, X)
     assert layouts["layers/experts/kernel"] == KernelLayout((0,), "layers", experts=True)
     name = "experts" if field == "target_modules" else "experts.kernel"
-    lora = LoraConfig(r=2, init_lora_weights=False, use_dora=True, **{field: [name]})
+    chosen: dict[str, Any] = {field: [name]}
+    lora = LoraConfig(r=2, init_lora_weights=False, use_dora=True, **chosen)
     adapter = init_adapter(jax.random.key(1), params, lora, layouts=layouts)
     assert adapter["layers"]["experts"]["lora_B"].shape == (LAYERS, EXPERTS, 2, WIDTH)
     out = lora_linen(Model()).apply({"params": combine(params, adapter)}, X)

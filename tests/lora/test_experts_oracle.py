@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -145,7 +146,7 @@ def close(ours, theirs):
     assert np.abs(ours - theirs).max() <= 1e-5 * np.abs(theirs).max()
 
 
-FIELDS = {
+FIELDS: dict[str, dict[str, Any]] = {
     "plain": dict(target_parameters=NAMES, target_modules=[]),
     "modules too": dict(target_parameters=NAMES, target_modules=["proj"]),
     "rslora": dict(target_parameters=NAMES[:2], target_modules=[], use_rslora=True),
@@ -164,10 +165,9 @@ FIELDS = {
 }
 
 
+TURNED = (False, True, False, True, False)
 WAYS = pytest.mark.parametrize(
-    ("fields", "turned"),
-    zip(FIELDS.values(), (False, True, False, True, False), strict=True),
-    ids=FIELDS,
+    ("fields", "turned"), list(zip(FIELDS.values(), TURNED, strict=True)), ids=list(FIELDS)
 )
 
 
@@ -283,14 +283,18 @@ def test_orders_that_shapes_do_not_tell(tmp_path):
 def _mixtral():
     from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
-    fields = dict(hidden_size=WIDTH, intermediate_size=INNER, num_local_experts=EXPERTS)
+    fields: dict[str, Any] = dict(
+        hidden_size=WIDTH, intermediate_size=INNER, num_local_experts=EXPERTS
+    )
     return MixtralExperts(transformers.MixtralConfig(**fields)), (1,)
 
 
 def _gpt_oss():
     from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
-    fields = dict(hidden_size=WIDTH, intermediate_size=WIDTH, num_local_experts=EXPERTS)
+    fields: dict[str, Any] = dict(
+        hidden_size=WIDTH, intermediate_size=WIDTH, num_local_experts=EXPERTS
+    )
     return GptOssExperts(transformers.GptOssConfig(**fields)), (0,)
 
 
@@ -327,7 +331,9 @@ def test_dora_is_that_of_each_expert_as_a_layer(tmp_path, turned, rslora):
     weight = rng.normal(size=(EXPERTS, *shape)).astype(np.float32)
     base = {"mlp": {"w": weight}}
     layouts = {"mlp/w": KernelLayout((0,) if turned else (1,), experts=True)}
-    fields = dict(r=2, lora_alpha=5, use_dora=True, use_rslora=rslora, init_lora_weights=False)
+    fields: dict[str, Any] = dict(
+        r=2, lora_alpha=5, use_dora=True, use_rslora=rslora, init_lora_weights=False
+    )
     config = LoraConfig(target_parameters=["mlp.w"], **fields)
     adapter = init_adapter(jax.random.key(3), base, config, layouts=layouts)
     own = adapter["mlp"]
@@ -394,7 +400,9 @@ def test_new_adapters_are_drawn_as_wide_as_peft_s(tmp_path, init):
     holder = torch.nn.Module()
     holder.mlp = torch.nn.Module()
     holder.mlp.w = torch.nn.Parameter(torch.zeros(experts, 10, wide))
-    fields = dict(r=rank, target_parameters=["mlp.w"], target_modules=[], init_lora_weights=init)
+    fields: dict[str, Any] = dict(
+        r=rank, target_parameters=["mlp.w"], target_modules=[], init_lora_weights=init
+    )
     theirs = peft.get_peft_model(holder, peft.LoraConfig(**fields)).base_model.model.mlp
     base = {"mlp": {"w": jnp.zeros((experts, 10, wide))}}
     layouts = {"mlp": KernelLayout((1,), experts=True)}
