@@ -29,7 +29,6 @@ _ONLY_AT_DEFAULT: Mapping[str, tuple[Any, ...]] = {
     "monteclora_config": (None,),
     "qalora_group_size": (16,),
     "runtime_config": (None, {"ephemeral_gpu_offload": False}),
-    "target_parameters": (None, []),
     "use_bdlora": (None, False),
     "use_qalora": (False,),
     "velora_config": (None,),
@@ -75,6 +74,10 @@ class LoraConfig:
         target_modules: Module names to adapt: a list of names or path suffixes, one regular
             expression that must match the whole dotted path, or `"all-linear"` (every matrix
             but the output head).
+        target_parameters: Names or path suffixes of raw parameters to adapt: matrices, and stacks
+            of experts `mlp.experts.gate_up_proj`, each expert with a pair of its own (its layout
+            says `experts=True`). Parameters of one module stand in the order in which PEFT's
+            module declares them. `exclude_modules` and `layers_to_transform` do not apply.
         exclude_modules: Names or a regular expression taken out again.
         lora_dropout: Dropout rate on the adapter's input while training.
         use_rslora: Rank-stabilised scaling (Kalajdzievski 2023).
@@ -110,6 +113,7 @@ class LoraConfig:
     r: int = 8
     lora_alpha: float = 8
     target_modules: list[str] | str | None = None
+    target_parameters: list[str] | None = None
     exclude_modules: list[str] | str | None = None
     lora_dropout: float = 0.0
     use_rslora: bool = False
@@ -127,8 +131,8 @@ class LoraConfig:
     adapter_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
 
     def __post_init__(self) -> None:
-        for name in ("target_modules", "exclude_modules", "modules_to_save"):
-            _set_names(self, name, single=name != "modules_to_save")
+        for name in ("target_modules", "exclude_modules", "modules_to_save", "target_parameters"):
+            _set_names(self, name, single=name in ("target_modules", "exclude_modules"))
         for name in ("rank_pattern", "alpha_pattern", "loftq_config"):
             _set_pattern(self, name)
         for name in ("r", "lora_alpha", "lora_dropout", "use_rslora", "init_lora_weights",
@@ -153,6 +157,7 @@ class LoraConfig:
                 got = getattr(self, name)
                 raise InputError(f"lora: {name} must be true or false, got {got!r}")
         _check_init(self)
+        _check_parameters(self)
         if self.adapter_dtype not in ("float32", "bfloat16", "float16"):
             raise InputError(
                 f"lora: adapter_dtype={self.adapter_dtype!r} is not supported;"
@@ -331,6 +336,16 @@ def _check_init(config: LoraConfig) -> None:
             raise InputError(
                 f"lora: loftq_config {name}={value!r} is not supported; use loftq_bits 4 and"
                 " loftq_iter from 1 to 100"
+            )
+
+
+def _check_parameters(config: LoraConfig) -> None:
+    """Refuse what needs the input or the output of a layer, which a raw parameter has not."""
+    for name in ("lora_dropout", "lora_bias"):
+        if config.target_parameters and getattr(config, name, None):
+            raise InputError(
+                f"lora: {name}={getattr(config, name)!r} does not go with target_parameters, whose"
+                " modules do as they like with their input; leave one of the two out"
             )
 
 

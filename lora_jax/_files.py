@@ -79,14 +79,17 @@ def open_tensors(path: Path) -> Iterator[Any]:
         yield tensors
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Any]) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, Any], **metadata: str) -> None:
     """Write arrays to a safetensors file as torch's loaders expect it.
 
     Non-contiguous arrays would be written wrongly and silently, so all are made contiguous.
+
+    Args:
+        metadata: Words for the file's header.
     """
     arrays = {name: np.ascontiguousarray(np.asarray(value)) for name, value in tensors.items()}
     with atomic_file(path) as temporary:
-        save_file(arrays, temporary, metadata={"format": "pt"})
+        save_file(arrays, temporary, metadata={"format": "pt", **metadata})
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
 """Adapters that this library or PEFT wrote, read and checked against their base."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from ..lora import (
     head_mark,
     init_with_base,
     is_embedding,
+    is_parameter,
     is_within,
     leaf_shape,
     magnitude_name,
@@ -40,6 +41,7 @@ from ..lora import (
     without_start,
 )
 from ..quant import QuantizedTensor, config_of, quantize
+from ._experts import NESTING, keys_as_found, keys_as_listed, parameters_of, unpack
 from ._peft import (
     CONFIG_FILE,
     PREFIX,
@@ -54,21 +56,29 @@ from ._peft import (
 
 
 def load_adapter(
-    directory: str | Path, base_params: Params, *, layouts: Layouts | None = None
+    directory: str | Path,
+    base_params: Params,
+    *,
+    layouts: Layouts | None = None,
+    parameter_order: Sequence[str] | None = None,
 ) -> tuple[dict[str, Any], LoraConfig]:
     """Read an adapter that this library or PEFT wrote, checked against its base.
 
     Args:
         directory: Holds `adapter_config.json` and `adapter_model.safetensors`.
         base_params: The base's parameters, or their shapes.
-        layouts: Axes of kernels that are not plain matrices, and of stacked layers.
+        layouts: Axes of kernels that are not plain matrices, of stacked layers and of experts.
+        parameter_order: Names of a module's adapted raw parameters in the order in which PEFT's
+            module declares them.  PEFT's files do not say which is which; where shapes leave a
+            doubt, this must.
 
     Returns:
         (adapter, config): the adapter as `init_adapter` shapes it, in the file's dtype.
 
     Raises:
         InputError: for a missing or broken file, a pickle, an option that is not supported,
-            or an adapter that was made for another base.
+            an adapter that was made for another base, or one whose parameters cannot be told
+            apart.
 
     Example: see `save_adapter`.
     """
@@ -77,7 +87,8 @@ def load_adapter(
     targets = matched_targets(base_params, config, layouts=layouts)
     if not targets:
         raise InputError(
-            f"{directory / CONFIG_FILE}: target_modules {config.target_modules} match nothing in"
+            f"{directory / CONFIG_FILE}: target_modules {config.target_modules} and"
+            f" target_parameters {config.target_parameters} match nothing in"
             f" this base; the adapter was made for another base"
         )
     with open_tensors(weights_file(directory)) as file:
@@ -86,9 +97,10 @@ def load_adapter(
         def take(key: str, shape: tuple[int, ...]) -> np.ndarray:
             return _take(file, unread, directory, key, shape)
 
+        keys = _parameter_keys(file, unread, targets, config, parameter_order)
         leaves: dict[str, Any] = {}
         for target in targets:
-            leaves.update(_read_target(target, take, config.use_dora))
+            leaves.update(_read_target(target, keys, take, config.use_dora))
         params = dict(leaves_with_path(base_params))
         for path in saved_modules(base_params, config):
             leaves[path] = _read_whole(path, params[path], layouts, take)
@@ -136,31 +148,57 @@ def _fitting(config: LoraConfig, base_params: Params) -> LoraConfig:
     return dataclasses.replace(config, modules_to_save=kept or None)
 
 
-def _read_target(target: Target, take: Any, dora: bool) -> Iterator[tuple[str, Any]]:
+def _parameter_keys(
+    file: Any,
+    found: set[str],
+    targets: Sequence[Target],
+    config: LoraConfig,
+    order: Sequence[str] | None,
+) -> dict[str, str]:
+    """From the name of every single parameter that the config chooses as such to its key."""
+    parameters = [
+        parameter
+        for target in targets
+        for parameter in parameters_of(target)
+        if is_parameter(parameter.name, target.path, config)
+    ]
+    if order is None and NESTING.items() <= (file.metadata() or {}).items():
+        return keys_as_listed(parameters, config)
+
+    def shape(key: str) -> tuple[int, ...] | None:
+        return tuple(file.get_slice(key).get_shape()) if key in found else None
+
+    return keys_as_found(parameters, shape, order)
+
+
+def _read_target(
+    target: Target, keys: Mapping[str, str], take: Any, dora: bool
+) -> Iterator[tuple[str, Any]]:
     """`lora_A`, `lora_B` and `lora_scaling` of a target, padded to its largest rank."""
-    width, pairs, lengths = max(target.ranks), [], []
+    width, count, pairs, lengths = max(target.ranks), target.experts or 1, [], []
     for name, rank in zip(target.names, target.ranks, strict=True):
-        a, b = np.zeros((target.d_in, 0)), np.zeros((0, target.d_out))
-        length = np.ones(target.d_out, np.float32)
+        a, b = np.zeros((count, target.d_in, 0)), np.zeros((count, 0, target.d_out))
+        length = np.ones(count * target.d_out, np.float32)
         if rank:
-            key_a, key_b = factor_keys(name, target.path)
-            a = take(key_a, (rank, target.d_in)).T
-            b = take(key_b, (target.d_out, rank)).T
+            key = keys.get(name, module_key(name))
+            key_a, key_b = factor_keys(key, target.path)
+            whole_a = take(key_a, (count * rank, target.d_in))
+            whole_b = take(key_b, (target.d_out, rank * count))
+            a, b = unpack(whole_a, whole_b, count)
             if dora:
-                length = take(f"{module_key(name)}.lora_magnitude_vector", (target.d_out,))
-        lengths.append(length)
-        pairs.append(
-            (np.pad(a, ((0, 0), (0, width - rank))), np.pad(b, ((0, width - rank), (0, 0))))
-        )
+                length = take(f"{key}.lora_magnitude_vector", length.shape)
+        lengths.append(length.reshape(count, -1))
+        none, pad = (0, 0), (0, width - rank)
+        pairs.append((np.pad(a, (none, none, pad)), np.pad(b, (none, pad, none))))
     dtype = next(a.dtype for (a, _), rank in zip(pairs, target.ranks, strict=True) if rank)
-    stacks = [np.stack([pair[i] for pair in pairs]).astype(dtype) for i in (0, 1)]
-    stacks.append(np.asarray(target.scalings, np.float32))
+    stacks = [np.concatenate([pair[i] for pair in pairs]).astype(dtype) for i in (0, 1)]
+    stacks.append(np.asarray(target.of_matrices(target.scalings), np.float32))
     names: tuple[str, ...] = adapter_names(target.path)
     if dora:
         names = (*names, magnitude_name(target.path))
-        stacks.append(np.stack(lengths).astype(np.float32))
+        stacks.append(np.concatenate(lengths).astype(np.float32))
     for path, value in zip(names, stacks, strict=True):
-        yield path, jnp.asarray(value if target.stacked else value[0])
+        yield path, jnp.asarray(value.reshape((*target.lead, *value.shape[1:])))
 
 
 def _check_tied_head(directory: Path, leaves: dict[str, Any], take: Any) -> None:
@@ -169,7 +207,7 @@ def _check_tied_head(directory: Path, leaves: dict[str, Any], take: Any) -> None
         pairs = [(f"{PREFIX}{HEAD}.weight", leaves[TABLE])]
     else:
         a, b = (leaves[name] for name in adapter_names(TABLE)[:2])
-        pairs = list(zip(factor_keys(HEAD, f"{HEAD}/kernel"), (b, a), strict=True))
+        pairs = list(zip(factor_keys(module_key(HEAD), f"{HEAD}/kernel"), (b, a), strict=True))
     for key, value in pairs:
         if not np.array_equal(take(key, value.shape), value):
             raise InputError(

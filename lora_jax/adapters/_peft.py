@@ -27,14 +27,13 @@ def module_key(name: str) -> str:
     return PREFIX + name.replace("/", ".")
 
 
-def factor_keys(name: str, param: str) -> tuple[str, str]:
+def factor_keys(key: str, param: str) -> tuple[str, str]:
     """The keys of a module's two factors: an embedding's have names of their own.
 
     Example:
-        >>> [key.removeprefix(PREFIX) for key in factor_keys("wte", "wte/embedding")]
-        ['wte.lora_embedding_A', 'wte.lora_embedding_B']
+        >>> factor_keys("wte", "wte/embedding")
+        ('wte.lora_embedding_A', 'wte.lora_embedding_B')
     """
-    key = module_key(name)
     if is_embedding(param):
         return f"{key}.lora_embedding_A", f"{key}.lora_embedding_B"
     return f"{key}.lora_A.weight", f"{key}.lora_B.weight"
@@ -80,6 +79,10 @@ def config_to_peft(adapter: Params, config: LoraConfig, base_model: str | None) 
         own["target_modules"] = sorted(
             {p.split("/")[-2] for p, _ in leaves_with_path(adapter) if p.endswith("/lora_A")}
         )
+    if config.target_parameters:
+        # Without target_modules PEFT would choose some by the model's family.
+        own["target_modules"] = own["target_modules"] or []
+        own["target_parameters"] = [_torch_name(name) for name in config.target_parameters]
     facts = {
         "peft_type": "LORA",
         "auto_mapping": None,
@@ -89,6 +92,11 @@ def config_to_peft(adapter: Params, config: LoraConfig, base_model: str | None) 
         "revision": None,
     }
     return {**PEFT_DEFAULTS, **own, **facts}
+
+
+def _torch_name(name: str) -> str:
+    module, dot, param = name.replace("/", ".").rpartition(".")
+    return f"{module}{dot}{'weight' if param == 'kernel' else param}"
 
 
 def weights_file(directory: Path) -> Path:

@@ -1,14 +1,17 @@
 """What ranks an adapter really uses: the singular values of its deltas, read from its file."""
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from .._config import LoraConfig
 from .._errors import InputError
 from .._files import open_tensors
 from ..lora import HEAD
+from ._experts import unpack
 from ._peft import PREFIX, read_config, weights_file
 
 ENERGY = 0.99
@@ -24,7 +27,7 @@ class DeltaSpectrum:
     """The delta `scaling·A·B` of one module.
 
     Args:
-        module: Its dotted path.
+        module: Its dotted path; of an expert with its number behind it.
         rank: The rank it was given.
         values: Its `rank` singular values, largest first, float64.
     """
@@ -100,8 +103,9 @@ def delta_spectra(directory: str | Path) -> list[DeltaSpectrum]:
                 a, b = (file.get_tensor(name).astype(np.float64) for name in (key, other))
                 # Of a convolution A has the kernel's axes, and B ones of size 1.
                 a, b = a.reshape(len(a), -1), b.reshape(len(b), -1)
-                values = config.scaling(module) * _singular_values(a, b)
-                spectra.append(DeltaSpectrum(module, len(a), values))
+                for name, scaling, own_a, own_b in _matrices(module, a, b, config):
+                    values = scaling * _singular_values(own_a, own_b)
+                    spectra.append(DeltaSpectrum(name, len(own_a), values))
     if not spectra:
         raise InputError(f"{directory}: its file holds no pair of lora_A and lora_B")
     return spectra
@@ -109,6 +113,32 @@ def delta_spectra(directory: str | Path) -> list[DeltaSpectrum]:
 
 def _has_embedding(keys: set[str]) -> bool:
     return any(key.endswith(_PAIRS[1][0]) for key in keys)
+
+
+def _matrices(
+    module: str, a: np.ndarray, b: np.ndarray, config: LoraConfig
+) -> Iterator[tuple[str, float, np.ndarray, np.ndarray]]:
+    """Name, scaling and factors of a module, or of each expert of a parameter of it."""
+    owner = module.split(".base_layer")[0]
+    parameters = [
+        f"{owner}.{entry.rpartition('.')[2]}"
+        for entry in config.target_parameters or []
+        if f".{owner}.".endswith(f".{entry.rpartition('.')[0]}.".replace("..", "."))
+    ]
+    if not parameters or (module == owner and len(a) == config.rank(module)):
+        yield module, config.scaling(module), a, b
+        return
+    own = {(config.rank(name), config.scaling(name)) for name in parameters}
+    if len(own) > 1 or len(a) % min(own)[0]:
+        raise InputError(
+            f"{module}: the file does not say which of {', '.join(parameters)} this is, and the"
+            " config gives them different ranks or alphas"
+        )
+    (rank, scaling), *_ = own
+    experts = len(a) // rank
+    factors = zip(*unpack(a, b, experts), strict=True)
+    for i, (own_a, own_b) in enumerate(factors):
+        yield module if experts == 1 else f"{module}.{i}", scaling, own_a.T, own_b.T
 
 
 def _singular_values(a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -2,9 +2,9 @@
 
 A directory holds `adapter_config.json` and `adapter_model.safetensors`; the keys are
 `base_model.model.<dotted module>.lora_A.weight` (rank, d_in) and `.lora_B.weight`
-(d_out, rank), a pair for every single layer.  Of an embedding they are `lora_embedding_A`
-(rank, vocabulary) and `lora_embedding_B` (d, rank); of a head that is tied to it, the head's
-pair too.
+(d_out, rank), a pair for every single layer; those of experts are (experts·rank, d_in) and
+(d_out, rank·experts).  Of an embedding they are `lora_embedding_A` (rank, vocabulary) and
+`lora_embedding_B` (d, rank); of a head that is tied to it, the head's pair too.
 """
 
 import json
@@ -28,13 +28,16 @@ from ..lora import (
     Layouts,
     adapted_param,
     is_embedding,
+    is_parameter,
     is_target,
     is_within,
     paths_of_layers,
+    pattern_name,
     rule_for,
     target_name,
     tied_config,
 )
+from ._experts import NESTING, Parameter, keys_as_listed, pack
 from ._peft import (
     CONFIG_FILE,
     PREFIX,
@@ -60,6 +63,11 @@ def save_adapter(
 
     Stacked layers are written one by one, each trimmed to its own rank; layers without an
     adapter are left out.  Files appear whole or not at all.
+
+    The keys of raw parameters (`target_parameters`) do not name them; they are nested in the order
+    of `config.target_parameters`, which must be the order in which PEFT's module declares those it
+    has.  PEFT's A lies along a parameter's last axis, or along the middle one of experts whose
+    module has `is_transposed`: say in the layouts that this axis is contracted.
 
     Args:
         directory: Where to; an adapter already there is replaced.
@@ -88,7 +96,14 @@ def save_adapter(
     """
     directory, config = Path(directory), tied_config(adapter, config)
     _check_saved_modules(adapter, config)
-    tensors = dict(_tensors(adapter, config, layouts))
+    tensors: dict[str, np.ndarray] = {}
+    for key, tensor in _tensors(adapter, config, layouts):
+        if key in tensors:
+            raise InputError(
+                f"save_adapter: {key} would be there twice: PEFT cannot adapt both a module and"
+                " a parameter of it; leave one of the two out"
+            )
+        tensors[key] = tensor
     if not tensors:
         raise InputError("save_adapter: the adapter is empty; nothing was saved")
     # Sorted as PEFT's are, but for patterns: the first that matches wins.
@@ -98,7 +113,7 @@ def save_adapter(
     def write(into: Path) -> None:
         # Both are complete before either takes its place, so that a full disk changes nothing.
         with atomic_file(into / WEIGHTS_FILE) as weights, atomic_file(into / CONFIG_FILE) as file:
-            write_tensors(weights, tensors)
+            write_tensors(weights, tensors, **(NESTING if config.target_parameters else {}))
             file.write_text(text + "\n")
 
     if directory.exists():
@@ -112,20 +127,39 @@ def _tensors(
     adapter: Params, config: LoraConfig, layouts: Layouts | None
 ) -> Iterator[tuple[str, np.ndarray]]:
     leaves = dict(leaves_with_path(adapter))
+    keys = _parameter_keys(leaves, config, layouts)
     for path, leaf in leaves.items():
         name = path.rsplit("/", 1)[-1]
         if "lora_" not in name:
             yield from _whole_tensors(path, np.asarray(leaf), layouts)
         elif name.endswith("lora_A"):
-            yield from _pair_tensors(path, leaves, config, layouts)
+            yield from _pair_tensors(path, leaves, config, layouts, keys)
     for module, rows in saved_tokens(leaves, config).items():
         yield tokens_key(module), rows
     if TIED in leaves and TABLE in leaves:
         yield f"{PREFIX}{HEAD}.weight", np.asarray(leaves[TABLE])
 
 
+def _parameter_keys(
+    leaves: dict[str, Any], config: LoraConfig, layouts: Layouts | None
+) -> dict[str, str]:
+    """From the name of every single parameter that the config chooses as such to its key."""
+    found = []
+    for path_a in [path for path in leaves if path.endswith("lora_A")]:
+        param = adapted_param(path_a)
+        names = paths_of_layers(
+            target_name(param), rule_for(layouts, param), np.shape(leaves[path_a])
+        )
+        found += [Parameter(n, param) for n in names if is_parameter(n, param, config)]
+    return keys_as_listed(found, config)
+
+
 def _pair_tensors(
-    path_a: str, leaves: dict[str, Any], config: LoraConfig, layouts: Layouts | None
+    path_a: str,
+    leaves: dict[str, Any],
+    config: LoraConfig,
+    layouts: Layouts | None,
+    keys: dict[str, str],
 ) -> Iterator[tuple[str, np.ndarray]]:
     prefix = path_a.removesuffix("lora_A")
     parts = [f"{prefix}lora_{x}" for x in ("A", "B", "scaling")]
@@ -134,7 +168,8 @@ def _pair_tensors(
     a, b, scalings = (np.asarray(leaves[part]) for part in parts)
     param = adapted_param(path_a)
     module = target_name(param)
-    if not module:
+    top = "/" not in module and param == module and module in keys
+    if not module or top:
         raise InputError(
             f"{path_a}: a layer without a name cannot be saved in PEFT's format; exclude it"
         )
@@ -144,44 +179,53 @@ def _pair_tensors(
             " which moves no embedding in PEFT; make the adapter plain by without_start first"
         )
     layout = rule_for(layouts, param)
-    if a.ndim != 2 + (layout.stack is not None):
+    if a.ndim != 2 + layout.leading_axes:
         raise InputError(
             f"{path_a} has shape {a.shape}: pass the layouts the adapter was made with"
         )
     lengths = _magnitudes(prefix, leaves, config)
-    if layout.stack is None:
-        a, b, scalings = a[None], b[None], scalings[None]
-        lengths = None if lengths is None else lengths[None]
-    for i, name in enumerate(paths_of_layers(module, layout, a.shape)):
-        rank, expected = config.rank(name), config.scaling(name)
-        if is_target(name, param, config) != bool(scalings[i]):
-            has, gives = ("an", "none") if scalings[i] else ("no", "one")
+    names = paths_of_layers(module, layout, a.shape)
+    # (layers, experts, ...), one of each where there is no such axis.
+    a, b = (x.reshape(len(names), -1, *x.shape[-2:]) for x in (a, b))
+    scalings = scalings.reshape(len(names), -1)
+    for i, name in enumerate(names):
+        own = pattern_name(name, param, config)
+        rank, expected = config.rank(own), config.scaling(own)
+        if is_target(name, param, config) != bool(scalings[i].any()):
+            has, gives = ("an", "none") if scalings[i].any() else ("no", "one")
             raise InputError(
                 f"save_adapter: {name} has {has} adapter, but the config gives it {gives}; pass"
                 " the config the adapter was made with"
             )
-        if not scalings[i]:
+        if not scalings[i].any():
             continue
-        if not np.isclose(scalings[i], expected, rtol=1e-6):
+        if not np.allclose(scalings[i], expected, rtol=1e-6, atol=0):
             raise InputError(
-                f"{prefix}lora_scaling is {scalings[i]:g} at {name}, but the config gives"
+                f"{prefix}lora_scaling is {scalings[i, 0]:g} at {name}, but the config gives"
                 f" {expected:g}; pass the config the adapter was made with, and train through"
                 " optim.freeze_base, which leaves the scaling alone"
             )
-        if rank > a.shape[-1] or a[i, :, rank:].any() or b[i, rank:].any():
+        if rank > a.shape[-1] or a[i, ..., rank:].any() or b[i, :, rank:].any():
             raise InputError(
                 f"save_adapter: {name} has rank {_used_rank(a[i], b[i])}, but the config gives"
                 f" {rank}; pass the config the adapter was made with"
             )
-        key_a, key_b = factor_keys(name, param)
-        yield key_a, a[i, :, :rank].T
-        yield key_b, b[i, :rank].T
+        if layout.experts and name not in keys:
+            raise InputError(
+                f"save_adapter: {name} has experts, which PEFT's format knows only of"
+                " target_parameters; name it there"
+            )
+        key = keys.get(name, module_key(name))
+        key_a, key_b = factor_keys(key, param)
+        one_a, one_b = pack(a[i, ..., :rank], b[i, :, :rank])
+        yield key_a, one_a
+        yield key_b, one_b
         if lengths is not None:
-            yield f"{module_key(name)}.lora_magnitude_vector", lengths[i]
+            yield f"{key}.lora_magnitude_vector", lengths.reshape(len(names), -1)[i]
         if param == TABLE and TIED in leaves:
-            key_a, key_b = factor_keys(HEAD, f"{HEAD}/kernel")
-            yield key_a, b[i, :rank]
-            yield key_b, a[i, :, :rank]
+            key_a, key_b = factor_keys(module_key(HEAD), f"{HEAD}/kernel")
+            yield key_a, one_b.T
+            yield key_b, one_a.T
 
 
 def _magnitudes(prefix: str, leaves: dict[str, Any], config: LoraConfig) -> np.ndarray | None:
@@ -197,7 +241,7 @@ def _magnitudes(prefix: str, leaves: dict[str, Any], config: LoraConfig) -> np.n
 
 
 def _used_rank(a: np.ndarray, b: np.ndarray) -> int:
-    used = np.flatnonzero(a.any(axis=0) | b.any(axis=1))
+    used = np.flatnonzero(a.any(axis=(0, 1)) | b.any(axis=(0, 2)))
     return int(used[-1]) + 1 if len(used) else a.shape[-1]
 
 

@@ -20,6 +20,7 @@ from ..lora import (
     adapter_from_layers,
     dense_delta,
     fold_in_name,
+    is_parameter,
     nearest_factors,
     single_layers,
     unit_scaled,
@@ -137,7 +138,7 @@ def _combine(own: Own, weights: Any, rule: Rule, rank: int, key: Key | None) -> 
         a, b = _truncated(rule(_deltas(own), w, _keys(key, own, "delta")), rank)
     else:
         a, b = _by_factors(own, w, rule, key)
-    return AdaptedLayer(some.name, a, b, jnp.float32(1))
+    return dataclasses.replace(some, lora_A=a, lora_B=b, scaling=jnp.float32(1))
 
 
 def _concatenated(own: Own, w: Array) -> tuple[Array, Array]:
@@ -203,20 +204,30 @@ def _side_by_side(param: str, views: Sequence[Mapping[str, tuple[AdaptedLayer, .
 
 def _selection(configs: Sequence[LoraConfig], layers: Mapping[str, Any]) -> dict[str, Any]:
     """Config fields that choose what any of the configs chooses, and nothing else."""
+    listed = [config.target_parameters or [] for config in configs]
+    parameters = list(dict.fromkeys(name for names in listed for name in names)) or None
+    merged: dict[str, Any] = {"target_parameters": parameters}
     wanted = [config.target_modules for config in configs]
     rest = [(c.exclude_modules, c.layers_to_transform, c.modules_to_save) for c in configs]
     if all(r == rest[0] for r in rest) and not configs[0].modules_to_save:
         if all(names == wanted[0] for names in wanted):
-            return {}
+            return merged
         if all(isinstance(names, list) for names in wanted):
-            return {
-                "target_modules": list(dict.fromkeys(n for names in wanted for n in names or []))
-            }
+            names = list(dict.fromkeys(n for names in wanted for n in names or []))
+            return {**merged, "target_modules": names}
         if all(isinstance(names, str) and names != "all-linear" for names in wanted):
-            return {"target_modules": "|".join(dict.fromkeys(f"({names})" for names in wanted))}
+            either = "|".join(dict.fromkeys(f"({names})" for names in wanted))
+            return {**merged, "target_modules": either}
     # No pattern says it: every module by its name.
+    chosen = {
+        x.layer: None
+        for param, own in layers.items()
+        for x in own
+        if x.rank and not any(is_parameter(x.layer, param, config) for config in configs)
+    }
     return {
-        "target_modules": [x.name for own in layers.values() for x in own if x.rank],
+        **merged,
+        "target_modules": list(chosen),
         "exclude_modules": None,
         "layers_to_transform": None,
         "modules_to_save": None,

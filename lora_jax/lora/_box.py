@@ -88,7 +88,8 @@ class LoraParam(meta.AxisMetadata):
         assert self.magnitude is not None
         stack = self.scaling.ndim
         axes = tuple(stack + axis for axis in contracting)
-        norm = jnp.sqrt(jnp.sum(jnp.square(dense), axis=axes, keepdims=True))
+        # A constant in gradients, as in `dora_linear`.
+        norm = jax.lax.stop_gradient(jnp.sqrt(jnp.sum(jnp.square(dense), axis=axes, keepdims=True)))
         scale = self.magnitude.astype(jnp.float32).reshape(norm.shape) / norm
         unadapted = (self.scaling == 0).reshape(self.scaling.shape + (1,) * (norm.ndim - stack))
         return jnp.where(unadapted, 1.0, scale)

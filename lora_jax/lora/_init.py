@@ -1,5 +1,6 @@
 """Fresh adapters, and the dropout they train with."""
 
+import functools
 import zlib
 from typing import Any
 
@@ -42,12 +43,13 @@ def init_adapter(
     Returns:
         A nested dict over the adapted modules: `lora_A (d_in, rank)`, `lora_B (rank, d_out)`
         in `config.adapter_dtype`, `lora_scaling ()` in float32, and under DoRA `lora_magnitude
-        (d_out,)`, each with a leading layer axis where the base has one.  Layers of smaller rank
-        are padded with zeros, which stay zero in training; a layer without an adapter has
-        scaling 0.  Modules of `modules_to_save` are copied in full.  Of an embedding with
-        `trainable_token_indices` there are the rows, `embedding_lora_tokens (n, d)`, and
-        `embedding_lora_token_ids (n,)`; one that the output head shares has a mark that says
-        whether its adapter is the head's too (`ensure_weight_tying`).
+        (d_out,)`, each with leading axes of layers and of experts where the base has them.  The
+        names beside a raw parameter `w` are `w_lora_A`, ...  Layers of smaller rank are padded with
+        zeros, which stay zero in training; a layer without an adapter has scaling 0.  Modules of
+        `modules_to_save` are copied in full.  Of an embedding with `trainable_token_indices` there
+        are the rows, `embedding_lora_tokens (n, d)`, and `embedding_lora_token_ids (n,)`; one that
+        the output head shares has a mark that says whether its adapter is the head's too
+        (`ensure_weight_tying`).
 
     Raises:
         InputError: if a name or pattern of the config matches nothing, if `modules_to_save` or
@@ -81,9 +83,9 @@ def fresh_adapter(
     leaves: dict[str, Any] = {}
     for target in find_targets(base_params, config, layouts=layouts):
         a, b = _factors(key, target, config)
-        scaling = jnp.asarray(target.scalings, jnp.float32)
-        one = (lambda x: x) if target.stacked else (lambda x: x[0])
-        values = (one(a).astype(dtype), one(b).astype(dtype), one(scaling))
+        scaling = jnp.asarray(target.of_matrices(target.scalings), jnp.float32)
+        scaling = scaling.reshape(target.lead)
+        values = (a.astype(dtype), b.astype(dtype), scaling)
         leaves.update(zip(adapter_names(target.path), values, strict=True))
         if config.use_dora:
             leaves[magnitude_name(target.path)] = magnitudes(params[target.path], target, *values)
@@ -109,8 +111,10 @@ def magnitudes(weight: Any, target: Target, a: Array, b: Array, scaling: Array) 
             kernel = as_matrix(meta.unbox(kernel), contracting)
         return column_norm(kernel, *factors)
 
-    parts = (weight, a, b, scaling)
-    return jax.lax.map(of_layer, parts) if target.stacked else of_layer(parts)
+    of_all = of_layer
+    for _ in target.lead:
+        of_all = functools.partial(jax.lax.map, of_all)
+    return of_all((weight, a, b, scaling))
 
 
 def with_dropout(key: Key, adapter: Params, rate: float) -> dict[str, Any]:
@@ -153,17 +157,22 @@ def fold_in_name(key: Key, name: str) -> Key:
 
 
 def _factors(key: Key, target: Target, config: LoraConfig) -> tuple[Array, Array]:
-    """A (layers, d_in, rank) and B (layers, rank, d_out), padded to the largest rank."""
+    """A (*lead, d_in, rank) and B (*lead, rank, d_out), padded to the largest rank."""
     width = max(target.ranks)
     pairs = []
     for name, rank in zip(target.names, target.ranks, strict=True):
         own = fold_in_name(key, name)
-        a, b = _factor_pair(own, target, rank, config) if rank else _nothing(target)
-        pairs.append(
-            (jnp.pad(a, ((0, 0), (0, width - rank))), jnp.pad(b, ((0, width - rank), (0, 0))))
-        )
-    a, b = zip(*pairs, strict=True)
-    return jnp.stack(a), jnp.stack(b)
+        a, b = _of_layer(own, target, rank, config) if rank else _nothing(target)
+        none, pad = (0, 0), (0, width - rank)
+        pairs.append((jnp.pad(a, (none, none, pad)), jnp.pad(b, (none, pad, none))))
+    a, b = (jnp.concatenate(factors) for factors in zip(*pairs, strict=True))
+    return a.reshape(*target.lead, *a.shape[1:]), b.reshape(*target.lead, *b.shape[1:])
+
+
+def _of_layer(key: Key, target: Target, rank: int, config: LoraConfig) -> tuple[Array, Array]:
+    """The factors of a layer's matrices, (experts, d_in, rank) and (experts, rank, d_out)."""
+    keys = key[None] if target.experts is None else jax.random.split(key, target.experts)
+    return jax.vmap(lambda own: _factor_pair(own, target, rank, config))(keys)
 
 
 def _factor_pair(key: Key, target: Target, rank: int, config: LoraConfig) -> tuple[Array, Array]:
@@ -177,7 +186,9 @@ def _factor_pair(key: Key, target: Target, rank: int, config: LoraConfig) -> tup
     if config.init_lora_weights == "orthogonal":
         return _orthogonal(key, target, rank)
     a = _uniform(key_a, shape_a, target.d_in)
-    b = jnp.zeros(shape_b) if config.init_lora_weights else _uniform(key_b, shape_b, rank)
+    # PEFT's B of all experts is one layer, with as many inputs.
+    fan_in = rank * (target.experts or 1)
+    b = jnp.zeros(shape_b) if config.init_lora_weights else _uniform(key_b, shape_b, fan_in)
     return a, b
 
 
@@ -199,7 +210,8 @@ def _uniform(key: Key, shape: tuple[int, int], fan_in: int) -> Array:
 
 
 def _nothing(target: Target) -> tuple[Array, Array]:
-    return jnp.zeros((target.d_in, 0)), jnp.zeros((0, target.d_out))
+    count = target.experts or 1
+    return jnp.zeros((count, target.d_in, 0)), jnp.zeros((count, 0, target.d_out))
 
 
 def _check_values(path: str, leaf: Any, what: str) -> None:

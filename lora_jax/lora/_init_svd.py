@@ -101,7 +101,7 @@ def init_olora(
         _check_rank(target)
         q, r = jnp.linalg.qr(_matrices(weight, target).swapaxes(-1, -2))
         width = max(target.ranks)
-        used = jnp.arange(width) < jnp.asarray(target.ranks)[:, None]
+        used = jnp.arange(width) < target.of_matrices(target.ranks)[:, None]
         a = jnp.where(used[:, None, :], r[:, :width].swapaxes(-1, -2), 0.0)
         b = jnp.where(used[:, :, None], q[..., :width].swapaxes(-1, -2), 0.0)
         a, b = _as_adapter(a, b, target, config)
@@ -219,9 +219,10 @@ def low_rank(
         InputError: for a rank above the target's smaller dimension.
     """
     _check_rank(target)
-    width, scalings = max(target.ranks), jnp.asarray(target.scalings, jnp.float32)
+    width = max(target.ranks)
+    scalings = jnp.asarray(target.of_matrices(target.scalings), jnp.float32)
     u, s, vt = svd(_matrices(weight, target), width)
-    used = jnp.arange(width) < jnp.asarray(target.ranks)[:, None]
+    used = jnp.arange(width) < target.of_matrices(target.ranks)[:, None]
     root = jnp.where(used, jnp.sqrt(s / jnp.where(used, scalings[:, None], 1.0)), 0.0)
     return _as_adapter(u * root[:, None, :], root[:, :, None] * vt, target, config)
 
@@ -242,13 +243,13 @@ def _randomized_svd(matrices: Array, width: int, niter: int) -> tuple[Array, Arr
 
 
 def _matrices(weight: Array, target: Target) -> Array:
-    """The weights of all layers as (layers, d_in, d_out)."""
-    layers = weight if target.stacked else weight[None]
-    return jax.vmap(lambda kernel: as_matrix(kernel, _contracting(target)))(layers)
+    """The weights of all layers and experts as (matrices, d_in, d_out)."""
+    kernels = weight.reshape(-1, *weight.shape[len(target.lead) :])
+    return jax.vmap(lambda kernel: as_matrix(kernel, _contracting(target)))(kernels)
 
 
 def _as_adapter(a: Array, b: Array, target: Target, config: LoraConfig) -> tuple[Array, Array]:
-    a, b = (a, b) if target.stacked else (a[0], b[0])
+    a, b = (x.reshape(*target.lead, *x.shape[1:]) for x in (a, b))
     dtype = jnp.dtype(config.adapter_dtype)
     return a.astype(dtype), b.astype(dtype)
 
@@ -256,20 +257,19 @@ def _as_adapter(a: Array, b: Array, target: Target, config: LoraConfig) -> tuple
 def _rest(weight: Array, a: Array, b: Array, target: Target, quant: QuantConfig | None) -> Any:
     """The weight without the adapter's delta."""
     rest = weight - dense_delta(
-        a, b, _scaling(target), weight.shape[int(target.stacked) :], _contracting(target)
+        a, b, _scaling(target), weight.shape[len(target.lead) :], _contracting(target)
     )
     return rest if quant is None else _quantize(rest, quant, target)
 
 
 def _scaling(target: Target) -> Array:
-    scalings = jnp.asarray(target.scalings, jnp.float32)
-    return scalings if target.stacked else scalings[0]
+    return jnp.asarray(target.of_matrices(target.scalings), jnp.float32).reshape(target.lead)
 
 
 def _quantize(weight: Array, quant: QuantConfig, target: Target) -> QuantizedTensor:
     # Rows of a table are looked up, and its blocks therefore run along a row.
     axes = (1,) if is_embedding(target.path) else _contracting(target)
-    return quantize(weight, quant, stacked=int(target.stacked), contracting=axes)
+    return quantize(weight, quant, stacked=len(target.lead), contracting=axes)
 
 
 def _contracting(target: Target) -> tuple[int, ...]:

@@ -19,15 +19,26 @@ class KernelLayout:
             `"all-linear"` leaves it out.
         stack: Path of the module whose parameters carry a leading layer axis (as under
             `nn.scan`; `""` for the outermost), or None.
+        experts: Whether the first axis of a single layer's parameter numbers experts, each with
+            a matrix and an adapter of its own; `contracting` then counts the axes behind it.
+            Experts that `nn.vmap` makes of whole modules may be a `stack` instead.
 
     Example:
         >>> query = KernelLayout(contracting=(0,))      # (d, heads, head_dim)
         >>> output = KernelLayout(contracting=(0, 1))   # (heads, head_dim, d)
         >>> layers = KernelLayout(stack="model/layers")  # (layers, d_in, d_out)
+        >>> up = KernelLayout(contracting=(0,), experts=True)    # (experts, d_in, d_out)
+        >>> down = KernelLayout(contracting=(1,), experts=True)  # (experts, d_out, d_in)
     """
 
     contracting: tuple[int, ...] | None = None
     stack: str | None = None
+    experts: bool = False
+
+    @property
+    def leading_axes(self) -> int:
+        """How many axes stand in front of a single matrix: of layers, of experts."""
+        return (self.stack is not None) + self.experts
 
 
 Layouts = Mapping[str, KernelLayout]
@@ -61,7 +72,8 @@ def contracting_axes(contracting: tuple[int, ...] | None, path: str, axes: int) 
         f"{path} has {axes} axes, and a shape alone does not tell which are contracted; pass"
         " layouts=lora_linen(module).layouts(params, *inputs), or a rule such as"
         f' {{"{path}": KernelLayout(contracting=(0,))}} or, for layers stacked by nn.scan,'
-        f' {{"{top}": KernelLayout(stack="{top}")}}, or exclude it'
+        f' {{"{top}": KernelLayout(stack="{top}")}} or, for experts (experts, d_in, d_out),'
+        f' {{"{path}": KernelLayout(contracting=(0,), experts=True)}}, or exclude it'
     )
 
 

@@ -12,19 +12,26 @@ from .._errors import InputError
 from .._tree import leaves_with_path, tree_from_paths
 from .._typing import Array, Params
 from ._layout import Layouts, paths_of_layers, rule_for
-from ._targets import adapter_names, is_target, target_name
+from ._target import pattern_name, target_name
+from ._targets import adapter_names, is_target
 from ._tied import tied_config
 
 
 @dataclasses.dataclass(frozen=True)
 class AdaptedLayer:
-    """The factors of one layer; of rank 0 where a layer of a stack has no adapter."""
+    """The factors of one layer or expert; of rank 0 where a layer of a stack has no adapter."""
 
     name: str
-    """Path of its module, `model/layers/0/self_attn/q_proj`."""
+    """Path of its module, `model/layers/0/self_attn/q_proj`; of an expert with its number."""
     lora_A: Float[Array, "d_in rank"]
     lora_B: Float[Array, "rank d_out"]
     scaling: Float[Array, ""]
+    is_expert: bool = False
+
+    @property
+    def layer(self) -> str:
+        """The name without an expert's number."""
+        return self.name.rpartition("/")[0] if self.is_expert else self.name
 
     @property
     def rank(self) -> int:
@@ -35,6 +42,8 @@ def single_layers(
     adapter: Params, config: LoraConfig, layouts: Layouts | None = None
 ) -> dict[str, tuple[AdaptedLayer, ...]]:
     """From the path of each adapted parameter to its layers, one where it is not stacked.
+
+    Of a stack of experts each is a layer, after those of the layer before.
 
     Which layers there are, and of what rank, is read from the config: it holds under `jit` too.
 
@@ -92,10 +101,13 @@ def adapter_from_layers(
         a = jnp.stack([jnp.pad(x.lora_A, ((0, 0), pad)) for x, pad in zip(own, pads, strict=True)])
         b = jnp.stack([jnp.pad(x.lora_B, (pad, (0, 0))) for x, pad in zip(own, pads, strict=True)])
         scaling = jnp.stack([jnp.asarray(layer.scaling, jnp.float32) for layer in own])
-        stacked = rule_for(layouts, param).stack is not None
+        layout = rule_for(layouts, param)
+        lead = (-1,) if layout.leading_axes == 1 else ()
+        if layout.leading_axes == 2:
+            lead = (len({x.layer for x in own}), -1)
         values = (a.astype(dtype), b.astype(dtype), scaling)
         for path, value in zip(adapter_names(param), values, strict=True):
-            leaves[path] = value if stacked else value[0]
+            leaves[path] = value.reshape((*lead, *value.shape[1:]))
     return tree_from_paths(leaves)
 
 
@@ -125,18 +137,27 @@ def _layers_of(
         raise InputError(f"{param}: the adapter lacks {', '.join(missing)}")
     a, b, scaling = (jnp.asarray(leaves[path]) for path in paths)
     layout = rule_for(layouts, param)
-    if a.ndim != 2 + (layout.stack is not None):
+    if a.ndim != 2 + layout.leading_axes:
         raise InputError(
             f"{paths[0]} has shape {a.shape}: pass the layouts the adapter was made with"
         )
-    if layout.stack is None:
-        a, b, scaling = a[None], b[None], scaling[None]
     names = paths_of_layers(target_name(param), layout, a.shape)
-    ranks = [config.rank(name) if is_target(name, param, config) else 0 for name in names]
+    ranks = [
+        config.rank(pattern_name(name, param, config)) if is_target(name, param, config) else 0
+        for name in names
+    ]
     if max(ranks) != a.shape[-1]:
         raise InputError(
             f"{paths[0]} has rank {a.shape[-1]}, but the config gives {max(ranks)}; pass the config"
             " the adapter was made with"
         )
-    parts = zip(names, ranks, a, b, scaling, strict=True)
-    return [AdaptedLayer(name, a[:, :rank], b[:rank], s) for name, rank, a, b, s in parts]
+    if layout.experts:
+        count = a.shape[layout.leading_axes - 1]
+        names = [f"{name}/{i}" for name in names for i in range(count)]
+        ranks = [rank for rank in ranks for _ in range(count)]
+    a, b = (x.reshape(-1, *x.shape[-2:]) for x in (a, b))
+    parts = zip(names, ranks, a, b, scaling.reshape(-1), strict=True)
+    return [
+        AdaptedLayer(name, a[:, :rank], b[:rank], s, layout.experts)
+        for name, rank, a, b, s in parts
+    ]

@@ -22,32 +22,20 @@ from ._layout import (
     paths_of_layers,
     rule_for,
 )
+from ._target import (
+    Target,
+    is_or_ends_with,
+    is_parameter,
+    is_within,
+    parameter_names,
+    parts_of,
+    pattern_name,
+    target_name,
+)
 from ._tied import OUTPUT_HEADS, tied_config
 
-LAYER_PARAMS = ("kernel", "embedding")
-"""Parameters that `target_modules` knows by their module; any other by its own path."""
 TRAINED = ("lora_A", "lora_B", "lora_magnitude", "lora_tokens")
 """Parts of an adapter that are trained."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Target:
-    """One adapted parameter: a single layer's, or one of a stack with a rank per layer."""
-
-    path: str
-    """Path of the parameter in the tree, `model/layers/self_attn/q_proj/kernel`."""
-    names: tuple[str, ...]
-    """Module path of each single layer, `model/layers/0/self_attn/q_proj`, ..."""
-    ranks: tuple[int, ...]
-    """Rank of each single layer; 0 where the layer is not adapted."""
-    scalings: tuple[float, ...]
-    d_in: int
-    d_out: int
-    layout: KernelLayout
-
-    @property
-    def stacked(self) -> bool:
-        return self.layout.stack is not None
 
 
 def find_targets(
@@ -58,18 +46,23 @@ def find_targets(
     Args:
         params: The base's parameters, arrays or shapes (`jax.eval_shape`).
         config: Names and patterns; matched against single layers' dotted paths.
-        layouts: Axes of kernels that are not plain matrices.
+        layouts: Axes of kernels that are not plain matrices, and which number experts.
 
     Raises:
-        InputError: if `target_modules` is missing, or if any name or pattern (of targets,
-            exclusions, ranks, alphas, layers) matches nothing.
+        InputError: if there are neither `target_modules` nor `target_parameters`, or if any name
+            or pattern (of targets, exclusions, ranks, alphas, layers) matches nothing.
 
     Example:
         >>> params = {"q_proj": {"kernel": np.zeros((4, 6))}, "norm": {"scale": np.zeros(4)}}
         >>> [t.names for t in find_targets(params, LoraConfig(target_modules=["q_proj"]))]
         [('q_proj',)]
+        >>> params = {"experts": {"up": np.zeros((3, 4, 6)), "down": np.zeros((3, 6, 4))}}
+        >>> config = LoraConfig(target_parameters=["experts.up"])
+        >>> layouts = {"experts": KernelLayout(contracting=(0,), experts=True)}
+        >>> [(t.path, t.lead) for t in find_targets(params, config, layouts=layouts)]
+        [('experts/up', (3,))]
     """
-    if config.target_modules is None:
+    if config.target_modules is None and not config.target_parameters:
         raise InputError(
             "lora: target_modules is missing; give names such as ['q_proj', 'v_proj'], a regular"
             f" expression, or 'all-linear'. There is: {_summary(params, layouts)}"
@@ -141,7 +134,7 @@ def saved_modules(params: Params, config: LoraConfig) -> tuple[str, ...]:
 
 def is_target(name: str, param_path: str, config: LoraConfig) -> bool:
     """Whether `config` adapts the single module `name`, a layer of this parameter."""
-    return config.target_modules is not None and _Matcher(config)(name, param_path)
+    return _Matcher(config)(name, param_path)
 
 
 def trainable_mask(params: Params, config: LoraConfig | None = None) -> Params:
@@ -182,12 +175,6 @@ def token_names(param_path: str) -> tuple[str, str]:
     return f"{prefix}lora_tokens", f"{prefix}lora_token_ids"
 
 
-def target_name(param_path: str) -> str:
-    """What `target_modules` matches: the module's path, or a raw parameter's own."""
-    module, _, param = param_path.rpartition("/")
-    return module if param in LAYER_PARAMS else param_path
-
-
 def is_embedding(param_path: str) -> bool:
     """Whether the parameter is a table that is looked up."""
     return param_path.rpartition("/")[2] == "embedding"
@@ -219,7 +206,7 @@ class _Matcher:
             )
         self.counts: dict[tuple[str, str], int] = {
             (field, pattern): 0
-            for field in ("target_modules", "exclude_modules")
+            for field in ("target_modules", "target_parameters", "exclude_modules")
             for pattern in _as_list(getattr(config, field))
         }
         self.counts |= {("layers_to_transform", str(layer)): 0 for layer in self.layers or []}
@@ -230,9 +217,14 @@ class _Matcher:
         # Both are asked in any case: what is counted is what matches, not what is adapted.
         targeted = self._matches("target_modules", dotted)
         excluded = self._matches("exclude_modules", dotted)
-        if not targeted or excluded:
-            return False
+        for entry in self.config.target_parameters or []:
+            hits = [is_or_ends_with(n, entry) for n in parameter_names(name, path)]
+            self.counts["target_parameters", entry] += any(hits)
         if any(is_within(dotted, saved) for saved in self.config.modules_to_save or []):
+            return False
+        if is_parameter(name, path, self.config):  # PEFT's filters are for modules alone
+            return True
+        if not targeted or excluded:
             return False
         if self.config.target_modules == "all-linear" and not _is_linear(path):
             return False
@@ -254,7 +246,12 @@ class _Matcher:
 
     def check(self, targets: tuple[Target, ...], params: Params, layouts: Layouts | None) -> None:
         """Refuse whatever matched nothing."""
-        adapted = [n for t in targets for n, rank in zip(t.names, t.ranks, strict=True) if rank]
+        adapted = [
+            pattern_name(n, t.path, self.config)
+            for t in targets
+            for n, rank in zip(t.names, t.ranks, strict=True)
+            if rank
+        ]
         for field in ("rank_pattern", "alpha_pattern"):
             for pattern in getattr(self.config, field):
                 hits = [ends_with_pattern(pattern, name) for name in adapted]
@@ -262,8 +259,10 @@ class _Matcher:
         names = [target_name(path) for path, _ in _candidates(params, layouts)]
         there = f"There is: {_summary(params, layouts)}"
         for (field, pattern), count in self.counts.items():
-            if not count and (adapted or field in ("target_modules", "exclude_modules")):
-                parts = {part for name in names for part in name.split("/")}
+            filters = ("target_modules", "target_parameters", "exclude_modules")
+            if not count and (adapted or field in filters):
+                like = pattern if field == "target_parameters" else ""
+                parts = {part for name in names for part in parts_of(name, like)}
                 hint = nearest(pattern, parts)
                 if pattern in parts:  # a string where a list was meant
                     hint = f" whole: a string is one regular expression for paths; [{pattern}]"
@@ -282,7 +281,7 @@ def _as_list(patterns: list[str] | str | None) -> list[str]:
 
 def _hit(pattern: str, dotted: str, is_expression: bool) -> bool:
     if not is_expression:
-        return _is_or_ends_with(dotted, pattern)
+        return is_or_ends_with(dotted, pattern)
     return pattern == "all-linear" or bool(re.fullmatch(pattern, dotted))
 
 
@@ -295,7 +294,7 @@ def _candidates(params: Params, layouts: Layouts | None) -> Iterator[tuple[str, 
     """The parameters that could be adapted: matrices and larger, a stack's axis not counted."""
     for path, leaf in leaves_with_path(params):
         shape, dtype = leaf_shape(leaf)
-        axes = len(shape) - (rule_for(layouts, path).stack is not None)
+        axes = len(shape) - rule_for(layouts, path).leading_axes
         if axes >= 2 and jax.numpy.issubdtype(dtype, np.floating):
             yield path, leaf
 
@@ -315,34 +314,31 @@ def _target(
     layout: KernelLayout,
 ) -> Target:
     shape, _ = leaf_shape(leaf)
-    kernel_shape = shape[layout.stack is not None :]
+    kernel_shape = shape[layout.leading_axes :]
     ruled = layout.contracting
     if isinstance(leaf, QuantizedTensor) and leaf.kernel_shape != kernel_shape:
         ruled = None  # it knows its own axes, but not those in front of them
     contracting = contracting_axes(ruled, path, len(kernel_shape))
+    if len(kernel_shape) > 2 and is_parameter(names[0], path, config):
+        raise InputError(
+            f"lora: target_parameters takes matrices and stacks of experts, not {path}"
+            f" {shape}; name it in target_modules, or say that it has experts:"
+            f' {{"{path}": KernelLayout(contracting=(0,), experts=True)}}'
+        )
     d_in, d_out = matrix_shape(kernel_shape, contracting)
+    own = [pattern_name(name, path, config) for name in names]
     return Target(
         path=path,
         names=tuple(names),
-        ranks=tuple(config.rank(n) if use else 0 for n, use in zip(names, chosen, strict=True)),
+        ranks=tuple(config.rank(n) if use else 0 for n, use in zip(own, chosen, strict=True)),
         scalings=tuple(
-            config.scaling(n) if use else 0.0 for n, use in zip(names, chosen, strict=True)
+            config.scaling(n) if use else 0.0 for n, use in zip(own, chosen, strict=True)
         ),
         d_in=d_in,
         d_out=d_out,
         layout=layout,
+        experts=shape[layout.leading_axes - 1] if layout.experts else None,
     )
-
-
-def _is_or_ends_with(dotted: str, name: str) -> bool:
-    name = name.replace("/", ".")
-    return dotted == name or dotted.endswith(f".{name}")
-
-
-def is_within(dotted: str, name: str) -> bool:
-    """Whether a path is a module of this name, or below one."""
-    parts = dotted.replace("/", ".").split(".")
-    return any(_is_or_ends_with(".".join(parts[: i + 1]), name) for i in range(len(parts)))
 
 
 def _layer_number(dotted: str) -> int | None:

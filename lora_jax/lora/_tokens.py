@@ -15,15 +15,8 @@ from .._tree import leaves_with_path
 from .._typing import Array, Params
 from ..quant import QuantizedTensor, dequantize, look_up
 from ._layout import Layouts, rule_for
-from ._targets import (
-    LAYER_PARAMS,
-    adapter_names,
-    is_embedding,
-    is_within,
-    leaf_shape,
-    target_name,
-    token_names,
-)
+from ._target import LAYER_PARAMS, is_within, target_name
+from ._targets import adapter_names, is_embedding, leaf_shape, token_names
 from ._tied import HEAD, TABLE, shares_head
 
 

@@ -75,9 +75,10 @@ class LoraLinen:
             >>> model = nn.DenseGeneral((2, 3), name="query")
             >>> params = model.init(jax.random.key(0), jnp.ones((1, 4)))["params"]
             >>> lora_linen(model).layouts(params, jnp.ones((1, 4)))
-            {'kernel': KernelLayout(contracting=(0,), stack=None)}
+            {'kernel': KernelLayout(contracting=(0,), stack=None, experts=False)}
         """
-        recorder = _Recorder({p: leaf_shape(x)[0] for p, x in leaves_with_path(params)})
+        shapes = {p: leaf_shape(x)[0] for p, x in leaves_with_path(params)}
+        recorder = _Recorder(shapes, self.layouts_of_params or {})
         # Collections such as batch statistics are not at hand: let the module make its own.
         kwargs = {"mutable": DenyList("params"), **kwargs}
 
@@ -105,7 +106,8 @@ def lora_linen(module: nn.Module, *, layouts: Layouts | None = None) -> LoraLine
 
     Args:
         module: Any Linen module.
-        layouts: Only for adapted raw parameters (`self.param`) of more than two axes.
+        layouts: Only for adapted raw parameters (`self.param`) of more than two axes, and for
+            matrices and experts that are not (d_in, d_out).
 
     Returns:
         An object whose `apply` has the module's signature.
@@ -233,8 +235,9 @@ _LOOK_UPS = {"__call__": _look_up, "attend": _attend}
 class _Recorder:
     """An interceptor that changes nothing and notes what every kernel's axes mean."""
 
-    def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]], given: Layouts) -> None:
         self.shapes = shapes
+        self.given = given
         self.stacks: set[str] = set()
         self.contracting: dict[str, tuple[int, ...]] = {}
 
@@ -247,7 +250,7 @@ class _Recorder:
             # A leaf that lost its leading axis is seen from inside a scan: the outermost such
             # module is the scanned one.
             if len(here) < len(outside):
-                _check_stack(path, here, outside)
+                _check_stack(path, here, outside, rule_for(self.given, path).experts)
                 self.stacks.add(prefix)
         if context.method_name == "__call__" and (inputs := _inputs(args, kwargs)):
             self._note(module, prefix, inputs, inside)
@@ -274,13 +277,19 @@ class _Recorder:
 
         outermost = sorted(s for s in self.stacks if stack_of(s) is None)
         stacks = {s: KernelLayout(stack=s) for s in outermost}
-        kernels = {p: KernelLayout(axes, stack_of(p)) for p, axes in self.contracting.items()}
+        kernels = {
+            p: KernelLayout(axes, stack_of(p), rule_for(self.given, p).experts)
+            for p, axes in self.contracting.items()
+        }
         return stacks | kernels
 
 
-def _check_stack(path: str, inside: tuple[int, ...], outside: tuple[int, ...]) -> None:
-    if inside != outside[1:]:
+def _check_stack(
+    path: str, inside: tuple[int, ...], outside: tuple[int, ...], experts: bool
+) -> None:
+    if inside != outside[1:] and not (experts and inside == outside[2:]):
         raise InputError(
             f"{path}: stacked from {inside} to {outside}; adapters need one stack, along the first"
-            " axis (variable_axes={'params': 0})"
+            " axis (variable_axes={'params': 0}), or experts in it that a rule names:"
+            f' lora_linen(module, layouts={{"{path}": KernelLayout(experts=True)}})'
         )
