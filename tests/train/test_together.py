@@ -101,34 +101,37 @@ def test_one_that_diverges_leaves_the_others_alone(make_config):
     assert relative_difference(found[1].adapter, run(whole).trainable) < 1e-5
 
 
-@pytest.mark.parametrize("quant", [None, QuantConfig(block_size=32)], ids=["float32", "nf4"])
-@pytest.mark.parametrize("own_data", [False, True])
+@pytest.mark.parametrize(
+    ("quant", "own_data"),
+    [(None, True), (QuantConfig(block_size=32), False)],
+    ids=["float32, own rows", "nf4, shared rows"],
+)
 def test_twenty_steps_equal_those_of_each_alone(quant, own_data):
     tx = freeze_base(optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3)))
-    joint, alone, base, _, batch = joint_step_of(tx, 0, own_data=own_data)
+    joint, _, base, _, batch = joint_step_of(tx, 0, own_data=own_data)
+    alone = make_step(lora_linen(CausalLM(SHAPE)), optax.chain(tx, scale_by_own_rate(1.0)))
     base = base if quant is None else quantize_params(base, quant)
     configs = [
         LoraConfig(r=r, lora_alpha=alpha, target_modules="all-linear", use_rslora=alpha == 5,
                    rank_pattern={"k_proj": 1 + r})
-        for r, alpha in ((1, 2), (4, 5), (2, 8))
+        for r, alpha in ((1, 2), (4, 5))
     ]  # fmt: skip
     adapters = [
         init_adapter(jax.random.key(i), base, config, layouts=LAYOUTS)
         for i, config in enumerate(configs)
     ]
-    rates = [1.0, 0.3, 2.0]
-    state = init_joint_state(adapters, tx, seeds=[0, 0, 0], rates=rates)
-    turned = [jax.tree.map(lambda x, i=i: jnp.roll(x, i, axis=-1), batch) for i in range(3)]
+    rates = [1.0, 0.3]
+    state = init_joint_state(adapters, tx, seeds=[0, 0], rates=rates)
+    turned = [jax.tree.map(lambda x, i=i: jnp.roll(x, i, axis=-1), batch) for i in range(2)]
     turned = [own | {"positions": batch["positions"]} for own in turned]
     given = jax.tree.map(lambda *x: jnp.stack(x), *turned) if own_data else batch
     for _ in range(20):
         state, _ = joint(state, base, given)
     for i, (adapter, rate) in enumerate(zip(adapters, rates, strict=True)):
-        slower = optax.chain(tx, scale_by_own_rate(rate))
-        step = alone if rate == 1.0 else make_step(lora_linen(CausalLM(SHAPE)), slower)
-        own = init_state(adapter, tx if rate == 1.0 else slower, jax.random.key(0))
+        # The rate is in the state alone, so that one program serves both.
+        own = init_state(adapter, optax.chain(tx, scale_by_own_rate(rate)), jax.random.key(0))
         for _ in range(20):
-            own, _ = step(own, base, turned[i] if own_data else batch)
+            own, _ = alone(own, base, turned[i] if own_data else batch)
         found = take_adapter(state.trainable, i, adapter)
         assert relative_difference(own.trainable, adapter) > 1e-2
         assert relative_difference(found, own.trainable) < 1e-5
