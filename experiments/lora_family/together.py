@@ -1,6 +1,7 @@
 """Eight adapters in one step against eight steps, by the tokens of each.
 
-    python experiments/lora_family/together.py [--device cpu|gpu] [--rounds 12] [--tokens 16,...]
+    python experiments/lora_family/together.py [--device cpu|gpu] [--base dense|nf4|both]
+                                               [--rounds 12] [--tokens 16,64]
 
 Both ways are compiled once and take turns; a ratio is of one round.  Writes
 `together_cpu.json` or `together_gpu.json`; `table.py` shows it.
@@ -40,6 +41,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--tokens", help="tokens of each adapter, 16,64")
+    parser.add_argument("--base", choices=("dense", "nf4", "both"), default="both")
     parser.add_argument("--out", type=Path, default=HERE)
     options = parser.parse_args()
     if options.tokens:
@@ -49,7 +51,8 @@ def main() -> None:
     found: dict[str, Any] = {"shape": SHAPES[options.device], "rank": RANK, "adapters": ADAPTERS}
     found |= {"hardware": jax.devices()[0].device_kind, "machine": platform.machine()}
     found |= {"jax": jax.__version__, "date": time.strftime("%Y-%m-%d"), "rows": []}
-    for quant in (None, QuantConfig()):
+    formats = {"dense": [None], "nf4": [QuantConfig()], "both": [None, QuantConfig()]}
+    for quant in formats[options.base]:
         bench = Bench(options.device, quant)
         for count in tokens:
             row = bench.measure(count, options.rounds)
