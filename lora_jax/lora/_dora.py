@@ -46,12 +46,36 @@ def dora_linear(
     c = column_scale(kernel, lora_A, lora_B, scaling, magnitude)
     if dropout_key is None:
         y = lora_linear(x, kernel, lora_A, lora_B, scaling, precision=precision)
-        return (c * y).astype(x.dtype)
+        return scale_columns(y, c)
     dropped = drop(x, dropout_key, dropout_rate)
     base = (base_product(inputs, kernel, precision) for inputs in (x, dropped))
     whole, part = base
     delta = lora_delta(dropped, lora_A, lora_B, scaling)
     return (whole + (c - 1) * part + c * delta).astype(x.dtype)
+
+
+@jax.custom_vjp
+def scale_columns(y: Float[Array, "*batch d"], c: Float[Array, " d"]) -> Float[Array, "*batch d"]:
+    """c·y in the dtype of y, which alone is kept for the gradient: float32 would take twice as much.
+
+    Example:
+        >>> scale_columns(jnp.ones((2, 3), "bfloat16"), jnp.arange(3.0))[0].tolist()
+        [0.0, 1.0, 2.0]
+    """
+    return (c * y).astype(y.dtype)
+
+
+def _scale_forward(y: Array, c: Array) -> tuple[Array, tuple[Array, Array]]:
+    return (c * y).astype(y.dtype), (y, c)
+
+
+def _scale_backward(kept: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+    y, c = kept
+    products = g.astype(jnp.float32) * y.astype(jnp.float32)
+    return (c * g).astype(y.dtype), jnp.sum(products.reshape(-1, len(c)), axis=0)
+
+
+scale_columns.defvjp(_scale_forward, _scale_backward)
 
 
 def column_scale(

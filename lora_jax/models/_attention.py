@@ -30,6 +30,7 @@ def attend(
     mask: Bool[Array, "batch 1 seq keys"] | None = None,
     *,
     score_bytes: int = SCORE_BYTES,
+    fused: bool = True,
 ) -> Float[Array, "batch seq heads d"]:
     """softmax(q·kᵀ/√d over what is seen)·v, grouped heads sharing keys and values.
 
@@ -44,6 +45,8 @@ def attend(
             and with as many keys as queries none after its own position.
         score_bytes: Bytes of scores at one time (at least one query of each row and head);
             queries take turns where there would be more.
+        fused: Whether cuDNN may do it; under `jax.vmap` it cannot, since the rule that JAX has
+            for it fails for masks of one head.
 
     Returns:
         Outputs in the type of the query.
@@ -58,7 +61,8 @@ def attend(
     """
     batch, seq, heads, d = query.shape
     keys, kv_heads = key.shape[1:3]
-    if seq == keys and seq > 1 and attention_path(query.dtype, heads // kv_heads, d) == "cudnn":
+    fused = fused and seq == keys and seq > 1
+    if fused and attention_path(query.dtype, heads // kv_heads, d) == "cudnn":
         return checkpoint_name(fused_attend(query, key, value, mask), NAME)
     seen: Array = jnp.tril(jnp.ones((1, 1, seq, keys), bool)) if mask is None else mask
     grouped = query.reshape(batch, seq, kv_heads, heads // kv_heads, d)

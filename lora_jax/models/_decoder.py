@@ -51,6 +51,7 @@ class Block(nn.Module):
 
     config: ModelConfig
     dtype: Any = jnp.float32
+    fused_attention: bool = True
 
     @nn.compact
     def __call__(self, carry, layer, angles, mask, start):
@@ -59,7 +60,7 @@ class Block(nn.Module):
         # Named inside the scanned body: a stack of carries cannot be sent to the host.
         x = checkpoint_name(x, INPUT_NAME)
         norm = RMSNorm(c.rms_norm_eps, name="input_layernorm")
-        attended, cache = Attention(c, self.dtype, name="self_attn")(
+        attended, cache = Attention(c, self.dtype, self.fused_attention, name="self_attn")(
             norm(x), angles, mask, cache, (layer, start)
         )
         x = checkpoint_name(x + attended, "residual")
@@ -73,6 +74,7 @@ class Decoder(nn.Module):
     config: ModelConfig
     dtype: Any = jnp.float32
     remat: str = "everything"
+    fused_attention: bool = True
 
     def setup(self) -> None:
         c = self.config
@@ -93,7 +95,7 @@ class Decoder(nn.Module):
             split_rngs={"params": True},
             in_axes=axes,
             length=c.num_hidden_layers,
-        )(c, self.dtype)
+        )(c, self.dtype, self.fused_attention)
         self.norm = RMSNorm(c.rms_norm_eps)
 
     def __call__(self, input_ids, positions, mask, cache: KVCache | None) -> tuple[Array, Any]:
@@ -116,6 +118,7 @@ class CausalLM(nn.Module):
         config: The model's shape.
         dtype: Type of the activations; parameters keep their own.
         remat: One of `REMAT_POLICIES`.
+        fused_attention: Whether cuDNN may compute attention (`attend`): False under `jax.vmap`.
 
     Example:
         >>> config = ModelConfig(vocab_size=64, hidden_size=32, intermediate_size=64,
@@ -131,9 +134,10 @@ class CausalLM(nn.Module):
     config: ModelConfig
     dtype: Any = jnp.float32
     remat: str = "everything"
+    fused_attention: bool = True
 
     def setup(self) -> None:
-        self.model = Decoder(self.config, self.dtype, self.remat)
+        self.model = Decoder(self.config, self.dtype, self.remat, self.fused_attention)
         if not self.config.tie_word_embeddings:
             self.lm_head = nn.Dense(self.config.vocab_size, use_bias=False, dtype=self.dtype)
 

@@ -52,6 +52,7 @@ class Attention(nn.Module):
 
     config: ModelConfig
     dtype: Any = jnp.float32
+    fused: bool = True
 
     @nn.compact
     def __call__(
@@ -82,7 +83,7 @@ class Attention(nn.Module):
             key, value = (
                 jax.lax.dynamic_index_in_dim(filled, where[0], keepdims=False) for filled in cache
             )
-        out = attend(query, key, value, mask).reshape(batch, seq, -1)
+        out = attend(query, key, value, mask, fused=self.fused).reshape(batch, seq, -1)
         o_proj = nn.Dense(c.hidden_size, use_bias=c.attention_bias, dtype=self.dtype, name="o_proj")
         return checkpoint_name(o_proj(out), PRODUCT), cache
 

@@ -17,6 +17,7 @@ from .._tree import combine
 from .._typing import Array, Params
 from ..data import eval_batches
 from ..lora import stack_adapters, take_adapter
+from ..models import CausalLM
 from ..transform import LoraLinen
 from ._evaluate import Evaluation, mean_loss
 from ._job import Job
@@ -94,7 +95,8 @@ def make_joint_step(
         >>> metrics["loss"].shape
         (3,)
     """
-    step = step_function(model, _with_own_rate(tx, 1.0), dropout=dropout, chunk=chunk)
+    own = _for_vmap(model)
+    step = step_function(own, _with_own_rate(tx, 1.0), dropout=dropout, chunk=chunk)
     many = jax.vmap(step, in_axes=(0, None, 0 if own_data else None))
     return jax.jit(many, donate_argnums=0)
 
@@ -132,6 +134,13 @@ def init_joint_state(
 
     keys = jax.vmap(jax.random.key)(jnp.asarray(seeds))
     return jax.vmap(init)(stack_adapters(adapters, rank), keys, jnp.asarray(rates, jnp.float32))
+
+
+def _for_vmap(model: LoraLinen) -> LoraLinen:
+    """The model without what `jax.vmap` cannot turn into one program for all."""
+    if not isinstance(model.module, CausalLM):
+        return model
+    return dataclasses.replace(model, module=model.module.clone(fused_attention=False))
 
 
 def _with_own_rate(tx: optax.GradientTransformation, rate: Any) -> optax.GradientTransformation:
@@ -301,6 +310,7 @@ def _joint_losses(
     """The jitted `(adapters, base, batch) -> (summed loss of each, trained tokens)`."""
 
     def losses(adapter: Params, base: Params, batch: Params) -> tuple[Array, Array]:
-        return batch_loss(model, combine(base, adapter), batch, chunk)
+        return batch_loss(own, combine(base, adapter), batch, chunk)
 
+    own = _for_vmap(model)
     return jax.jit(jax.vmap(losses, in_axes=(0, None, None)))

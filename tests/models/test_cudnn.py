@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lora_jax.models import _attention, _cudnn
+from lora_jax.models import CausalLM, ModelConfig, _attention, _cudnn
 
 
 def draw(dtype=jnp.bfloat16):
@@ -82,3 +82,30 @@ def test_what_is_wrong_falls_back(gpu):
 
 def test_without_a_gpu_the_reason_is_told():
     assert _attention.attention_path(jnp.bfloat16, 4, 128) == "xla: there is no GPU, but cpu"
+
+
+def test_it_is_left_out_where_adapters_are_trained_together(gpu):
+    asked = []
+
+    def attention(*arrays):
+        asked.append(arrays)
+        return by_xla(*arrays)
+
+    gpu(attention)
+    query, key, value = (x[None] for x in draw())
+    _attention.attend(query[0], key[0], value[0])
+    asked.clear()
+    jax.vmap(lambda *x: _attention.attend(*x, fused=False))(query, key, value)
+    assert not asked
+    config = ModelConfig(
+        vocab_size=8,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+    )
+    for fused in (True, False):
+        asked.clear()
+        model = CausalLM(config, dtype=jnp.bfloat16, fused_attention=fused)
+        jax.eval_shape(model.init, jax.random.key(0), jnp.ones((1, 4), jnp.int32))
+        assert bool(asked) == fused
