@@ -56,7 +56,7 @@ def dora_linear(
 
 @jax.custom_vjp
 def scale_columns(y: Float[Array, "*batch d"], c: Float[Array, " d"]) -> Float[Array, "*batch d"]:
-    """c·y in the dtype of y, which alone is kept for the gradient: float32 would take twice as much.
+    """c·y in the dtype of y, which alone is kept for the gradient: float32 would take twice that.
 
     Example:
         >>> scale_columns(jnp.ones((2, 3), "bfloat16"), jnp.arange(3.0))[0].tolist()
