@@ -10,44 +10,8 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 
 from ._errors import InputError, nearest
+from ._peft_fields import DESCRIPTIVE, UNSUPPORTED, UNSUPPORTED_INITS, WITHOUT_EFFECT, refusal
 
-# PEFT fields this library does not implement: accepted at these defaults, refused otherwise.
-_ONLY_AT_DEFAULT: Mapping[str, tuple[Any, ...]] = {
-    "alora_invocation_tokens": (None,),
-    "arrow_config": (None,),
-    "corda_config": (None,),
-    "ensure_weight_tying": (False,),
-    "eva_config": (None,),
-    "fan_in_fan_out": (False,),
-    "kasa_config": (None,),
-    "layer_replication": (None,),
-    "layers_pattern": (None, []),
-    "lora_bias": (False,),
-    "lora_ga_config": (None,),
-    "megatron_config": (None,),
-    "megatron_core": ("megatron.core", None),
-    "monteclora_config": (None,),
-    "qalora_group_size": (16,),
-    "runtime_config": (None, {"ephemeral_gpu_offload": False}),
-    "target_parameters": (None, []),
-    "trainable_token_indices": (None, []),
-    "use_bdlora": (None, False),
-    "use_qalora": (False,),
-    "velora_config": (None,),
-}
-PEFT_DEFAULTS = {
-    name: values[0] for name, values in _ONLY_AT_DEFAULT.items() if name != "runtime_config"
-}
-"""What a saved config says of them; `runtime_config` is never saved."""
-# Facts about a file rather than about the adapter: read and carried, they change no number.
-_DESCRIPTIVE = {
-    "auto_mapping",
-    "base_model_name_or_path",
-    "inference_mode",
-    "peft_type",
-    "peft_version",
-    "revision",
-}
 _Class = TypeVar("_Class", bound=type)
 
 
@@ -68,7 +32,8 @@ def _taking_peft_fields(cls: _Class) -> _Class:
 class LoraConfig:
     """A low-rank adapter `W0 + scaling·A·B`, in PEFT's field names.
 
-    Fields of PEFT that are not below are accepted at PEFT's default and refused otherwise.
+    Fields of PEFT that are not below are accepted at PEFT's default and refused otherwise, each
+    with its reason.
 
     Args:
         r: Rank of the adapter.
@@ -82,6 +47,9 @@ class LoraConfig:
         rank_pattern, alpha_pattern: Path suffix or regular expression to rank or alpha, first
             match wins.
         layers_to_transform: Layer numbers to adapt; all by default.
+        layers_pattern: Name of the list that the numbers count, or several, each a regular
+            expression: `"layers"` for `model.layers.0`.  By default any list that lies below
+            another module, and of several the first.
         modules_to_save: Modules trained in full and saved with the adapter.
         init_lora_weights: True: A ~ U(±1/√d_in), B = 0. `"gaussian"`: A ~ N(0, 1/r²), B = 0.
             False: A ~ U(±1/√d_in), B ~ U(±1/√r), so that the adapter changes the output.
@@ -90,7 +58,12 @@ class LoraConfig:
             `init_pissa`, `init_olora`, `init_loftq`.
         loftq_config: `{"loftq_bits": 4, "loftq_iter": 1}`, with `"loftq"` alone.
         use_dora: Learn each output's magnitude apart from its direction (see `dora_linear`).
-        bias: Only `"none"`: biases of the base stay frozen.
+        lora_bias: Learn a bias on B too: y = x·W0 + b + scaling·((x·A)·B + bias_B).
+        bias: Which biases of the base are trained whole and saved with the adapter: `"none"`,
+            `"all"` (every parameter called `bias`), or `"lora_only"` (those of adapted layers).
+        fan_in_fan_out: Whether torch keeps the adapted kernels as (d_in, d_out), as GPT-2 does.
+            Here all kernels are, and PEFT's A and B have one shape for both: it is read, kept and
+            written, and changes no number.
         task_type: Recorded in the file, as PEFT does.
         adapter_dtype: `"float32"`, `"bfloat16"` or `"float16"`.
 
@@ -113,21 +86,24 @@ class LoraConfig:
     rank_pattern: dict[str, int] = dataclasses.field(default_factory=dict)
     alpha_pattern: dict[str, float] = dataclasses.field(default_factory=dict)
     layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
     modules_to_save: list[str] | None = None
     init_lora_weights: bool | str = True
     loftq_config: dict[str, int] = dataclasses.field(default_factory=dict)
     use_dora: bool = False
+    lora_bias: bool = False
     bias: str = "none"
+    fan_in_fan_out: bool = False
     task_type: str | None = None
     adapter_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
 
     def __post_init__(self) -> None:
-        for name in ("target_modules", "exclude_modules", "modules_to_save"):
+        for name in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
             _set_names(self, name, single=name != "modules_to_save")
         for name in ("rank_pattern", "alpha_pattern", "loftq_config"):
             _set_pattern(self, name)
         for name in ("r", "lora_alpha", "lora_dropout", "use_rslora", "init_lora_weights",
-                     "use_dora"):  # fmt: skip
+                     "use_dora", "lora_bias", "fan_in_fan_out"):  # fmt: skip
             object.__setattr__(self, name, _plain(getattr(self, name)))
         _set_layers(self)
         for name, rank in {"r": self.r, **self.rank_pattern}.items():
@@ -140,13 +116,17 @@ class LoraConfig:
             raise InputError(f"lora: lora_dropout must be in [0, 1), got {self.lora_dropout!r}")
         if self.task_type is not None and not isinstance(self.task_type, str):
             raise InputError(f"lora: task_type must be a name, got {self.task_type!r}")
-        if self.bias != "none":
-            raise InputError(f"lora: bias={self.bias!r} is not supported; use bias='none'")
-        for name in ("use_rslora", "use_dora"):
+        if self.bias not in BIASES:
+            raise InputError(
+                f"lora: bias must be one of {', '.join(BIASES)}; got {self.bias!r}"
+                f"{nearest(str(self.bias), BIASES)}"
+            )
+        for name in ("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out"):
             if not isinstance(getattr(self, name), bool):
                 got = getattr(self, name)
                 raise InputError(f"lora: {name} must be true or false, got {got!r}")
         _check_init(self)
+        _check_layers(self)
         if self.adapter_dtype not in ("float32", "bfloat16", "float16"):
             raise InputError(
                 f"lora: adapter_dtype={self.adapter_dtype!r} is not supported;"
@@ -155,7 +135,9 @@ class LoraConfig:
         for pattern in (self.target_modules, self.exclude_modules):
             if isinstance(pattern, str):
                 _compiled(pattern)
-        for pattern in (*self.rank_pattern, *self.alpha_pattern):
+        layers = self.layers_pattern or []
+        layers = [layers] if isinstance(layers, str) else layers
+        for pattern in (*self.rank_pattern, *self.alpha_pattern, *layers):
             _compiled(pattern)
 
     def __eq__(self, other: object) -> bool:
@@ -211,6 +193,8 @@ class LoraConfig:
 
 INITS = ("gaussian", "orthogonal", "pissa", "olora", "loftq")
 """Starts of an adapter that `init_lora_weights` names."""
+BIASES = ("none", "all", "lora_only")
+"""Biases of the base that an adapter may train."""
 
 
 def _own_fields(cls: Any, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -219,12 +203,15 @@ def _own_fields(cls: Any, values: Mapping[str, Any]) -> dict[str, Any]:
     # First, since another kind of adapter has fields of its own.
     if values.get("peft_type") not in (None, "LORA"):
         kind = values["peft_type"]
-        raise InputError(f"lora: peft_type {kind!r} is not supported; only 'LORA' is")
-    for name in sorted(values.keys() - known - _DESCRIPTIVE):
-        if name not in _ONLY_AT_DEFAULT:
-            raise InputError(f"lora: unknown field {name!r}{nearest(name, known)}")
-        if not any(values[name] == default for default in _ONLY_AT_DEFAULT[name]):
-            raise InputError(f"lora: {name}={values[name]!r} is not supported; leave it out")
+        raise InputError(
+            f"lora: peft_type {kind!r} is not supported: this is no LoRA; train one in its place"
+        )
+    for name in sorted(values.keys() - known - DESCRIPTIVE - WITHOUT_EFFECT.keys()):
+        if name not in UNSUPPORTED:
+            near = nearest(name, known | UNSUPPORTED.keys())
+            raise InputError(f"lora: unknown field {name!r}{near}")
+        if why := refusal(name, values[name]):
+            raise InputError(f"lora: {name}={values[name]!r} is not supported: {why}")
     return {name: value for name, value in values.items() if name in known}
 
 
@@ -270,14 +257,42 @@ def _set_layers(config: LoraConfig) -> None:
     object.__setattr__(config, "layers_to_transform", layers)
 
 
+def _check_layers(config: LoraConfig) -> None:
+    """Refuse choices of layers that contradict the other fields, as PEFT does."""
+    if not config.layers_pattern:
+        object.__setattr__(config, "layers_pattern", None)
+    given = [name for name in ("layers_to_transform", "layers_pattern")
+             if getattr(config, name) not in (None, [])]  # fmt: skip
+    if given and isinstance(config.target_modules, str) and config.target_modules != "all-linear":
+        raise InputError(
+            f"lora: {given[0]} goes with a list of target_modules; put the layers into the regular"
+            " expression instead"
+        )
+    if config.layers_pattern and config.layers_to_transform is None:
+        raise InputError(
+            f"lora: layers_pattern={config.layers_pattern!r} says what layers_to_transform counts;"
+            " give that too, or leave both out for all layers"
+        )
+
+
 def _check_init(config: LoraConfig) -> None:
     init, loftq = config.init_lora_weights, config.loftq_config
+    if isinstance(init, str) and init in UNSUPPORTED_INITS:
+        why = UNSUPPORTED_INITS[init]
+        raise InputError(f"lora: init_lora_weights={init!r} is not supported: {why}")
     named = init in INITS or re.fullmatch(r"pissa_niter_[1-9]\d*", str(init))
     if not isinstance(init, bool) and not named:
         raise InputError(
             f"lora: init_lora_weights={init!r} is not supported{nearest(str(init), INITS)}; use"
             f" true, false, {', '.join(INITS)} or pissa_niter_4"
         )
+    if config.lora_bias and not isinstance(init, bool):
+        raise InputError(
+            f"lora: lora_bias goes with init_lora_weights true or false, not {init!r}, which"
+            " starts no bias"
+        )
+    if config.lora_bias and config.use_dora:
+        raise InputError("lora: lora_bias does not go with use_dora, which scales whole outputs")
     ranks = (config.r, *config.rank_pattern.values())
     if init == "orthogonal" and any(rank % 2 for rank in ranks):
         raise InputError(f"lora: init_lora_weights='orthogonal' needs even ranks, got {ranks}")

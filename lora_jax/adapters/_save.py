@@ -2,7 +2,9 @@
 
 A directory holds `adapter_config.json` and `adapter_model.safetensors`; the keys are
 `base_model.model.<dotted module>.lora_A.weight` (rank, d_in) and `.lora_B.weight`
-(d_out, rank), a pair for every single layer.
+(d_out, rank), a pair for every single layer.  A bias on B is `.lora_B.bias` (d_out,); a bias of
+the base that was trained is `<dotted module>.base_layer.bias` in an adapted layer, and
+`<dotted module>.bias` elsewhere.
 """
 
 import json
@@ -19,8 +21,25 @@ from .._files import atomic_directory, atomic_file, write_tensors
 from .._names import is_kernel
 from .._tree import leaves_with_path
 from .._typing import Params
-from ..lora import Layouts, is_embedding, is_target, is_within, paths_of_layers, rule_for
-from ._peft import CONFIG_FILE, WEIGHTS_FILE, config_to_peft, module_key, whole_keys
+from ..lora import (
+    KernelLayout,
+    Layouts,
+    adapter_names,
+    is_embedding,
+    is_target,
+    is_within,
+    paths_of_layers,
+    rule_for,
+    trained_biases,
+)
+from ._peft import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    below_wrapper,
+    config_to_peft,
+    module_key,
+    whole_keys,
+)
 
 
 def save_adapter(
@@ -90,7 +109,7 @@ def _tensors(
     for path, leaf in leaves.items():
         name = path.rsplit("/", 1)[-1]
         if "lora_" not in name:
-            yield from _whole_tensors(path, np.asarray(leaf), layouts)
+            yield from _whole_tensors(path, np.asarray(leaf), leaves, layouts)
         elif name.endswith("lora_A"):
             yield from _pair_tensors(path, leaves, config, layouts)
 
@@ -115,10 +134,10 @@ def _pair_tensors(
         raise InputError(
             f"{path_a} has shape {a.shape}: pass the layouts the adapter was made with"
         )
-    lengths = _magnitudes(prefix, leaves, config)
+    lengths = _vectors(f"{prefix}lora_magnitude", leaves, "use_dora", config.use_dora, layout)
+    biases = _vectors(f"{prefix}lora_B_bias", leaves, "lora_bias", config.lora_bias, layout)
     if layout.stack is None:
         a, b, scalings = a[None], b[None], scalings[None]
-        lengths = None if lengths is None else lengths[None]
     for i, name in enumerate(paths_of_layers(module, layout, a.shape)):
         rank, expected = config.rank(name), config.scaling(name)
         if is_target(name, param, config) != bool(scalings[i]):
@@ -145,18 +164,25 @@ def _pair_tensors(
         yield f"{key}.lora_B.weight", b[i, :rank].T
         if lengths is not None:
             yield f"{key}.lora_magnitude_vector", lengths[i]
+        if biases is not None:
+            yield f"{key}.lora_B.bias", biases[i]
 
 
-def _magnitudes(prefix: str, leaves: dict[str, Any], config: LoraConfig) -> np.ndarray | None:
-    """DoRA's lengths of columns, which the config must know of."""
-    lengths = leaves.get(f"{prefix}lora_magnitude")
-    if (lengths is not None) != config.use_dora:
-        has = "no lora_magnitude" if lengths is None else "a lora_magnitude"
+def _vectors(
+    path: str, leaves: dict[str, Any], field: str, expected: bool, layout: KernelLayout
+) -> np.ndarray | None:
+    """A vector for each layer (DoRA's lengths, biases on B), which the config must know of."""
+    found = leaves.get(path)
+    if (found is not None) != expected:
+        module, _, name = path.rpartition("/")
+        has = f"no {name}" if found is None else f"a {name}"
         raise InputError(
-            f"save_adapter: {prefix.removesuffix('/')} has {has}, but the config says"
-            f" use_dora={config.use_dora}; pass the config the adapter was made with"
+            f"save_adapter: {module} has {has}, but the config says {field}={expected}; pass the"
+            " config the adapter was made with"
         )
-    return None if lengths is None else np.asarray(lengths)
+    if found is None:
+        return None
+    return np.asarray(found) if layout.stack is not None else np.asarray(found)[None]
 
 
 def _used_rank(a: np.ndarray, b: np.ndarray) -> int:
@@ -165,14 +191,19 @@ def _used_rank(a: np.ndarray, b: np.ndarray) -> int:
 
 
 def _check_saved_modules(adapter: Params, config: LoraConfig) -> None:
-    """Whole modules of the adapter are the config's, and the other way round."""
-    whole = [p for p, _ in leaves_with_path(adapter) if "lora_" not in p.rpartition("/")[2]]
+    """Whole modules and biases of the adapter are the config's, and the other way round."""
+    paths = [path for path, _ in leaves_with_path(adapter)]
+    whole = [p for p in paths if "lora_" not in p.rpartition("/")[2]]
+    factors = [p for p in paths if p.rpartition("/")[2] == "lora_A"]
+    kernels = [p.removesuffix("lora_A") + "kernel" for p in factors]
+    biases = trained_biases(whole, config.bias, kernels)
     found = {p: [n for n in config.modules_to_save or [] if is_within(p, n)] for p in whole}
     for path, names in found.items():
-        if not names:
+        if not names and path not in biases:
             raise InputError(
                 f"save_adapter: the adapter holds {path} whole, but the config's modules_to_save"
-                f" {config.modules_to_save} does not name it; pass the config it was made with"
+                f" {config.modules_to_save} and bias={config.bias!r} do not name it; pass the"
+                " config it was made with"
             )
     named = {name for names in found.values() for name in names}
     if missing := set(config.modules_to_save or []) - named:
@@ -180,11 +211,20 @@ def _check_saved_modules(adapter: Params, config: LoraConfig) -> None:
             f"save_adapter: modules_to_save {min(missing)!r} is not in the adapter; pass the config"
             " it was made with"
         )
+    if config.bias != "none" and not biases:
+        raise InputError(
+            f"save_adapter: the config says bias={config.bias!r}, and the adapter holds no bias;"
+            " pass the config it was made with"
+        )
 
 
 def _whole_tensors(
-    path: str, leaf: np.ndarray, layouts: Layouts | None
+    path: str, leaf: np.ndarray, leaves: dict[str, Any], layouts: Layouts | None
 ) -> Iterator[tuple[str, np.ndarray]]:
     keys, stacked = whole_keys(path, leaf.shape, layouts)
-    for key, value in zip(keys, leaf if stacked else leaf[None], strict=True):
-        yield key, value.T if is_kernel(path) else value
+    values = leaf if stacked else leaf[None]
+    # PEFT's wrapper of an adapted layer holds the layer, with its bias, as `base_layer`.
+    scaling = leaves.get(adapter_names(f"{path.rpartition('/')[0]}/kernel")[2], 0)
+    adapted = np.broadcast_to(np.asarray(scaling) != 0, len(keys))
+    for key, value, inside in zip(keys, values, adapted, strict=True):
+        yield below_wrapper(key) if inside else key, value.T if is_kernel(path) else value

@@ -12,7 +12,7 @@ from .._errors import InputError
 from .._tree import leaves_with_path, tree_from_paths
 from .._typing import Array, Params
 from ._layout import Layouts, paths_of_layers, rule_for
-from ._targets import adapter_names, is_target, target_name
+from ._targets import adapter_names, bias_name, is_target, target_name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +24,7 @@ class AdaptedLayer:
     lora_A: Float[Array, "d_in rank"]
     lora_B: Float[Array, "rank d_out"]
     scaling: Float[Array, ""]
+    lora_B_bias: Float[Array, " d_out"] | None = None
 
     @property
     def rank(self) -> int:
@@ -94,6 +95,11 @@ def adapter_from_layers(
         values = (a.astype(dtype), b.astype(dtype), scaling)
         for path, value in zip(adapter_names(param), values, strict=True):
             leaves[path] = value if stacked else value[0]
+        if any(layer.lora_B_bias is not None for layer in own):
+            none = jnp.zeros(b.shape[-1])
+            biases = [none if x.lora_B_bias is None else x.lora_B_bias for x in own]
+            bias = jnp.stack(biases).astype(dtype)
+            leaves[bias_name(param)] = bias if stacked else bias[0]
     return tree_from_paths(leaves)
 
 
@@ -136,5 +142,7 @@ def _layers_of(
             f"{paths[0]} has rank {a.shape[-1]}, but the config gives {max(ranks)}; pass the config"
             " the adapter was made with"
         )
-    parts = zip(names, ranks, a, b, scaling, strict=True)
-    return [AdaptedLayer(name, a[:, :rank], b[:rank], s) for name, rank, a, b, s in parts]
+    bias = leaves.get(bias_name(param))
+    biases = [None] * len(a) if bias is None else jnp.asarray(bias).reshape(len(a), -1)
+    parts = zip(names, ranks, a, b, scaling, biases, strict=True)
+    return [AdaptedLayer(name, a[:, :r], b[:r], s, bias) for name, r, a, b, s, bias in parts]
