@@ -1,6 +1,7 @@
 """Adapters that this library or PEFT wrote, read and checked against their base."""
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,9 @@ from ..lora import (
     Layouts,
     Target,
     adapter_names,
+    bias_name,
     check_untied,
+    check_whole_stacks,
     init_with_base,
     is_embedding,
     is_within,
@@ -28,10 +31,22 @@ from ..lora import (
     magnitude_name,
     matched_targets,
     saved_modules,
+    trained_biases,
     without_start,
 )
 from ..quant import QuantizedTensor, config_of, quantize
-from ._peft import CONFIG_FILE, WEIGHTS_FILE, module_key, read_config, weights_file, whole_keys
+from ._peft import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    below_wrapper,
+    module_key,
+    read_config,
+    weights_file,
+    whole_keys,
+)
+
+_SHOWN = 3
+"""How many of the tensors that do not fit an error names."""
 
 
 def load_adapter(
@@ -61,22 +76,24 @@ def load_adapter(
             f"{directory / CONFIG_FILE}: target_modules {config.target_modules} match nothing in"
             f" this base; the adapter was made for another base"
         )
+    params = dict(leaves_with_path(base_params))
+    biases = trained_biases(params, config.bias, [target.path for target in targets])
+    check_whole_stacks(biases, config, targets)
+    if not biases:  # PEFT trains none then, and says so nowhere
+        config = dataclasses.replace(config, bias="none")
     with open_tensors(weights_file(directory)) as file:
-        unread = set(file.keys())
-
-        def take(key: str, shape: tuple[int, ...]) -> np.ndarray:
-            return _take(file, unread, directory, key, shape)
-
+        take = _Reader(file)
         leaves: dict[str, Any] = {}
         for target in targets:
-            leaves.update(_read_target(target, take, config.use_dora))
-        params = dict(leaves_with_path(base_params))
+            leaves.update(_read_target(target, take, config))
         for path in saved_modules(base_params, config):
             check_untied(path, params)
             leaves[path] = _read_whole(path, params[path], layouts, take)
-        unread -= _copies_of_base(file, unread, directory, params, layouts)
-    if unread:
-        raise InputError(_unexpected(directory, sorted(unread)))
+        for path in biases:
+            if path not in leaves:
+                leaves[path] = _read_whole(path, params[path], layouts, take)
+        _drop_copies(take, params, layouts, config)
+    take.check(directory / WEIGHTS_FILE)
     dtype = str(leaves[adapter_names(targets[0].path)[0]].dtype)
     adapter, config = tree_from_paths(leaves), dataclasses.replace(config, adapter_dtype=dtype)
     if config.moves_base:
@@ -105,21 +122,68 @@ def _fitting(config: LoraConfig, base_params: Params) -> LoraConfig:
     return dataclasses.replace(config, modules_to_save=kept or None)
 
 
-def _read_target(target: Target, take: Any, dora: bool) -> Iterator[tuple[str, Any]]:
-    """`lora_A`, `lora_B` and `lora_scaling` of a target, padded to its largest rank."""
+class _Reader:
+    """The tensors of a file, each read once; what does not fit is noted, and told all together."""
+
+    def __init__(self, file: Any) -> None:
+        self.file, self.unread = file, set(file.keys())
+        self.missing: list[str] = []
+        self.misshapen: list[str] = []
+        self.foreign: list[str] = []
+
+    def __call__(self, key: str, shape: tuple[int, ...]) -> np.ndarray:
+        """A tensor of this shape; zeros where the file has none."""
+        if key not in self.unread:
+            self.missing.append(f"no tensor {key}, which the config and this base call for")
+            return np.zeros(shape, np.float32)
+        self.unread.remove(key)
+        tensor = self.file.get_tensor(key)
+        if tensor.shape != shape:
+            self.misshapen.append(f"{key} has shape {tensor.shape}, this base needs {shape}")
+            return np.zeros(shape, np.float32)
+        return tensor
+
+    def check(self, path: Path) -> None:
+        """Refuse a file that does not fit, with the first of what is wrong of every kind.
+
+        Raises:
+            InputError: for tensors that are missing, have another shape or have no place.
+        """
+        features = {"lora_embedding": " (an adapted embedding is not supported)"}
+        foreign = [
+            f"no place for {key}{next((v for k, v in features.items() if k in key), '')}"
+            for key in sorted(self.unread)
+        ]
+        kinds = (self.misshapen, self.missing, foreign, self.foreign)
+        in_turn = itertools.chain.from_iterable(itertools.zip_longest(*kinds))
+        wrong = [problem for problem in in_turn if problem is not None]
+        if wrong:
+            more = len(wrong) - _SHOWN
+            rest = f"; and {more} more" if more > 0 else ""
+            raise InputError(
+                f"{path}: {'; '.join(wrong[:_SHOWN])}{rest}; the adapter was made for another base,"
+                " or one that was changed (new tokens, say)"
+            )
+
+
+def _read_target(target: Target, take: _Reader, config: LoraConfig) -> Iterator[tuple[str, Any]]:
+    """`lora_A`, `lora_B`, `lora_scaling` and more of a target, padded to its largest rank."""
     if is_embedding(target.path):
         raise InputError(f"{target.path}: adapters on embeddings (lora_embedding_A) are not read")
-    width, pairs, lengths = max(target.ranks), [], []
+    width, pairs, lengths, biases = max(target.ranks), [], [], []
     for name, rank in zip(target.names, target.ranks, strict=True):
         a, b = np.zeros((target.d_in, 0)), np.zeros((0, target.d_out))
-        length = np.ones(target.d_out, np.float32)
+        length, bias = np.ones(target.d_out, np.float32), np.zeros(target.d_out)
         if rank:
             key = module_key(name)
             a = take(f"{key}.lora_A.weight", (rank, target.d_in)).T
             b = take(f"{key}.lora_B.weight", (target.d_out, rank)).T
-            if dora:
+            if config.use_dora:
                 length = take(f"{key}.lora_magnitude_vector", (target.d_out,))
+            if config.lora_bias:
+                bias = take(f"{key}.lora_B.bias", (target.d_out,))
         lengths.append(length)
+        biases.append(bias)
         pairs.append(
             (np.pad(a, ((0, 0), (0, width - rank))), np.pad(b, ((0, width - rank), (0, 0))))
         )
@@ -127,36 +191,41 @@ def _read_target(target: Target, take: Any, dora: bool) -> Iterator[tuple[str, A
     stacks = [np.stack([pair[i] for pair in pairs]).astype(dtype) for i in (0, 1)]
     stacks.append(np.asarray(target.scalings, np.float32))
     names: tuple[str, ...] = adapter_names(target.path)
-    if dora:
+    if config.use_dora:
         names = (*names, magnitude_name(target.path))
         stacks.append(np.stack(lengths).astype(np.float32))
+    if config.lora_bias:
+        names = (*names, bias_name(target.path))
+        stacks.append(np.stack(biases).astype(dtype))
     for path, value in zip(names, stacks, strict=True):
         yield path, jnp.asarray(value if target.stacked else value[0])
 
 
-def _copies_of_base(
-    file: Any, unread: set[str], directory: Path, params: dict[str, Any], layouts: Layouts | None
-) -> set[str]:
+def _drop_copies(
+    take: _Reader, params: dict[str, Any], layouts: Layouts | None, config: LoraConfig
+) -> None:
     """The base's own weights in the file: PEFT saves embeddings and heads that it adapts.
 
     They must be this base's: reading on with others would give another model's numbers.
     """
-    bare = {key.replace(".base_layer.", "."): key for key in unread}
-    found = set()
+    if config.bias == "all":
+        # PEFT takes the biases of `modules_to_save` for some of the base's, and writes them twice.
+        take.unread -= {key for key in take.unread if key.endswith(".modules_to_save.bias")}
+    bare = {
+        key.replace(".base_layer.", ".").replace(".original_module.", "."): key
+        for key in take.unread
+    }
     for path, leaf in params.items():
         keys, stacked = whole_keys(path, leaf_shape(leaf)[0], layouts)
         for i, key in enumerate(keys):
             if key not in bare:
                 continue
-            value = file.get_tensor(bare[key])
+            value = take.file.get_tensor(bare[key])
             if not _equals(value.T if is_kernel(path) else value, leaf, i if stacked else None):
-                raise InputError(
-                    f"{directory / WEIGHTS_FILE}: {bare[key]} {value.shape} is a weight of the"
-                    f" base, and not this base's {path}; the adapter was made for another base, or"
-                    " one that was changed (new tokens, say)"
+                take.foreign.append(
+                    f"{bare[key]} {value.shape} is a weight of the base, and not this base's {path}"
                 )
-            found.add(bare[key])
-    return found
+            take.unread.remove(bare[key])
 
 
 def _equals(value: np.ndarray, leaf: Any, layer: int | None) -> bool:
@@ -176,35 +245,12 @@ def _equals(value: np.ndarray, leaf: Any, layer: int | None) -> bool:
     return any(np.array_equal(own.astype(t), value.astype(t)) for t in (own.dtype, value.dtype))
 
 
-def _read_whole(path: str, leaf: Any, layouts: Layouts | None, take: Any) -> Any:
+def _read_whole(path: str, leaf: Any, layouts: Layouts | None, take: _Reader) -> Any:
     shape, _ = leaf_shape(leaf)
     keys, stacked = whole_keys(path, shape, layouts)
     own = shape[1:] if stacked else shape
+    # An adapted layer's bias lies below PEFT's wrapper.
+    keys = [below_wrapper(key) if below_wrapper(key) in take.unread else key for key in keys]
     values = [take(key, own[::-1] if is_kernel(path) else own) for key in keys]
     values = [v.T if is_kernel(path) else v for v in values]
     return jnp.asarray(np.stack(values) if stacked else values[0])
-
-
-def _take(
-    file: Any, unread: set[str], directory: Path, key: str, shape: tuple[int, ...]
-) -> np.ndarray:
-    if key not in unread:
-        raise InputError(
-            f"{directory / WEIGHTS_FILE}: no tensor {key}, which the config and this base call"
-            f" for; there is, for example, {min(unread, default='nothing')}"
-        )
-    unread.remove(key)
-    tensor = file.get_tensor(key)
-    if tensor.shape != shape:
-        raise InputError(
-            f"{directory / WEIGHTS_FILE}: {key} has shape {tensor.shape}, this base needs {shape};"
-            " the adapter was made for another base"
-        )
-    return tensor
-
-
-def _unexpected(directory: Path, keys: list[str]) -> str:
-    features = {"lora_embedding": "an adapted embedding"}
-    found = next((v for k, v in features.items() if any(k in key for key in keys)), None)
-    what = f"{found} is not supported" if found else "the adapter was made for another base"
-    return f"{directory / WEIGHTS_FILE}: {len(keys)} tensors have no place, {keys[0]} first; {what}"

@@ -54,8 +54,8 @@ def weighted_adapter(
 
     What is applied to factors mixes Aᵢ with Bⱼ, and depends on how a delta was split into
     factors: prefer `cat` and `svd`. With a single adapter PEFT takes every type for `linear`.
-    Biases on B (`lora_bias`) are summed by `cat` and `svd`; other types refuse them, since a bias is
-    no product of factors. (PEFT loses them.)
+    Biases on B (`lora_bias`) are summed by `cat` and `svd`; other types refuse them, since a bias
+    is no product of factors. (PEFT loses them.)
     A weight may be negative. Arrays of adapters and weights may be traced by JAX.
 
     Args:

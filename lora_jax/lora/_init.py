@@ -42,10 +42,11 @@ def init_adapter(
 
     Returns:
         A nested dict over the adapted modules: `lora_A (d_in, rank)`, `lora_B (rank, d_out)`
-        in `config.adapter_dtype`, `lora_scaling ()` in float32, and under DoRA `lora_magnitude
-        (d_out,)`, under `lora_bias` `lora_B_bias (d_out,)`, each with a leading layer axis where the base has one.  Layers of smaller rank
-        are padded with zeros, which stay zero in training; a layer without an adapter has
-        scaling 0.  Modules of `modules_to_save` and biases that `bias` names are copied in full.
+        in `config.adapter_dtype`, `lora_scaling ()` in float32, under DoRA `lora_magnitude
+        (d_out,)`, under `lora_bias` `lora_B_bias (d_out,)`, each with a leading layer axis where
+        the base has one.  Layers of smaller rank are padded with zeros, which stay zero in
+        training; a layer without an adapter has scaling 0.  Modules of `modules_to_save` and
+        biases that `bias` names are copied in full.
 
     Raises:
         InputError: if a name or pattern of the config matches nothing, if a rank exceeds a

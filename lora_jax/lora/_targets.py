@@ -303,13 +303,12 @@ class _Matcher:
                 if pattern in parts:  # a string where a list was meant
                     hint = f" whole: a string is one regular expression for paths; [{pattern}]"
                     hint += " means every module of that name"
-                if field == "layers_to_transform" and not self.config.layers_pattern:
-                    hint = " (for a list that lies below no other module, give layers_pattern)"
                 raise InputError(f"lora: {field} {pattern!r} matches nothing{hint}. {there}")
         if not adapted:
+            outermost = "; a list that lies below no other module needs layers_pattern"
             raise InputError(
                 "lora: no module is left to adapt after exclude_modules, modules_to_save and"
-                f" layers_to_transform. {there}"
+                f" layers_to_transform{outermost if self.layers else ''}. {there}"
             )
 
 

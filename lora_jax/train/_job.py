@@ -81,7 +81,7 @@ class Setup:
         # Of stacked layers, the padding to a common rank is no parameter.
         trains_a = self.config.train.optimizer != "lora_fa"
         adapted = sum(sum(t.ranks) * (trains_a * t.d_in + t.d_out) for t in self.targets)
-        if self.config.lora.use_dora:
+        if self.config.lora.use_dora or self.config.lora.lora_bias:
             adapted += sum(t.d_out for t in self.targets for rank in t.ranks if rank)
         whole = [x.size for path, x in trainable.items() if not path.endswith(TRAINED)]
         return {

@@ -71,7 +71,7 @@ def assert_close(got, expected, tolerance=1e-5):
 DIFFERENT = [
     make(0, rank_pattern={"layers.1.q": 2}, use_rslora=True),
     make(1, r=1, target_modules=["q", "v"]),
-    make(2, r=2, target_modules=["v"], layers_to_transform=[1]),
+    make(2, r=2, target_modules=["v"], layers_to_transform=[1], layers_pattern="layers"),
 ]
 
 
