@@ -83,6 +83,15 @@ def test_nothing_below_a_saved_module_is_adapted():
         ({"target_modules": ["q_proj"], "layers_to_transform": [0, 3]}, "layers_to_transform '3'"),
         ({"target_modules": ["q_proj"], "exclude_modules": ["q_proj"]}, "no module is left"),
         ({"target_modules": r".*q_proj", "layers_to_transform": [0]}, "list of target_modules"),
+        (
+            {
+                "target_modules": ["q_proj"],
+                "layers_to_transform": 0,
+                "layers_pattern": ["layers", "h"],
+            },
+            "layers_pattern 'h' matches nothing",
+        ),
+        ({"target_modules": ["lm_head"], "layers_to_transform": 0}, "needs layers_pattern"),
     ],
 )
 def test_what_matches_nothing_is_an_error(fields, word):
