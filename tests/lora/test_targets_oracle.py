@@ -62,7 +62,7 @@ def ours():
         {"target_modules": ["lm_head", "q_proj"], "layers_to_transform": [2]},
         {"target_modules": ["lm_head", "mlp.proj"], "layers_to_transform": []},
         {"target_modules": ["proj"], "layers_to_transform": [1], "layers_pattern": "layers"},
-        {"target_modules": ["proj"], "layers_to_transform": [0], "layers_pattern": ["h", "lay.*"]},
+        {"target_modules": ["proj"], "layers_to_transform": [0], "layers_pattern": ["lay.*"]},
         {"target_modules": ["v_proj"], "layers_to_transform": [0, 1], "layers_pattern": []},
         {"target_modules": ["v_proj"], "layers_to_transform": [0], "layers_pattern": ""},
         {"target_modules": r".*proj", "modules_to_save": ["mlp"]},
@@ -95,8 +95,12 @@ def test_targets_ranks_and_scalings(fields):
 
 def nested():
     """A list at the root, of modules that hold a list."""
-    experts = [torch.nn.ModuleDict({"up": torch.nn.Linear(4, 4)}) for _ in range(2)]
-    blocks = [torch.nn.ModuleDict({"experts": torch.nn.ModuleList(experts)}) for _ in range(2)]
+
+    def block():
+        experts = [torch.nn.ModuleDict({"up": torch.nn.Linear(4, 4)}) for _ in range(2)]
+        return torch.nn.ModuleDict({"experts": torch.nn.ModuleList(experts)})
+
+    blocks = [block() for _ in range(2)]
     return torch.nn.ModuleDict({"blocks": torch.nn.ModuleList(blocks)})
 
 
