@@ -11,41 +11,8 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 
 from ._errors import InputError, nearest
+from ._peft_fields import DESCRIPTIVE, UNSUPPORTED, UNSUPPORTED_INITS, WITHOUT_EFFECT, refusal
 
-# PEFT fields this library does not implement: accepted at these defaults, refused otherwise.
-_ONLY_AT_DEFAULT: Mapping[str, tuple[Any, ...]] = {
-    "alora_invocation_tokens": (None,),
-    "arrow_config": (None,),
-    "corda_config": (None,),
-    "eva_config": (None,),
-    "fan_in_fan_out": (False,),
-    "kasa_config": (None,),
-    "layer_replication": (None,),
-    "layers_pattern": (None, []),
-    "lora_bias": (False,),
-    "lora_ga_config": (None,),
-    "megatron_config": (None,),
-    "megatron_core": ("megatron.core", None),
-    "monteclora_config": (None,),
-    "qalora_group_size": (16,),
-    "runtime_config": (None, {"ephemeral_gpu_offload": False}),
-    "use_bdlora": (None, False),
-    "use_qalora": (False,),
-    "velora_config": (None,),
-}
-PEFT_DEFAULTS = {
-    name: values[0] for name, values in _ONLY_AT_DEFAULT.items() if name != "runtime_config"
-}
-"""What a saved config says of them; `runtime_config` is never saved."""
-# Facts about a file rather than about the adapter: read and carried, they change no number.
-_DESCRIPTIVE = {
-    "auto_mapping",
-    "base_model_name_or_path",
-    "inference_mode",
-    "peft_type",
-    "peft_version",
-    "revision",
-}
 _Class = TypeVar("_Class", bound=type)
 
 
@@ -66,7 +33,8 @@ def _taking_peft_fields(cls: _Class) -> _Class:
 class LoraConfig:
     """A low-rank adapter `W0 + scaling·A·B`, in PEFT's field names.
 
-    Fields of PEFT that are not below are accepted at PEFT's default and refused otherwise.
+    Fields of PEFT that are not below are accepted at PEFT's default and refused otherwise, each
+    with its reason.
 
     Args:
         r: Rank of the adapter.
@@ -84,6 +52,9 @@ class LoraConfig:
         rank_pattern, alpha_pattern: Path suffix or regular expression to rank or alpha, first
             match wins.
         layers_to_transform: Layer numbers to adapt; all by default.
+        layers_pattern: Name of the list that the numbers count, or several, each a regular
+            expression: `"layers"` for `model.layers.0`.  By default any list that lies below
+            another module, and of several the first.
         modules_to_save: Modules trained in full and saved with the adapter.
         trainable_token_indices: Ids of tokens whose rows of the embedding are trained, or a
             mapping from module names to ids.  A head that shares the embedding follows it.
@@ -96,7 +67,12 @@ class LoraConfig:
             `init_pissa`, `init_olora`, `init_loftq`.
         loftq_config: `{"loftq_bits": 4, "loftq_iter": 1}`, with `"loftq"` alone.
         use_dora: Learn each output's magnitude apart from its direction (see `dora_linear`).
-        bias: Only `"none"`: biases of the base stay frozen.
+        lora_bias: Learn a bias on B too: y = x·W0 + b + scaling·((x·A)·B + bias_B).
+        bias: Which biases of the base are trained whole and saved with the adapter: `"none"`,
+            `"all"` (every parameter called `bias`), or `"lora_only"` (those of adapted layers).
+        fan_in_fan_out: Whether torch keeps the adapted kernels as (d_in, d_out), as GPT-2 does.
+            Here all kernels are, and PEFT's A and B have one shape for both: it is read, kept and
+            written, and changes no number.
         task_type: Recorded in the file, as PEFT does.
         adapter_dtype: `"float32"`, `"bfloat16"` or `"float16"`.
 
@@ -120,23 +96,27 @@ class LoraConfig:
     rank_pattern: dict[str, int] = dataclasses.field(default_factory=dict)
     alpha_pattern: dict[str, float] = dataclasses.field(default_factory=dict)
     layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
     modules_to_save: list[str] | None = None
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     ensure_weight_tying: bool = False
     init_lora_weights: bool | str = True
     loftq_config: dict[str, int] = dataclasses.field(default_factory=dict)
     use_dora: bool = False
+    lora_bias: bool = False
     bias: str = "none"
+    fan_in_fan_out: bool = False
     task_type: str | None = None
     adapter_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
 
     def __post_init__(self) -> None:
-        for name in ("target_modules", "exclude_modules", "modules_to_save", "target_parameters"):
-            _set_names(self, name, single=name in ("target_modules", "exclude_modules"))
+        for name in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save",
+                     "target_parameters"):  # fmt: skip
+            _set_names(self, name, single=name not in ("modules_to_save", "target_parameters"))
         for name in ("rank_pattern", "alpha_pattern", "loftq_config"):
             _set_pattern(self, name)
         for name in ("r", "lora_alpha", "lora_dropout", "use_rslora", "init_lora_weights",
-                     "use_dora"):  # fmt: skip
+                     "use_dora", "lora_bias", "fan_in_fan_out"):  # fmt: skip
             object.__setattr__(self, name, _plain(getattr(self, name)))
         _set_layers(self)
         _set_tokens(self)
@@ -150,14 +130,19 @@ class LoraConfig:
             raise InputError(f"lora: lora_dropout must be in [0, 1), got {self.lora_dropout!r}")
         if self.task_type is not None and not isinstance(self.task_type, str):
             raise InputError(f"lora: task_type must be a name, got {self.task_type!r}")
-        if self.bias != "none":
-            raise InputError(f"lora: bias={self.bias!r} is not supported; use bias='none'")
-        for name in ("use_rslora", "use_dora", "ensure_weight_tying"):
+        if self.bias not in BIASES:
+            raise InputError(
+                f"lora: bias must be one of {', '.join(BIASES)}; got {self.bias!r}"
+                f"{nearest(str(self.bias), BIASES)}"
+            )
+        for name in ("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out",
+                     "ensure_weight_tying"):  # fmt: skip
             if not isinstance(getattr(self, name), bool):
                 got = getattr(self, name)
                 raise InputError(f"lora: {name} must be true or false, got {got!r}")
         _check_init(self)
         _check_parameters(self)
+        _check_layers(self)
         if self.adapter_dtype not in ("float32", "bfloat16", "float16"):
             raise InputError(
                 f"lora: adapter_dtype={self.adapter_dtype!r} is not supported;"
@@ -166,7 +151,9 @@ class LoraConfig:
         for pattern in (self.target_modules, self.exclude_modules):
             if isinstance(pattern, str):
                 _compiled(pattern)
-        for pattern in (*self.rank_pattern, *self.alpha_pattern):
+        layers = self.layers_pattern or []
+        layers = [layers] if isinstance(layers, str) else layers
+        for pattern in (*self.rank_pattern, *self.alpha_pattern, *layers):
             _compiled(pattern)
 
     def __eq__(self, other: object) -> bool:
@@ -220,6 +207,8 @@ class LoraConfig:
 
 INITS = ("gaussian", "orthogonal", "pissa", "olora", "loftq")
 """Starts of an adapter that `init_lora_weights` names."""
+BIASES = ("none", "all", "lora_only")
+"""Biases of the base that an adapter may train."""
 
 
 def _own_fields(cls: Any, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -228,12 +217,15 @@ def _own_fields(cls: Any, values: Mapping[str, Any]) -> dict[str, Any]:
     # First, since another kind of adapter has fields of its own.
     if values.get("peft_type") not in (None, "LORA"):
         kind = values["peft_type"]
-        raise InputError(f"lora: peft_type {kind!r} is not supported; only 'LORA' is")
-    for name in sorted(values.keys() - known - _DESCRIPTIVE):
-        if name not in _ONLY_AT_DEFAULT:
-            raise InputError(f"lora: unknown field {name!r}{nearest(name, known)}")
-        if not any(values[name] == default for default in _ONLY_AT_DEFAULT[name]):
-            raise InputError(f"lora: {name}={values[name]!r} is not supported; leave it out")
+        raise InputError(
+            f"lora: peft_type {kind!r} is not supported: this is no LoRA; train one in its place"
+        )
+    for name in sorted(values.keys() - known - DESCRIPTIVE - WITHOUT_EFFECT.keys()):
+        if name not in UNSUPPORTED:
+            near = nearest(name, known | UNSUPPORTED.keys())
+            raise InputError(f"lora: unknown field {name!r}{near}")
+        if why := refusal(name, values[name]):
+            raise InputError(f"lora: {name}={values[name]!r} is not supported: {why}")
     return {name: value for name, value in values.items() if name in known}
 
 
@@ -315,14 +307,42 @@ def _hashable(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
+def _check_layers(config: LoraConfig) -> None:
+    """Refuse choices of layers that contradict the other fields, as PEFT does."""
+    if not config.layers_pattern:
+        object.__setattr__(config, "layers_pattern", None)
+    given = [name for name in ("layers_to_transform", "layers_pattern")
+             if getattr(config, name) not in (None, [])]  # fmt: skip
+    if given and isinstance(config.target_modules, str) and config.target_modules != "all-linear":
+        raise InputError(
+            f"lora: {given[0]} goes with a list of target_modules; put the layers into the regular"
+            " expression instead"
+        )
+    if config.layers_pattern and config.layers_to_transform is None:
+        raise InputError(
+            f"lora: layers_pattern={config.layers_pattern!r} says what layers_to_transform counts;"
+            " give that too, or leave both out for all layers"
+        )
+
+
 def _check_init(config: LoraConfig) -> None:
     init, loftq = config.init_lora_weights, config.loftq_config
+    if isinstance(init, str) and init in UNSUPPORTED_INITS:
+        why = UNSUPPORTED_INITS[init]
+        raise InputError(f"lora: init_lora_weights={init!r} is not supported: {why}")
     named = init in INITS or re.fullmatch(r"pissa_niter_[1-9]\d*", str(init))
     if not isinstance(init, bool) and not named:
         raise InputError(
             f"lora: init_lora_weights={init!r} is not supported{nearest(str(init), INITS)}; use"
             f" true, false, {', '.join(INITS)} or pissa_niter_4"
         )
+    if config.lora_bias and not isinstance(init, bool):
+        raise InputError(
+            f"lora: lora_bias goes with init_lora_weights true or false, not {init!r}, which"
+            " starts no bias"
+        )
+    if config.lora_bias and config.use_dora:
+        raise InputError("lora: lora_bias does not go with use_dora, which scales whole outputs")
     ranks = (config.r, *config.rank_pattern.values())
     if init == "orthogonal" and any(rank % 2 for rank in ranks):
         raise InputError(f"lora: init_lora_weights='orthogonal' needs even ranks, got {ranks}")
@@ -342,7 +362,7 @@ def _check_init(config: LoraConfig) -> None:
 def _check_parameters(config: LoraConfig) -> None:
     """Refuse what needs the input or the output of a layer, which a raw parameter has not."""
     for name in ("lora_dropout", "lora_bias"):
-        if config.target_parameters and getattr(config, name, None):
+        if config.target_parameters and getattr(config, name):
             raise InputError(
                 f"lora: {name}={getattr(config, name)!r} does not go with target_parameters, whose"
                 " modules do as they like with their input; leave one of the two out"

@@ -5,9 +5,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .._config import PEFT_DEFAULTS, LoraConfig
+from .._config import LoraConfig
 from .._errors import InputError
 from .._names import hf_keys
+from .._peft_fields import PEFT_DEFAULTS
 from .._tree import leaves_with_path
 from .._typing import Params
 from ..lora import Layouts, is_embedding, rule_for
@@ -54,6 +55,17 @@ def whole_keys(
     return [PREFIX + key for key in keys], stack is not None
 
 
+def below_wrapper(key: str) -> str:
+    """The key of a layer's own tensor once PEFT has wrapped the layer.
+
+    Example:
+        >>> below_wrapper("base_model.model.q_proj.bias")
+        'base_model.model.q_proj.base_layer.bias'
+    """
+    module, _, leaf = key.rpartition(".")
+    return f"{module}.base_layer.{leaf}"
+
+
 def read_config(directory: str | Path) -> LoraConfig:
     """The `adapter_config.json` of a directory.
 
@@ -83,6 +95,9 @@ def config_to_peft(adapter: Params, config: LoraConfig, base_model: str | None) 
         # Without target_modules PEFT would choose some by the model's family.
         own["target_modules"] = own["target_modules"] or []
         own["target_parameters"] = [_torch_name(name) for name in config.target_parameters]
+    if config.init_lora_weights == "loftq":
+        # PEFT reads no such config without them.
+        own["loftq_config"] = {"loftq_bits": 4, "loftq_iter": 1} | config.loftq_config
     facts = {
         "peft_type": "LORA",
         "auto_mapping": None,

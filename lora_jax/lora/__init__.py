@@ -1,5 +1,8 @@
 """Low-rank adapters as trees: targets, factors, the delta, merging."""
 
+from ._biases import bias_of as bias_of
+from ._biases import check_whole_stacks as check_whole_stacks
+from ._biases import trained_biases as trained_biases
 from ._box import LoraParam as LoraParam
 from ._box import box_adapters as box_adapters
 from ._box import check_shapes as check_shapes
@@ -47,6 +50,7 @@ from ._target import is_within as is_within
 from ._target import pattern_name as pattern_name
 from ._targets import TRAINED as TRAINED
 from ._targets import adapter_names as adapter_names
+from ._targets import bias_name as bias_name
 from ._targets import find_targets as find_targets
 from ._targets import is_embedding as is_embedding
 from ._targets import is_target as is_target

@@ -85,7 +85,7 @@ class Setup:
             sum(t.ranks) * ((trains_a or is_embedding(t.path)) * t.d_in + t.d_out)
             for t in self.targets
         )
-        if self.config.lora.use_dora:
+        if self.config.lora.use_dora or self.config.lora.lora_bias:
             adapted += sum(t.d_out for t in self.targets for rank in t.ranks if rank)
         of_pairs = tuple(name for name in TRAINED if name != "lora_tokens")
         whole = [x.size for path, x in trainable.items() if not path.endswith(of_pairs)]
