@@ -10,20 +10,18 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 
 from ._errors import InputError, nearest
+from ._start_options import STARTS_FROM_DATA, start_options
 
 # PEFT fields this library does not implement: accepted at these defaults, refused otherwise.
 _ONLY_AT_DEFAULT: Mapping[str, tuple[Any, ...]] = {
     "alora_invocation_tokens": (None,),
     "arrow_config": (None,),
-    "corda_config": (None,),
     "ensure_weight_tying": (False,),
-    "eva_config": (None,),
     "fan_in_fan_out": (False,),
     "kasa_config": (None,),
     "layer_replication": (None,),
     "layers_pattern": (None, []),
     "lora_bias": (False,),
-    "lora_ga_config": (None,),
     "megatron_config": (None,),
     "megatron_core": ("megatron.core", None),
     "monteclora_config": (None,),
@@ -87,8 +85,11 @@ class LoraConfig:
             False: A ~ U(±1/√d_in), B ~ U(±1/√r), so that the adapter changes the output.
             `"orthogonal"`: rows of one orthogonal matrix, A·B = 0. `"pissa"`, `"pissa_niter_4"`
             (randomized, four iterations), `"olora"` and `"loftq"` move the base too: see
-            `init_pissa`, `init_olora`, `init_loftq`.
+            `init_pissa`, `init_olora`, `init_loftq`. `"eva"`, `"corda"` and `"lora_ga"` look at
+            data: see `adapters.init_eva`, `init_corda`, `init_lora_ga`.
         loftq_config: `{"loftq_bits": 4, "loftq_iter": 1}`, with `"loftq"` alone.
+        eva_config, corda_config, lora_ga_config: Options of the start of that name, PEFT's
+            defaults filled in.
         use_dora: Learn each output's magnitude apart from its direction (see `dora_linear`).
         bias: Only `"none"`: biases of the base stay frozen.
         task_type: Recorded in the file, as PEFT does.
@@ -116,6 +117,9 @@ class LoraConfig:
     modules_to_save: list[str] | None = None
     init_lora_weights: bool | str = True
     loftq_config: dict[str, int] = dataclasses.field(default_factory=dict)
+    eva_config: dict[str, Any] | None = None
+    corda_config: dict[str, Any] | None = None
+    lora_ga_config: dict[str, Any] | None = None
     use_dora: bool = False
     bias: str = "none"
     task_type: str | None = None
@@ -167,7 +171,13 @@ class LoraConfig:
     @property
     def moves_base(self) -> bool:
         """Whether the adapter starts from a part of the weights that the base then lacks."""
-        return str(self.init_lora_weights).split("_")[0] in ("pissa", "olora", "loftq")
+        start = str(self.init_lora_weights).split("_niter_")[0]
+        return start in ("pissa", "olora", "loftq", "corda", "lora_ga")
+
+    @property
+    def starts_from_data(self) -> bool:
+        """Whether the adapter's start looks at batches of data."""
+        return self.init_lora_weights in STARTS_FROM_DATA
 
     def _key(self) -> tuple[Any, ...]:
         """All fields; patterns in their order, since the first that matches wins."""
@@ -209,7 +219,7 @@ class LoraConfig:
             raise InputError(str(error).replace("lora:", f"{where}:", 1)) from None
 
 
-INITS = ("gaussian", "orthogonal", "pissa", "olora", "loftq")
+INITS = ("gaussian", "orthogonal", "pissa", "olora", "loftq", *STARTS_FROM_DATA)
 """Starts of an adapter that `init_lora_weights` names."""
 
 
@@ -278,6 +288,9 @@ def _check_init(config: LoraConfig) -> None:
             f"lora: init_lora_weights={init!r} is not supported{nearest(str(init), INITS)}; use"
             f" true, false, {', '.join(INITS)} or pissa_niter_4"
         )
+    for name in STARTS_FROM_DATA:
+        options = start_options(name, getattr(config, f"{name}_config"), init)
+        object.__setattr__(config, f"{name}_config", options)
     ranks = (config.r, *config.rank_pattern.values())
     if init == "orthogonal" and any(rank % 2 for rank in ranks):
         raise InputError(f"lora: init_lora_weights='orthogonal' needs even ranks, got {ranks}")
