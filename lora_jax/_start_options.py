@@ -17,11 +17,13 @@ class _Option:
     accepts: Callable[[Any], bool]
 
 
-def _one_of(*values: Any) -> _Option:
-    """The first is the default."""
+def _one_of(default: Any, *others: Any) -> _Option:
+    values = (default, *others)
     said = ", ".join(repr(value) for value in values)
-    rule = f"one of {said}" if len(values) > 1 else f"{said}: nothing else is supported"
-    return _Option(values[0], rule, lambda value: any(value is v or value == v for v in values))
+    rule = said if others else f"{said}, nothing else is supported"
+    return _Option(
+        default, rule, lambda value: any(type(value) is type(v) and value == v for v in values)
+    )
 
 
 def _number(default: float, rule: str, low: float, high: float = math.inf) -> _Option:

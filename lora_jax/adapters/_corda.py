@@ -1,5 +1,6 @@
 """CorDA: adapters that start from the weights as their inputs weigh them."""
 
+import collections
 from collections.abc import Iterable
 from typing import Any
 
@@ -21,7 +22,7 @@ from ..lora import (
     without_delta,
 )
 from ._eva import token_mask
-from ._watch import Forward, check_seen, input_moments
+from ._watch import Forward, check_seen, input_moments, refuse_quantized
 
 _WHERE = "init_corda"
 
@@ -60,20 +61,28 @@ def init_corda(
             target that cannot be watched or is quantized, or too large a rank.
 
     Example:
-        >>> import jax, flax.linen as nn
+        >>> import flax.linen as nn
+        >>> import jax
         >>> from lora_jax import combine, lora_linen
-        >>> model, x = lora_linen(nn.Dense(3)), jax.random.normal(jax.random.key(0), (9, 4))
-        >>> base = model.module.init(jax.random.key(1), x)["params"]
+        >>> model, x = nn.Sequential([nn.Dense(8)]), jax.random.normal(jax.random.key(0), (20, 4))
+        >>> base = model.init(jax.random.key(1), x)["params"]
+        >>> config = LoraConfig(r=2, target_modules="all-linear", init_lora_weights="corda")
+        >>> def forward(params, batch):
+        ...     return lora_linen(model).apply({"params": params}, batch)
+        >>> moved, adapter = init_corda(forward, base, config, [x])
+        >>> y = forward(combine(moved, adapter), x)
+        >>> bool(jnp.allclose(y, forward(base, x), atol=1e-5))
+        True
 
     Source: Yang et al. 2024, "CorDA", equations 1 to 5; normalised and damped as in PEFT.
     """
     options = start_options("corda", config.corda_config, "corda")
     assert options is not None
     targets = find_targets(base_params, config, layouts=layouts)
+    refuse_quantized(targets, base_params)
     for target in targets:
         check_rank(target)
-    moments: dict[str, np.ndarray] = {}
-    for moments in input_moments(
+    sums = input_moments(
         forward,
         base_params,
         targets,
@@ -81,8 +90,8 @@ def init_corda(
         lambda batch: token_mask(batch, None),
         scaled=True,
         where=_WHERE,
-    ):
-        pass
+    )
+    (moments,) = collections.deque(sums, maxlen=1)  # the last: there is one, or an error
     check_seen(moments, _WHERE)
     first = options["corda_method"] == "ipm"
 

@@ -76,9 +76,15 @@ def init_eva(
     Example:
         >>> import flax.linen as nn
         >>> from lora_jax import lora_linen
-        >>> model, x = lora_linen(nn.Dense(3, name="head")), jax.random.normal(jax.random.key(0), (9, 4))
-        >>> base = {"kernel": jnp.ones((4, 3)), "bias": jnp.zeros(3)}
-        >>> base = {"head": base}
+        >>> model, key = nn.Sequential([nn.Dense(8), nn.relu, nn.Dense(3)]), jax.random.key(0)
+        >>> x = jax.random.normal(key, (20, 4))
+        >>> base = model.init(key, x)["params"]
+        >>> config = LoraConfig(r=2, target_modules="all-linear", init_lora_weights="eva")
+        >>> def forward(params, batch):
+        ...     return lora_linen(model).apply({"params": params}, batch)
+        >>> base, adapter, config = init_eva(forward, base, config, [x])
+        >>> config.rank_pattern
+        {}
 
     Source: Paischer et al. 2024, "One Initialization to Rule them All", algorithm 1; PEFT's
     centred inputs.
@@ -119,9 +125,7 @@ def _converged(
 
     moments: dict[str, np.ndarray] = {}
     before: dict[str, _Layer] = {}
-    for moments in input_moments(
-        forward, base_params, targets, batches, mask_of, where=_WHERE
-    ):
+    for moments in input_moments(forward, base_params, targets, batches, mask_of, where=_WHERE):
         if options["tau"] >= 1 or not all(x[..., -1, -1].all() for x in moments.values()):
             continue
         layers = _layers(by_path, moments, options["rho"])
@@ -156,7 +160,9 @@ def _layers(
     first: dict[bytes, int] = {}
     groups = [first.setdefault(own.tobytes(), len(first)) for _, _, own in seen]
     # Of layers with one input, the largest rank says how many directions all may have.
-    largest = {g: max(r for (_, r, _), h in zip(seen, groups, strict=True) if h == g) for g in groups}
+    largest = {
+        g: max(r for (_, r, _), h in zip(seen, groups, strict=True) if h == g) for g in groups
+    }
     known: dict[int, tuple[np.ndarray, ...]] = {}
     for (_, _, own), group in zip(seen, groups, strict=True):
         if group not in known:

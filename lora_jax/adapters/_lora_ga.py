@@ -9,7 +9,6 @@ import jax.numpy as jnp
 from .._config import LoraConfig
 from .._errors import InputError
 from .._start_options import start_options
-from .._tree import leaves_with_path
 from .._typing import Array, Key, Params
 from ..lora import (
     Layouts,
@@ -21,8 +20,7 @@ from ..lora import (
     split_weights,
     without_delta,
 )
-from ..quant import QuantizedTensor
-from ._watch import mean_gradients
+from ._watch import mean_gradients, refuse_quantized
 
 _WHERE = "init_lora_ga"
 
@@ -42,8 +40,9 @@ def init_lora_ga(
 
     The gradient is the mean over batches.  `direction` chooses i and j among the 2r largest
     directions: `ArB2r` i the first r and j the next, `A2rBr` the other way round, `ArBr` i the odd
-    and j the even ones, `random` i = j by chance.  `scale` chooses c: `stable` ∜d_out/√stable_gamma,
-    `weight_svd` so that B's largest is W's, `gd_scale` 1/scaling (for A too), `unit` 1.
+    and j the even ones, `random` i = j by chance.  `scale` chooses c: `stable`
+    ∜d_out/√stable_gamma, `weight_svd` so that B's largest is W's, `gd_scale` 1/scaling (for A
+    too), `unit` 1.
 
     Args:
         loss: `(params, batch)` to the mean loss, a scalar.
@@ -59,11 +58,19 @@ def init_lora_ga(
 
     Raises:
         InputError: if there is no batch, a loss or gradient that is not finite, a target that is
-            quantized, twice a rank above its smaller dimension, or a key too many or missing.
+            quantized, twice a rank above its smaller dimension, or a missing key.
 
     Example:
         >>> import flax.linen as nn
         >>> from lora_jax import combine, lora_linen
+        >>> model, x = nn.Sequential([nn.Dense(8)]), jax.random.normal(jax.random.key(0), (20, 4))
+        >>> base = model.init(jax.random.key(1), x)["params"]
+        >>> config = LoraConfig(r=2, target_modules="all-linear", init_lora_weights="lora_ga")
+        >>> def loss(params, batch):
+        ...     return jnp.mean(lora_linen(model).apply({"params": params}, batch) ** 2)
+        >>> moved, adapter = init_lora_ga(loss, base, config, [x])
+        >>> bool(jnp.allclose(loss(combine(moved, adapter), x), loss(base, x), rtol=1e-5))
+        True
 
     Source: Wang et al. 2024, "LoRA-GA", section 3.3; the options as in PEFT.
     """
@@ -72,7 +79,8 @@ def init_lora_ga(
     if options["direction"] == "random" and key is None:
         raise InputError(f"{_WHERE}: direction 'random' needs a key; give key=jax.random.key(0)")
     targets = find_targets(base_params, config, layouts=layouts)
-    _check_targets(targets, dict(leaves_with_path(base_params)))
+    refuse_quantized(targets, base_params)
+    _check_ranks(targets)
     gradients = mean_gradients(loss, base_params, targets, batches, _WHERE)
 
     def split(weight: Array, target: Target) -> tuple[Any, Array, Array]:
@@ -94,12 +102,8 @@ def init_lora_ga(
     return split_weights(base_params, config, layouts, split)
 
 
-def _check_targets(targets: tuple[Target, ...], params: dict[str, Any]) -> None:
+def _check_ranks(targets: tuple[Target, ...]) -> None:
     for target in targets:
-        if isinstance(params[target.path], QuantizedTensor):
-            raise InputError(
-                f"{target.path}: is quantized, and has no gradient; give the dense weights"
-            )
         if 2 * max(target.ranks) > min(target.d_in, target.d_out):
             raise InputError(
                 f"{_WHERE}: {target.path}: twice the rank {max(target.ranks)} exceeds the smaller"

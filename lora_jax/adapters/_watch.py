@@ -18,6 +18,7 @@ from .._errors import InputError
 from .._tree import combine, leaves_with_path, tree_from_paths
 from .._typing import Array, Params
 from ..lora import Target
+from ..quant import QuantizedTensor
 from ..transform import contraction_of
 
 _MOMENTS, _SCALED, _MASK = "kernel_moments", "kernel_scaled_moments", "kernel_mask"
@@ -109,6 +110,17 @@ def check_seen(moments: Mapping[str, np.ndarray], where: str) -> None:
             f"{where}: {unseen[0]}: its inputs were not seen; what is watched are Dense,"
             " DenseGeneral and Einsum layers that the output depends on: exclude it"
         )
+
+
+def refuse_quantized(targets: tuple[Target, ...], base_params: Params) -> None:
+    """Refuse a start from the weights themselves where they are known by their codes alone."""
+    params = dict(leaves_with_path(base_params))
+    for target in targets:
+        if isinstance(params[target.path], QuantizedTensor):
+            raise InputError(
+                f"{target.path}: is quantized already, and this start moves the weights; give the"
+                " dense ones"
+            )
 
 
 def mean_gradients(

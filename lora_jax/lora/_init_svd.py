@@ -249,13 +249,15 @@ def layer_matrices(weight: Array, target: Target) -> Array:
 
 
 def as_adapter(a: Array, b: Array, target: Target, config: LoraConfig) -> tuple[Array, Array]:
-    """Factors of all layers (layers, d_in, rank) and (layers, rank, d_out), as the tree has them."""
+    """Factors (layers, d_in, rank) and (layers, rank, d_out) as the tree has them."""
     a, b = (a, b) if target.stacked else (a[0], b[0])
     dtype = jnp.dtype(config.adapter_dtype)
     return a.astype(dtype), b.astype(dtype)
 
 
-def without_delta(weight: Array, a: Array, b: Array, target: Target, quant: QuantConfig | None) -> Any:
+def without_delta(
+    weight: Array, a: Array, b: Array, target: Target, quant: QuantConfig | None
+) -> Any:
     """The weight without the adapter's delta."""
     rest = weight - dense_delta(
         a, b, _scaling(target), weight.shape[int(target.stacked) :], _contracting(target)

@@ -119,7 +119,14 @@ class TrainSection:
     """Tokens whose logits exist at one time."""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "accumulate", "start_batches", "log_every", "keep", "loss_chunk"):
+        for name in (
+            "batch_size",
+            "accumulate",
+            "start_batches",
+            "log_every",
+            "keep",
+            "loss_chunk",
+        ):
             if getattr(self, name) < 1:
                 raise InputError(f"train.{name}: must be at least 1, got {getattr(self, name)}")
         for name in ("steps", "eval_every", "save_every", "patience"):

@@ -51,8 +51,7 @@ def start_from_data(
         loss = _mean_loss(model, config.train.loss_chunk)
         return *init_lora_ga(loss, params, lora, batches, key=key, layouts=layouts), lora
     with_head = any(
-        target.path.startswith("lm_head/")
-        for target in find_targets(params, lora, layouts=layouts)
+        target.path.startswith("lm_head/") for target in find_targets(params, lora, layouts=layouts)
     )
     forward = _forward(model, with_head)
     if lora.init_lora_weights == "corda":

@@ -201,9 +201,7 @@ def test_corda(theirs, ours, method):
     preprocess_corda(theirs, config, run_model=run)
     expected = their_layers(peft.get_peft_model(theirs, config))
     ones = [{**row, "attention_mask": np.ones((1, 12), np.int32)} for row in rows]
-    config = LoraConfig(
-        **fields, init_lora_weights="corda", corda_config={"corda_method": method}
-    )
+    config = LoraConfig(**fields, init_lora_weights="corda", corda_config={"corda_method": method})
     base, adapter = init_corda(forward_of(ours), ours.params, config, ones, layouts=LAYOUTS)
     found = list(single_layers(combine(base, adapter), config))
     assert {name for name, *_ in found} == expected.keys()
