@@ -76,15 +76,15 @@ def init_eva(
     Example:
         >>> import flax.linen as nn
         >>> from lora_jax import lora_linen
-        >>> model, key = nn.Sequential([nn.Dense(8), nn.relu, nn.Dense(3)]), jax.random.key(0)
-        >>> x = jax.random.normal(key, (20, 4))
+        >>> model, key = nn.Sequential([nn.Dense(8), jnp.sin, nn.Dense(3)]), jax.random.key(0)
+        >>> x = jax.random.normal(key, (20, 4)) * jnp.array([9, 0.1, 0.1, 0.1])
         >>> base = model.init(key, x)["params"]
         >>> config = LoraConfig(r=2, target_modules="all-linear", init_lora_weights="eva")
         >>> def forward(params, batch):
         ...     return lora_linen(model).apply({"params": params}, batch)
         >>> base, adapter, config = init_eva(forward, base, config, [x])
-        >>> config.rank_pattern
-        {}
+        >>> config.rank_pattern     # the first layer's inputs lie along a line
+        {'layers_0': 1, 'layers_2': 3}
 
     Source: Paischer et al. 2024, "One Initialization to Rule them All", algorithm 1; PEFT's
     centred inputs.
