@@ -1,6 +1,5 @@
 """What an adapter looks like: `LoraConfig`, in PEFT's field names."""
 
-import collections
 import dataclasses
 import functools
 import math
@@ -8,10 +7,10 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypeVar
 
-import numpy as np
-
+from ._config_values import hashable, plain_values
 from ._errors import InputError, nearest
 from ._peft_fields import DESCRIPTIVE, UNSUPPORTED, UNSUPPORTED_INITS, WITHOUT_EFFECT, refusal
+from ._start_options import STARTS_FROM_DATA, start_options
 
 _Class = TypeVar("_Class", bound=type)
 
@@ -64,8 +63,11 @@ class LoraConfig:
             False: A ~ U(±1/√d_in), B ~ U(±1/√r), so that the adapter changes the output.
             `"orthogonal"`: rows of one orthogonal matrix, A·B = 0. `"pissa"`, `"pissa_niter_4"`
             (randomized, four iterations), `"olora"` and `"loftq"` move the base too: see
-            `init_pissa`, `init_olora`, `init_loftq`.
+            `init_pissa`, `init_olora`, `init_loftq`. `"eva"`, `"corda"` and `"lora_ga"` look at
+            data: see `adapters.init_eva`, `init_corda`, `init_lora_ga`.
         loftq_config: `{"loftq_bits": 4, "loftq_iter": 1}`, with `"loftq"` alone.
+        eva_config, corda_config, lora_ga_config: Options of the start of that name, PEFT's
+            defaults filled in.
         use_dora: Learn each output's magnitude apart from its direction (see `dora_linear`).
         lora_bias: Learn a bias on B too: y = x·W0 + b + scaling·((x·A)·B + bias_B).
         bias: Which biases of the base are trained whole and saved with the adapter: `"none"`,
@@ -102,6 +104,9 @@ class LoraConfig:
     ensure_weight_tying: bool = False
     init_lora_weights: bool | str = True
     loftq_config: dict[str, int] = dataclasses.field(default_factory=dict)
+    eva_config: dict[str, Any] | None = None
+    corda_config: dict[str, Any] | None = None
+    lora_ga_config: dict[str, Any] | None = None
     use_dora: bool = False
     lora_bias: bool = False
     bias: str = "none"
@@ -110,16 +115,8 @@ class LoraConfig:
     adapter_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
 
     def __post_init__(self) -> None:
-        for name in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save",
-                     "target_parameters"):  # fmt: skip
-            _set_names(self, name, single=name not in ("modules_to_save", "target_parameters"))
-        for name in ("rank_pattern", "alpha_pattern", "loftq_config"):
-            _set_pattern(self, name)
-        for name in ("r", "lora_alpha", "lora_dropout", "use_rslora", "init_lora_weights",
-                     "use_dora", "lora_bias", "fan_in_fan_out"):  # fmt: skip
-            object.__setattr__(self, name, _plain(getattr(self, name)))
-        _set_layers(self)
-        _set_tokens(self)
+        for name, value in plain_values(vars(self)).items():
+            object.__setattr__(self, name, value)
         for name, rank in {"r": self.r, **self.rank_pattern}.items():
             if type(rank) is not int or rank < 1:
                 raise InputError(f"lora: the rank {name} must be a positive integer, got {rank!r}")
@@ -165,11 +162,17 @@ class LoraConfig:
     @property
     def moves_base(self) -> bool:
         """Whether the adapter starts from a part of the weights that the base then lacks."""
-        return str(self.init_lora_weights).split("_")[0] in ("pissa", "olora", "loftq")
+        start = str(self.init_lora_weights).split("_niter_")[0]
+        return start in ("pissa", "olora", "loftq", "corda", "lora_ga")
+
+    @property
+    def starts_from_data(self) -> bool:
+        """Whether the adapter's start looks at batches of data."""
+        return self.init_lora_weights in STARTS_FROM_DATA
 
     def _key(self) -> tuple[Any, ...]:
         """All fields; patterns in their order, since the first that matches wins."""
-        return tuple(_hashable(getattr(self, field.name)) for field in dataclasses.fields(self))
+        return tuple(hashable(getattr(self, field.name)) for field in dataclasses.fields(self))
 
     def rank(self, path: str) -> int:
         """Rank at a module path (`/` or `.` between names), after `rank_pattern`."""
@@ -205,7 +208,7 @@ class LoraConfig:
             raise InputError(str(error).replace("lora:", f"{where}:", 1)) from None
 
 
-INITS = ("gaussian", "orthogonal", "pissa", "olora", "loftq")
+INITS = ("gaussian", "orthogonal", "pissa", "olora", "loftq", *STARTS_FROM_DATA)
 """Starts of an adapter that `init_lora_weights` names."""
 BIASES = ("none", "all", "lora_only")
 """Biases of the base that an adapter may train."""
@@ -227,84 +230,6 @@ def _own_fields(cls: Any, values: Mapping[str, Any]) -> dict[str, Any]:
         if why := refusal(name, values[name]):
             raise InputError(f"lora: {name}={values[name]!r} is not supported: {why}")
     return {name: value for name, value in values.items() if name in known}
-
-
-def _set_names(config: LoraConfig, field: str, *, single: bool) -> None:
-    """Turn a tuple or set of names into the list that files hold, and refuse anything else."""
-    value = getattr(config, field)
-    if value is None or (single and isinstance(value, str)):
-        return
-    if not isinstance(value, list | tuple | set) or not all(isinstance(n, str) for n in value):
-        or_one = " or one regular expression" if single else ""
-        raise InputError(f"lora: {field} must be a list of names{or_one}, got {value!r}")
-    names = sorted(value) if isinstance(value, set) else list(value)
-    object.__setattr__(config, field, names)
-
-
-def _plain(value: Any) -> Any:
-    """A number of numpy's as Python's own, which JSON can hold."""
-    is_number = isinstance(value, np.generic) or (isinstance(value, np.ndarray) and not value.ndim)
-    return value.item() if is_number else value
-
-
-def _set_pattern(config: LoraConfig, field: str) -> None:
-    """Null is PEFT's word for an empty pattern, or an empty section."""
-    value = getattr(config, field)
-    if value is not None and not isinstance(value, Mapping):
-        raise InputError(f"lora: {field} must map patterns to numbers, got {value!r}")
-    numbers = {pattern: _plain(number) for pattern, number in (value or {}).items()}
-    for pattern in numbers:
-        if not isinstance(pattern, str):
-            raise InputError(f"lora: {field} must map patterns to numbers, got key {pattern!r}")
-    object.__setattr__(config, field, numbers)
-
-
-def _set_layers(config: LoraConfig) -> None:
-    value = _plain(config.layers_to_transform)
-    several = isinstance(value, list | tuple | set | range | np.ndarray)
-    given: Any = value if several else [] if value is None else [value]
-    numbers = [_plain(number) for number in given]
-    if not all(type(number) is int and number >= 0 for number in numbers):
-        raise InputError(f"lora: layers_to_transform must be layer numbers, got {value!r}")
-    in_order = sorted(numbers) if isinstance(value, set) else numbers
-    layers = in_order if several else next(iter(numbers), None)
-    object.__setattr__(config, "layers_to_transform", layers)
-
-
-_MOST_TOKENS = 2**24
-"""Ids beyond are no whole numbers in float32."""
-
-
-def _set_tokens(config: LoraConfig) -> None:
-    """Lists of ids, and None in the place of an empty one."""
-    value = config.trainable_token_indices
-    if isinstance(value, Mapping):
-        if not all(isinstance(name, str) for name in value):
-            raise InputError(f"lora: trainable_token_indices must map names to ids, got {value!r}")
-        named = {name: _token_ids(ids) for name, ids in value.items()}
-        ids = {name: own for name, own in named.items() if own} or None
-    else:
-        ids = None if value is None else _token_ids(value) or None
-    object.__setattr__(config, "trainable_token_indices", ids)
-
-
-def _token_ids(given: Any) -> list[int]:
-    several = isinstance(given, list | tuple | set | range | np.ndarray)
-    ids: list[Any] = [_plain(x) for x in given] if several else []
-    if not several or not all(type(x) is int and 0 <= x < _MOST_TOKENS for x in ids):
-        raise InputError(
-            "lora: trainable_token_indices must be a list of token ids, or map module names to"
-            f" such lists, got {given!r}"
-        )
-    if twice := [x for x, count in collections.Counter(ids).items() if count > 1]:
-        raise InputError(f"lora: trainable_token_indices has {twice[0]} twice; name it once")
-    return sorted(ids) if isinstance(given, set) else ids
-
-
-def _hashable(value: Any) -> Any:
-    if isinstance(value, dict):
-        return tuple((key, _hashable(own)) for key, own in value.items())
-    return tuple(value) if isinstance(value, list) else value
 
 
 def _check_layers(config: LoraConfig) -> None:
@@ -343,6 +268,9 @@ def _check_init(config: LoraConfig) -> None:
         )
     if config.lora_bias and config.use_dora:
         raise InputError("lora: lora_bias does not go with use_dora, which scales whole outputs")
+    for name in STARTS_FROM_DATA:
+        options = start_options(name, getattr(config, f"{name}_config"), init)
+        object.__setattr__(config, f"{name}_config", options)
     ranks = (config.r, *config.rank_pattern.values())
     if init == "orthogonal" and any(rank % 2 for rank in ranks):
         raise InputError(f"lora: init_lora_weights='orthogonal' needs even ranks, got {ranks}")

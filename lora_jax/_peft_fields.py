@@ -12,17 +12,9 @@ UNSUPPORTED: Mapping[str, tuple[tuple[Any, ...], str]] = {
         (None,),
         "Arrow, which routes each token over several adapters; add them by weighted_adapter",
     ),
-    "corda_config": (
-        (None,),
-        "CorDA, a start from covariances of inputs; use init_lora_weights='pissa'",
-    ),
     "enable_lora": (
         (None, []),
         "a part of merged projections (PEFT 0.2); convert it with the PEFT that wrote it",
-    ),
-    "eva_config": (
-        (None,),
-        "EVA, a start from singular vectors of inputs; use init_lora_weights='pissa'",
     ),
     "kasa_config": (
         (None,),
@@ -31,10 +23,6 @@ UNSUPPORTED: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "layer_replication": (
         (None,),
         "a base with layers repeated; save that base as a model of its own and adapt it",
-    ),
-    "lora_ga_config": (
-        (None,),
-        "LoRA-GA, a start from gradients; use init_lora_weights='pissa'",
     ),
     "megatron_config": (
         (None,),
@@ -64,9 +52,6 @@ UNSUPPORTED: Mapping[str, tuple[tuple[Any, ...], str]] = {
 """Field to the values that ask for nothing, and what any other would ask for."""
 
 UNSUPPORTED_INITS: Mapping[str, str] = {
-    "corda": UNSUPPORTED["corda_config"][1],
-    "eva": UNSUPPORTED["eva_config"][1],
-    "lora_ga": UNSUPPORTED["lora_ga_config"][1],
     "mica": "MiCA, which freezes B at the smallest singular vectors; use 'pissa' or 'orthogonal'",
 }
 """Values of PEFT's `init_lora_weights` to what they would ask for."""

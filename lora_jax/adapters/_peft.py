@@ -9,6 +9,7 @@ from .._config import LoraConfig
 from .._errors import InputError
 from .._names import hf_keys
 from .._peft_fields import PEFT_DEFAULTS
+from .._start_options import STARTS_FROM_DATA
 from .._tree import leaves_with_path
 from .._typing import Params
 from ..lora import Layouts, is_embedding, rule_for
@@ -81,7 +82,18 @@ def read_config(directory: str | Path) -> LoraConfig:
         raise InputError(f"{path}: not JSON ({error})") from None
     if not isinstance(raw, dict):
         raise InputError(f"{path}: must hold a JSON object")
-    return LoraConfig.from_dict(raw, where=str(path))
+    return LoraConfig.from_dict(_own_start(raw), where=str(path))
+
+
+def _own_start(raw: dict[str, Any]) -> dict[str, Any]:
+    """Without options of other starts: PEFT keeps those of one that it has made plain.
+
+    MiCA moves no base: once trained, its adapter is one like any other.
+    """
+    init = raw.get("init_lora_weights", True)
+    others = {f"{name}_config" for name in STARTS_FROM_DATA if name != init}
+    own = {name: value for name, value in raw.items() if name not in others}
+    return own | {"init_lora_weights": True} if init == "mica" else own
 
 
 def config_to_peft(adapter: Params, config: LoraConfig, base_model: str | None) -> dict[str, Any]:

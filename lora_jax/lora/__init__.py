@@ -10,11 +10,17 @@ from ._dora import column_norm as column_norm
 from ._dora import dora_linear as dora_linear
 from ._extract import extract_adapter as extract_adapter
 from ._init import fold_in_name as fold_in_name
+from ._init import fresh_adapter as fresh_adapter
 from ._init import init_adapter as init_adapter
 from ._init import with_dropout as with_dropout
+from ._init_svd import as_adapter as as_adapter
+from ._init_svd import check_rank as check_rank
 from ._init_svd import init_loftq as init_loftq
 from ._init_svd import init_olora as init_olora
 from ._init_svd import init_pissa as init_pissa
+from ._init_svd import layer_matrices as layer_matrices
+from ._init_svd import split_weights as split_weights
+from ._init_svd import without_delta as without_delta
 from ._layout import KernelLayout as KernelLayout
 from ._layout import Layouts as Layouts
 from ._layout import as_matrix as as_matrix

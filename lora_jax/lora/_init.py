@@ -70,6 +70,7 @@ def init_adapter(
     Source: Hu et al. 2021, section 4.1; defaults as in PEFT (A kaiming-uniform with a = √5,
     which is U(±1/√d_in), B zero; for an embedding A zero, B normal).
     """
+    refuse_data_starts("init_adapter", config)
     if config.moves_base:
         raise InputError(
             f"init_adapter: init_lora_weights={config.init_lora_weights!r} moves the base too; call"
@@ -78,6 +79,16 @@ def init_adapter(
     for target in find_targets(base_params, config, layouts=layouts):
         _check_ranks(target)
     return fresh_adapter(key, base_params, config, layouts)
+
+
+def refuse_data_starts(where: str, config: LoraConfig) -> None:
+    """Refuse a config whose start looks at data, where none is given."""
+    if config.starts_from_data:
+        init = config.init_lora_weights
+        raise InputError(
+            f"{where}: init_lora_weights={init!r} looks at batches of data; call"
+            f" adapters.init_{init}"
+        )
 
 
 def fresh_adapter(
