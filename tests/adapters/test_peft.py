@@ -179,6 +179,7 @@ def assert_equal(one, other):
         {"lora_bias": True, "dtype": "bfloat16"},
         {"bias": "all", "target_modules": ["v_proj"]},
         {"bias": "lora_only", "lora_bias": True},
+        {"bias": "all", "lora_bias": True, "trainable_token_indices": {"lm_head": [3, 1]}},
         {"bias": "all", "modules_to_save": ["lm_head"], "fan_in_fan_out": True},
         {"layers_to_transform": [0, 2], "layers_pattern": ["layers"]},
     ],
@@ -194,6 +195,17 @@ def test_round_trip_is_bitwise(tmp_path, fields):
     assert read.adapter_dtype == config.adapter_dtype
     for field in ("bias", "lora_bias", "fan_in_fan_out", "layers_pattern"):
         assert getattr(read, field) == getattr(config, field)
+
+
+@pytest.mark.parametrize("init", ["gaussian", "orthogonal", "eva", "mica"])
+def test_how_an_adapter_over_its_own_base_began_changes_nothing(tmp_path, init):
+    params, adapter, config = small(r=2)
+    save_adapter(tmp_path, adapter, config, layouts=LAYOUTS)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"init_lora_weights": init}))
+    loaded, read = load_adapter(tmp_path, params, layouts=LAYOUTS)
+    assert_equal(adapter, loaded)
+    assert read.init_lora_weights == (True if init == "mica" else init)
 
 
 def test_layers_are_trimmed_to_their_rank(tmp_path):

@@ -199,6 +199,44 @@ def test_eva_deals_out_the_same_sum_of_ranks(tmp_path):
     close(forward(combine(BASE, loaded), BATCHES[0]), forward(BASE, BATCHES[0]))
 
 
+def test_eva_drops_layers_of_a_named_list():
+    """Whose config then names the modules that are left, and no layers."""
+    fields = {"layers_to_transform": [0, 1, 2], "layers_pattern": "layers", "r": 1}
+    config = LoraConfig(
+        target_modules="all-linear", init_lora_weights="eva", eva_config={"rho": 3.0}, **fields
+    )
+    _, adapter, given = init_eva(forward, BASE, config, BATCHES, layouts=LAYOUTS)
+    targets = find_targets(BASE, given, layouts=LAYOUTS)
+    ranks = [r for t in targets for r in t.ranks]
+    assert sum(ranks) == 3 * 7 and ranks.count(0) and given.layers_pattern is None
+    close(forward(combine(BASE, adapter), BATCHES[0]), forward(BASE, BATCHES[0]))
+
+
+def test_lora_ga_starts_each_expert_by_its_own_gradient():
+    """As it starts a matrix that is alone."""
+    x, up = jax.random.normal(KEY, (2, 20, 6)), jax.random.normal(KEY, (2, 6, 8))
+    fields = {"r": 2, "init_lora_weights": "lora_ga"}
+    config = LoraConfig(target_parameters=["experts.up"], **fields)
+
+    def run(params, batch):
+        return jnp.mean(jnp.sin(jnp.einsum("etd,edh->eth", batch, params["experts"]["up"])) ** 2)
+
+    layouts = {"experts/up": KernelLayout((0,), experts=True)}
+    moved, adapter = init_lora_ga(run, {"experts": {"up": up}}, config, [x], layouts=layouts)
+    merged = merge_adapter(moved, adapter, layouts=layouts)
+    close(merged["experts"]["up"], up)
+    for i in range(2):
+
+        def alone(params, batch):
+            return jnp.mean(jnp.sin(batch @ params["up"]["kernel"]) ** 2) / 2
+
+        config = LoraConfig(target_modules=["up"], **fields)
+        base, one = init_lora_ga(alone, {"up": {"kernel": up[i]}}, config, [x[i]])
+        close(moved["experts"]["up"][i], base["up"]["kernel"])
+        close(adapter["experts"]["up_lora_A"][i], one["up"]["lora_A"])
+        close(adapter["experts"]["up_lora_B"][i], one["up"]["lora_B"])
+
+
 def test_eva_watches_a_quantized_base():
     """The second layer's inputs are those that four bits give."""
     model, x = nn.Sequential([nn.Dense(16), nn.Dense(8)]), jax.random.normal(KEY, (20, 64))
@@ -270,6 +308,13 @@ BROKEN = combine(
             BATCHES,
             {"target_modules": ["q_proj", "embed_tokens"]},
             "model/embed_tokens/embedding: inputs are watched of kernels",
+        ),
+        (
+            init_eva,
+            BASE,
+            BATCHES,
+            {"target_parameters": ["q_proj.weight"], "target_modules": None},
+            "init_eva: ranks are dealt out to modules, and target_parameters names none",
         ),
     ],
 )

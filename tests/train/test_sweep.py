@@ -81,6 +81,10 @@ def test_one_step_takes_what_shares_the_base_and_the_shape_of_a_step(run_file):
     assert groups(run_file, ["--lora.init_lora_weights", "pissa,olora"]) == [
         [("pissa",)], [("olora",)]
     ]  # fmt: skip
+    # A start from data chooses modules and ranks by them, or moves the base too.
+    for varied in (["--lora.init_lora_weights", "eva,lora_ga"], ["--train.seed", "0,1"]):
+        words = varied if "eva,lora_ga" in varied else ["--lora.init_lora_weights", "eva", *varied]
+        assert [len(group) for group in groups(run_file, words)] == [1, 1]
     words = ["--lora.r", "1,2", "--train.optimizer", "adamw_8bit"]
     assert groups(run_file, words) == [[(1,)], [(2,)]]
 
