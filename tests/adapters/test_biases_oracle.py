@@ -38,6 +38,7 @@ FIELDS = [
     {"lora_bias": True, "layers_to_transform": [1]},
     {"bias": "all", "layers_to_transform": [1]},
     {"bias": "all", "modules_to_save": ["up_proj"]},
+    {"bias": "all", "lora_bias": True, "trainable_token_indices": [4, 30]},
 ]
 NAMES = [" ".join(f"{k}={v}" for k, v in fields.items()) for fields in FIELDS]
 
