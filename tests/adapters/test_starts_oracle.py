@@ -266,3 +266,17 @@ def test_lora_ga(theirs, ours, options):
         moved = whole - scaling * (a * of_a) @ (b * of_b[:, None])
         np.testing.assert_allclose(moved, their_base, rtol=0, atol=1e-4 * np.abs(whole).max())
     check_logits(model, ours, combine(base, adapter))
+
+
+def test_what_began_as_mica_is_read(theirs, ours, tmp_path):
+    """It leaves the base alone, so that its file is one like any other."""
+    options = peft.LoraConfig(r=3, target_modules=["q_proj", "up_proj"], init_lora_weights="mica")
+    model = peft.get_peft_model(theirs, options)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_A" in name:
+                parameter.normal_(std=0.3)
+    model.save_pretrained(tmp_path)
+    adapter, config = load_adapter(tmp_path, ours.params, layouts=LAYOUTS)
+    assert config.init_lora_weights is True
+    check_logits(model, ours, combine(ours.params, adapter))
