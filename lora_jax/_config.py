@@ -1,6 +1,5 @@
 """What an adapter looks like: `LoraConfig`, in PEFT's field names."""
 
-import collections
 import dataclasses
 import functools
 import math
@@ -8,44 +7,11 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypeVar
 
-import numpy as np
-
+from ._config_values import hashable, plain_values
 from ._errors import InputError, nearest
+from ._peft_fields import DESCRIPTIVE, UNSUPPORTED, UNSUPPORTED_INITS, WITHOUT_EFFECT, refusal
+from ._start_options import STARTS_FROM_DATA, start_options
 
-# PEFT fields this library does not implement: accepted at these defaults, refused otherwise.
-_ONLY_AT_DEFAULT: Mapping[str, tuple[Any, ...]] = {
-    "alora_invocation_tokens": (None,),
-    "arrow_config": (None,),
-    "corda_config": (None,),
-    "eva_config": (None,),
-    "fan_in_fan_out": (False,),
-    "kasa_config": (None,),
-    "layer_replication": (None,),
-    "layers_pattern": (None, []),
-    "lora_bias": (False,),
-    "lora_ga_config": (None,),
-    "megatron_config": (None,),
-    "megatron_core": ("megatron.core", None),
-    "monteclora_config": (None,),
-    "qalora_group_size": (16,),
-    "runtime_config": (None, {"ephemeral_gpu_offload": False}),
-    "use_bdlora": (None, False),
-    "use_qalora": (False,),
-    "velora_config": (None,),
-}
-PEFT_DEFAULTS = {
-    name: values[0] for name, values in _ONLY_AT_DEFAULT.items() if name != "runtime_config"
-}
-"""What a saved config says of them; `runtime_config` is never saved."""
-# Facts about a file rather than about the adapter: read and carried, they change no number.
-_DESCRIPTIVE = {
-    "auto_mapping",
-    "base_model_name_or_path",
-    "inference_mode",
-    "peft_type",
-    "peft_version",
-    "revision",
-}
 _Class = TypeVar("_Class", bound=type)
 
 
@@ -66,7 +32,8 @@ def _taking_peft_fields(cls: _Class) -> _Class:
 class LoraConfig:
     """A low-rank adapter `W0 + scaling·A·B`, in PEFT's field names.
 
-    Fields of PEFT that are not below are accepted at PEFT's default and refused otherwise.
+    Fields of PEFT that are not below are accepted at PEFT's default and refused otherwise, each
+    with its reason.
 
     Args:
         r: Rank of the adapter.
@@ -84,6 +51,9 @@ class LoraConfig:
         rank_pattern, alpha_pattern: Path suffix or regular expression to rank or alpha, first
             match wins.
         layers_to_transform: Layer numbers to adapt; all by default.
+        layers_pattern: Name of the list that the numbers count, or several, each a regular
+            expression: `"layers"` for `model.layers.0`.  By default any list that lies below
+            another module, and of several the first.
         modules_to_save: Modules trained in full and saved with the adapter.
         trainable_token_indices: Ids of tokens whose rows of the embedding are trained, or a
             mapping from module names to ids.  A head that shares the embedding follows it.
@@ -93,10 +63,18 @@ class LoraConfig:
             False: A ~ U(±1/√d_in), B ~ U(±1/√r), so that the adapter changes the output.
             `"orthogonal"`: rows of one orthogonal matrix, A·B = 0. `"pissa"`, `"pissa_niter_4"`
             (randomized, four iterations), `"olora"` and `"loftq"` move the base too: see
-            `init_pissa`, `init_olora`, `init_loftq`.
+            `init_pissa`, `init_olora`, `init_loftq`. `"eva"`, `"corda"` and `"lora_ga"` look at
+            data: see `adapters.init_eva`, `init_corda`, `init_lora_ga`.
         loftq_config: `{"loftq_bits": 4, "loftq_iter": 1}`, with `"loftq"` alone.
+        eva_config, corda_config, lora_ga_config: Options of the start of that name, PEFT's
+            defaults filled in.
         use_dora: Learn each output's magnitude apart from its direction (see `dora_linear`).
-        bias: Only `"none"`: biases of the base stay frozen.
+        lora_bias: Learn a bias on B too: y = x·W0 + b + scaling·((x·A)·B + bias_B).
+        bias: Which biases of the base are trained whole and saved with the adapter: `"none"`,
+            `"all"` (every parameter called `bias`), or `"lora_only"` (those of adapted layers).
+        fan_in_fan_out: Whether torch keeps the adapted kernels as (d_in, d_out), as GPT-2 does.
+            Here all kernels are, and PEFT's A and B have one shape for both: it is read, kept and
+            written, and changes no number.
         task_type: Recorded in the file, as PEFT does.
         adapter_dtype: `"float32"`, `"bfloat16"` or `"float16"`.
 
@@ -120,26 +98,25 @@ class LoraConfig:
     rank_pattern: dict[str, int] = dataclasses.field(default_factory=dict)
     alpha_pattern: dict[str, float] = dataclasses.field(default_factory=dict)
     layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
     modules_to_save: list[str] | None = None
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     ensure_weight_tying: bool = False
     init_lora_weights: bool | str = True
     loftq_config: dict[str, int] = dataclasses.field(default_factory=dict)
+    eva_config: dict[str, Any] | None = None
+    corda_config: dict[str, Any] | None = None
+    lora_ga_config: dict[str, Any] | None = None
     use_dora: bool = False
+    lora_bias: bool = False
     bias: str = "none"
+    fan_in_fan_out: bool = False
     task_type: str | None = None
     adapter_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
 
     def __post_init__(self) -> None:
-        for name in ("target_modules", "exclude_modules", "modules_to_save", "target_parameters"):
-            _set_names(self, name, single=name in ("target_modules", "exclude_modules"))
-        for name in ("rank_pattern", "alpha_pattern", "loftq_config"):
-            _set_pattern(self, name)
-        for name in ("r", "lora_alpha", "lora_dropout", "use_rslora", "init_lora_weights",
-                     "use_dora"):  # fmt: skip
-            object.__setattr__(self, name, _plain(getattr(self, name)))
-        _set_layers(self)
-        _set_tokens(self)
+        for name, value in plain_values(vars(self)).items():
+            object.__setattr__(self, name, value)
         for name, rank in {"r": self.r, **self.rank_pattern}.items():
             if type(rank) is not int or rank < 1:
                 raise InputError(f"lora: the rank {name} must be a positive integer, got {rank!r}")
@@ -150,14 +127,19 @@ class LoraConfig:
             raise InputError(f"lora: lora_dropout must be in [0, 1), got {self.lora_dropout!r}")
         if self.task_type is not None and not isinstance(self.task_type, str):
             raise InputError(f"lora: task_type must be a name, got {self.task_type!r}")
-        if self.bias != "none":
-            raise InputError(f"lora: bias={self.bias!r} is not supported; use bias='none'")
-        for name in ("use_rslora", "use_dora", "ensure_weight_tying"):
+        if self.bias not in BIASES:
+            raise InputError(
+                f"lora: bias must be one of {', '.join(BIASES)}; got {self.bias!r}"
+                f"{nearest(str(self.bias), BIASES)}"
+            )
+        for name in ("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out",
+                     "ensure_weight_tying"):  # fmt: skip
             if not isinstance(getattr(self, name), bool):
                 got = getattr(self, name)
                 raise InputError(f"lora: {name} must be true or false, got {got!r}")
         _check_init(self)
         _check_parameters(self)
+        _check_layers(self)
         if self.adapter_dtype not in ("float32", "bfloat16", "float16"):
             raise InputError(
                 f"lora: adapter_dtype={self.adapter_dtype!r} is not supported;"
@@ -166,7 +148,9 @@ class LoraConfig:
         for pattern in (self.target_modules, self.exclude_modules):
             if isinstance(pattern, str):
                 _compiled(pattern)
-        for pattern in (*self.rank_pattern, *self.alpha_pattern):
+        layers = self.layers_pattern or []
+        layers = [layers] if isinstance(layers, str) else layers
+        for pattern in (*self.rank_pattern, *self.alpha_pattern, *layers):
             _compiled(pattern)
 
     def __eq__(self, other: object) -> bool:
@@ -178,11 +162,17 @@ class LoraConfig:
     @property
     def moves_base(self) -> bool:
         """Whether the adapter starts from a part of the weights that the base then lacks."""
-        return str(self.init_lora_weights).split("_")[0] in ("pissa", "olora", "loftq")
+        start = str(self.init_lora_weights).split("_niter_")[0]
+        return start in ("pissa", "olora", "loftq", "corda", "lora_ga")
+
+    @property
+    def starts_from_data(self) -> bool:
+        """Whether the adapter's start looks at batches of data."""
+        return self.init_lora_weights in STARTS_FROM_DATA
 
     def _key(self) -> tuple[Any, ...]:
         """All fields; patterns in their order, since the first that matches wins."""
-        return tuple(_hashable(getattr(self, field.name)) for field in dataclasses.fields(self))
+        return tuple(hashable(getattr(self, field.name)) for field in dataclasses.fields(self))
 
     def rank(self, path: str) -> int:
         """Rank at a module path (`/` or `.` between names), after `rank_pattern`."""
@@ -218,8 +208,10 @@ class LoraConfig:
             raise InputError(str(error).replace("lora:", f"{where}:", 1)) from None
 
 
-INITS = ("gaussian", "orthogonal", "pissa", "olora", "loftq")
+INITS = ("gaussian", "orthogonal", "pissa", "olora", "loftq", *STARTS_FROM_DATA)
 """Starts of an adapter that `init_lora_weights` names."""
+BIASES = ("none", "all", "lora_only")
+"""Biases of the base that an adapter may train."""
 
 
 def _own_fields(cls: Any, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -228,101 +220,57 @@ def _own_fields(cls: Any, values: Mapping[str, Any]) -> dict[str, Any]:
     # First, since another kind of adapter has fields of its own.
     if values.get("peft_type") not in (None, "LORA"):
         kind = values["peft_type"]
-        raise InputError(f"lora: peft_type {kind!r} is not supported; only 'LORA' is")
-    for name in sorted(values.keys() - known - _DESCRIPTIVE):
-        if name not in _ONLY_AT_DEFAULT:
-            raise InputError(f"lora: unknown field {name!r}{nearest(name, known)}")
-        if not any(values[name] == default for default in _ONLY_AT_DEFAULT[name]):
-            raise InputError(f"lora: {name}={values[name]!r} is not supported; leave it out")
+        raise InputError(
+            f"lora: peft_type {kind!r} is not supported: this is no LoRA; train one in its place"
+        )
+    for name in sorted(values.keys() - known - DESCRIPTIVE - WITHOUT_EFFECT.keys()):
+        if name not in UNSUPPORTED:
+            near = nearest(name, known | UNSUPPORTED.keys())
+            raise InputError(f"lora: unknown field {name!r}{near}")
+        if why := refusal(name, values[name]):
+            raise InputError(f"lora: {name}={values[name]!r} is not supported: {why}")
     return {name: value for name, value in values.items() if name in known}
 
 
-def _set_names(config: LoraConfig, field: str, *, single: bool) -> None:
-    """Turn a tuple or set of names into the list that files hold, and refuse anything else."""
-    value = getattr(config, field)
-    if value is None or (single and isinstance(value, str)):
-        return
-    if not isinstance(value, list | tuple | set) or not all(isinstance(n, str) for n in value):
-        or_one = " or one regular expression" if single else ""
-        raise InputError(f"lora: {field} must be a list of names{or_one}, got {value!r}")
-    names = sorted(value) if isinstance(value, set) else list(value)
-    object.__setattr__(config, field, names)
-
-
-def _plain(value: Any) -> Any:
-    """A number of numpy's as Python's own, which JSON can hold."""
-    is_number = isinstance(value, np.generic) or (isinstance(value, np.ndarray) and not value.ndim)
-    return value.item() if is_number else value
-
-
-def _set_pattern(config: LoraConfig, field: str) -> None:
-    """Null is PEFT's word for an empty pattern, or an empty section."""
-    value = getattr(config, field)
-    if value is not None and not isinstance(value, Mapping):
-        raise InputError(f"lora: {field} must map patterns to numbers, got {value!r}")
-    numbers = {pattern: _plain(number) for pattern, number in (value or {}).items()}
-    for pattern in numbers:
-        if not isinstance(pattern, str):
-            raise InputError(f"lora: {field} must map patterns to numbers, got key {pattern!r}")
-    object.__setattr__(config, field, numbers)
-
-
-def _set_layers(config: LoraConfig) -> None:
-    value = _plain(config.layers_to_transform)
-    several = isinstance(value, list | tuple | set | range | np.ndarray)
-    given: Any = value if several else [] if value is None else [value]
-    numbers = [_plain(number) for number in given]
-    if not all(type(number) is int and number >= 0 for number in numbers):
-        raise InputError(f"lora: layers_to_transform must be layer numbers, got {value!r}")
-    in_order = sorted(numbers) if isinstance(value, set) else numbers
-    layers = in_order if several else next(iter(numbers), None)
-    object.__setattr__(config, "layers_to_transform", layers)
-
-
-_MOST_TOKENS = 2**24
-"""Ids beyond are no whole numbers in float32."""
-
-
-def _set_tokens(config: LoraConfig) -> None:
-    """Lists of ids, and None in the place of an empty one."""
-    value = config.trainable_token_indices
-    if isinstance(value, Mapping):
-        if not all(isinstance(name, str) for name in value):
-            raise InputError(f"lora: trainable_token_indices must map names to ids, got {value!r}")
-        named = {name: _token_ids(ids) for name, ids in value.items()}
-        ids = {name: own for name, own in named.items() if own} or None
-    else:
-        ids = None if value is None else _token_ids(value) or None
-    object.__setattr__(config, "trainable_token_indices", ids)
-
-
-def _token_ids(given: Any) -> list[int]:
-    several = isinstance(given, list | tuple | set | range | np.ndarray)
-    ids: list[Any] = [_plain(x) for x in given] if several else []
-    if not several or not all(type(x) is int and 0 <= x < _MOST_TOKENS for x in ids):
+def _check_layers(config: LoraConfig) -> None:
+    """Refuse choices of layers that contradict the other fields, as PEFT does."""
+    if not config.layers_pattern:
+        object.__setattr__(config, "layers_pattern", None)
+    given = [name for name in ("layers_to_transform", "layers_pattern")
+             if getattr(config, name) not in (None, [])]  # fmt: skip
+    if given and isinstance(config.target_modules, str) and config.target_modules != "all-linear":
         raise InputError(
-            "lora: trainable_token_indices must be a list of token ids, or map module names to"
-            f" such lists, got {given!r}"
+            f"lora: {given[0]} goes with a list of target_modules; put the layers into the regular"
+            " expression instead"
         )
-    if twice := [x for x, count in collections.Counter(ids).items() if count > 1]:
-        raise InputError(f"lora: trainable_token_indices has {twice[0]} twice; name it once")
-    return sorted(ids) if isinstance(given, set) else ids
-
-
-def _hashable(value: Any) -> Any:
-    if isinstance(value, dict):
-        return tuple((key, _hashable(own)) for key, own in value.items())
-    return tuple(value) if isinstance(value, list) else value
+    if config.layers_pattern and config.layers_to_transform is None:
+        raise InputError(
+            f"lora: layers_pattern={config.layers_pattern!r} says what layers_to_transform counts;"
+            " give that too, or leave both out for all layers"
+        )
 
 
 def _check_init(config: LoraConfig) -> None:
     init, loftq = config.init_lora_weights, config.loftq_config
+    if isinstance(init, str) and init in UNSUPPORTED_INITS:
+        why = UNSUPPORTED_INITS[init]
+        raise InputError(f"lora: init_lora_weights={init!r} is not supported: {why}")
     named = init in INITS or re.fullmatch(r"pissa_niter_[1-9]\d*", str(init))
     if not isinstance(init, bool) and not named:
         raise InputError(
             f"lora: init_lora_weights={init!r} is not supported{nearest(str(init), INITS)}; use"
             f" true, false, {', '.join(INITS)} or pissa_niter_4"
         )
+    if config.lora_bias and not isinstance(init, bool):
+        raise InputError(
+            f"lora: lora_bias goes with init_lora_weights true or false, not {init!r}, which"
+            " starts no bias"
+        )
+    if config.lora_bias and config.use_dora:
+        raise InputError("lora: lora_bias does not go with use_dora, which scales whole outputs")
+    for name in STARTS_FROM_DATA:
+        options = start_options(name, getattr(config, f"{name}_config"), init)
+        object.__setattr__(config, f"{name}_config", options)
     ranks = (config.r, *config.rank_pattern.values())
     if init == "orthogonal" and any(rank % 2 for rank in ranks):
         raise InputError(f"lora: init_lora_weights='orthogonal' needs even ranks, got {ranks}")
@@ -342,7 +290,7 @@ def _check_init(config: LoraConfig) -> None:
 def _check_parameters(config: LoraConfig) -> None:
     """Refuse what needs the input or the output of a layer, which a raw parameter has not."""
     for name in ("lora_dropout", "lora_bias"):
-        if config.target_parameters and getattr(config, name, None):
+        if config.target_parameters and getattr(config, name):
             raise InputError(
                 f"lora: {name}={getattr(config, name)!r} does not go with target_parameters, whose"
                 " modules do as they like with their input; leave one of the two out"

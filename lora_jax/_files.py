@@ -67,7 +67,9 @@ def open_tensors(path: Path) -> Iterator[Any]:
     """
     if path.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl"):
         raise InputError(
-            f"{path}: pickled weights are never opened; save them as safetensors first"
+            f"{path}: pickled weights are never opened, since a pickle may run any program; convert"
+            " one you trust, with torch: safetensors.torch.save_file(torch.load("
+            f"'{path.name}', weights_only=True), '{path.stem}.safetensors')"
         )
     try:
         handle = safe_open(path, framework="numpy")

@@ -10,6 +10,7 @@ import pytest
 
 from lora_jax import InputError, LoraConfig, QuantConfig
 from lora_jax._errors import nearest
+from lora_jax._peft_fields import UNSUPPORTED
 
 
 def test_the_readme_call_is_taken_to_the_letter():
@@ -48,12 +49,23 @@ def test_patterns_change_rank_and_alpha_where_they_match():
         ({"lora_alpha": 0}, "alpha lora_alpha must be positive"),
         ({"alpha_pattern": {"q": math.inf}}, "alpha q must be positive"),
         ({"lora_dropout": 1.0}, r"lora_dropout must be in \[0, 1\), got 1.0"),
-        ({"bias": "all"}, "use bias='none'"),
-        ({"init_lora_weights": "eva"}, "init_lora_weights='eva' is not supported"),
+        ({"bias": "lora"}, "bias must be one of none, all, lora_only; got 'lora'"),
+        ({"init_lora_weights": "nothing"}, "init_lora_weights='nothing' is not supported"),
+        ({"init_lora_weights": "mica"}, "init_lora_weights='mica' is not supported: MiCA, which"),
         ({"adapter_dtype": "int8"}, "use float32, bfloat16 or float16"),
         ({"target_modules": "("}, "not a regular expression"),
         ({"rank_pattern": {"(": 2}}, "not a regular expression"),
-        ({"lora_bias": True}, "lora_bias=True is not supported; leave it out"),
+        ({"lora_bias": "yes"}, "lora_bias must be true or false, got 'yes'"),
+        ({"lora_bias": True, "use_dora": True}, "lora_bias does not go with use_dora"),
+        ({"lora_bias": True, "init_lora_weights": "gaussian"}, "true or false, not 'gaussian'"),
+        ({"layers_pattern": "h"}, "layers_pattern='h' says what layers_to_transform counts"),
+        ({"layers_pattern": ["("], "layers_to_transform": 0}, "not a regular expression"),
+        ({"target_modules": "q", "layers_to_transform": 0}, "goes with a list of target_modules"),
+        ({"target_modules": "q", "layers_pattern": "h"}, "layers_pattern goes with a list"),
+        ({"layer_replication": [[0, 4]]}, "layer_replication=.* a base with layers repeated; save"),
+        ({"use_qalora": True}, "use_qalora=True is not supported: QA-LoRA, .*; use QLoRA"),
+        ({"enable_lora": [True, False]}, "convert it with the PEFT that wrote it"),
+        ({"use_bdlra": True}, r"unknown field 'use_bdlra' \(did you mean 'use_bdlora'\?\)"),
         ({"peft_type": "ADALORA"}, "peft_type 'ADALORA' is not supported"),
         ({"lora_alhpa": 8}, r"unknown field 'lora_alhpa' \(did you mean 'lora_alpha'\?\)"),
     ],
@@ -63,6 +75,58 @@ def test_a_wrong_field_gets_one_line(values, words):
         LoraConfig.from_dict(values, where="adapter_config.json")
     assert str(caught.value).startswith("adapter_config.json:")
     assert "\n" not in str(caught.value)
+
+
+OLD = {
+    "0.2": {
+        "base_model_name_or_path": "gpt2", "bias": "none", "enable_lora": None,
+        "fan_in_fan_out": True, "inference_mode": True, "lora_alpha": 16, "lora_dropout": 0.05,
+        "merge_weights": False, "modules_to_save": None, "peft_type": "LORA", "r": 8,
+        "target_modules": ["q"], "task_type": "CAUSAL_LM",
+    },
+    "0.3": {
+        "base_model_name_or_path": "gpt2", "bias": "lora_only", "fan_in_fan_out": False,
+        "inference_mode": True, "init_lora_weights": True, "lora_alpha": 16, "lora_dropout": 0.05,
+        "modules_to_save": None, "peft_type": "LORA", "r": 8, "target_modules": ["q"],
+        "task_type": "CAUSAL_LM",
+    },
+    "0.4": {
+        "auto_mapping": None, "base_model_name_or_path": "x", "bias": "none",
+        "fan_in_fan_out": False, "inference_mode": True, "init_lora_weights": True,
+        "layers_pattern": "", "layers_to_transform": None, "lora_alpha": 16, "lora_dropout": 0.1,
+        "modules_to_save": None, "peft_type": "LORA", "r": 8, "revision": None,
+        "target_modules": "q", "task_type": None,
+    },
+    "0.8": {
+        "alpha_pattern": {}, "auto_mapping": None, "base_model_name_or_path": "x", "bias": "all",
+        "fan_in_fan_out": False, "inference_mode": True, "init_lora_weights": "gaussian",
+        "layers_pattern": "layers", "layers_to_transform": [0, 1], "loftq_config": {},
+        "lora_alpha": 16, "lora_dropout": 0.1, "megatron_config": None,
+        "megatron_core": "megatron.core", "modules_to_save": None, "peft_type": "LORA", "r": 8,
+        "rank_pattern": {}, "revision": None, "target_modules": ["q"], "task_type": None,
+        "use_rslora": False,
+    },
+}  # fmt: skip
+"""What `adapter_config.json` held in older versions of PEFT."""
+
+
+@pytest.mark.parametrize("version", OLD)
+def test_configs_of_older_versions_are_read(version):
+    raw = OLD[version]
+    config = LoraConfig.from_dict(raw)
+    ours = dataclasses.asdict(config)
+    assert {k: raw[k] or None for k in raw.keys() & ours} == {
+        k: ours[k] or None for k in raw.keys() & ours
+    }
+    assert config.r == 8 and config.alpha("q") == 16
+
+
+def test_every_refused_field_has_a_reason_of_its_own():
+    reasons = [why for _, why in UNSUPPORTED.values()]
+    assert len(set(reasons)) == len(reasons) and all(";" in why for why in reasons)
+    for name, (accepted, _) in UNSUPPORTED.items():
+        for value in accepted:
+            assert LoraConfig(**{name: value}) == LoraConfig()
 
 
 def test_fields_that_describe_and_fields_at_their_default_are_taken():
@@ -98,9 +162,9 @@ def test_scaling_follows_patterns_and_rslora():
         ("lora_dropout", 1.0),
         ("lora_dropout", None),
         ("lora_dropout", "0.1"),
-        ("bias", "all"),
+        ("bias", "every"),
         ("use_rslora", "yes"),
-        ("init_lora_weights", "eva"),
+        ("init_lora_weights", "nothing"),
         ("adapter_dtype", "float64"),
         ("target_modules", "("),
         ("target_modules", 5),

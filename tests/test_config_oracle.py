@@ -9,7 +9,7 @@ torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
 
 from lora_jax import InputError, LoraConfig  # noqa: E402
-from lora_jax._config import PEFT_DEFAULTS  # noqa: E402
+from lora_jax._peft_fields import PEFT_DEFAULTS, WITHOUT_EFFECT  # noqa: E402
 
 pytestmark = pytest.mark.oracle
 
@@ -40,7 +40,25 @@ def test_our_fields_are_all_peft_fields():
     assert set(defaults()) >= OURS
 
 
-@pytest.mark.parametrize("field", sorted(set(defaults()) - OURS - FACTS))
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"target_modules": "q", "layers_to_transform": [0]},
+        {"target_modules": "q", "layers_pattern": "layers"},
+        {"target_modules": ["q"], "layers_pattern": "layers"},
+        {"lora_bias": True, "init_lora_weights": "gaussian"},
+        {"lora_bias": True, "init_lora_weights": "pissa"},
+        {"lora_bias": True, "use_dora": True},
+    ],
+)
+def test_what_peft_refuses_is_refused(fields):
+    with pytest.raises(ValueError):
+        peft.LoraConfig(**fields)
+    with pytest.raises(InputError, match="lora: "):
+        LoraConfig(**fields)
+
+
+@pytest.mark.parametrize("field", sorted(set(defaults()) - OURS - FACTS - set(WITHOUT_EFFECT)))
 def test_what_is_not_implemented_is_refused_by_name(field):
     with pytest.raises(InputError, match=f"{field}='surely not this'"):
         LoraConfig.from_dict({field: "surely not this"})

@@ -1,6 +1,9 @@
-"""Adapters on disk, in PEFT's format, and several made into one."""
+"""Adapters on disk, in PEFT's format, several made into one, and starts that look at data."""
 
+from ._corda import init_corda as init_corda
+from ._eva import init_eva as init_eva
 from ._load import load_adapter as load_adapter
+from ._lora_ga import init_lora_ga as init_lora_ga
 from ._peft import read_config as read_config
 from ._rank import DeltaSpectrum as DeltaSpectrum
 from ._rank import delta_spectra as delta_spectra

@@ -23,7 +23,9 @@ from ..lora import (
     Layouts,
     Target,
     adapter_names,
+    bias_name,
     check_alone,
+    check_whole_stacks,
     head_mark,
     init_with_base,
     is_embedding,
@@ -38,6 +40,7 @@ from ..lora import (
     tied_config,
     token_leaves,
     token_tables,
+    trained_biases,
     without_start,
 )
 from ..quant import QuantizedTensor, config_of, quantize
@@ -46,6 +49,7 @@ from ._peft import (
     CONFIG_FILE,
     PREFIX,
     WEIGHTS_FILE,
+    below_wrapper,
     factor_keys,
     module_key,
     read_config,
@@ -53,6 +57,7 @@ from ._peft import (
     weights_file,
     whole_keys,
 )
+from ._reader import Reader
 
 
 def load_adapter(
@@ -91,29 +96,31 @@ def load_adapter(
             f" target_parameters {config.target_parameters} match nothing in"
             f" this base; the adapter was made for another base"
         )
+    params = dict(leaves_with_path(base_params))
+    biases = trained_biases(params, config.bias, [target.path for target in targets])
+    check_whole_stacks(biases, config, targets)
+    if not biases:  # PEFT trains none then, and says so nowhere
+        config = dataclasses.replace(config, bias="none")
     with open_tensors(weights_file(directory)) as file:
-        unread = set(file.keys())
-
-        def take(key: str, shape: tuple[int, ...]) -> np.ndarray:
-            return _take(file, unread, directory, key, shape)
-
-        keys = _parameter_keys(file, unread, targets, config, parameter_order)
+        take = Reader(file)
+        keys = _parameter_keys(take, targets, config, parameter_order)
         leaves: dict[str, Any] = {}
         for target in targets:
-            leaves.update(_read_target(target, keys, take, config.use_dora))
-        params = dict(leaves_with_path(base_params))
+            leaves.update(_read_target(target, keys, take, config))
         for path in saved_modules(base_params, config):
             leaves[path] = _read_whole(path, params[path], layouts, take)
+        for path in biases:
+            if path not in leaves:
+                leaves[path] = _read_whole(path, params[path], layouts, take)
         for path, ids in token_tables(base_params, config, layouts).items():
             check_alone(path, leaves)
             shape = (len(ids), leaf_shape(params[path])[0][int(is_embedding(path))])
             leaves |= token_leaves(path, take(tokens_key(target_name(path)), shape), ids)
         leaves |= head_mark(base_params, config, leaves)
         if TIED in leaves:
-            _check_tied_head(directory, leaves, take)
-        unread -= _copies_of_base(file, unread, directory, params, layouts)
-    if unread:
-        raise InputError(_unexpected(directory, sorted(unread)))
+            _check_tied_head(leaves, take)
+        _drop_copies(take, params, layouts, config)
+    take.check(directory / WEIGHTS_FILE)
     dtype = str(leaves[adapter_names(targets[0].path)[0]].dtype)
     adapter, config = tree_from_paths(leaves), dataclasses.replace(config, adapter_dtype=dtype)
     if config.moves_base:
@@ -149,11 +156,7 @@ def _fitting(config: LoraConfig, base_params: Params) -> LoraConfig:
 
 
 def _parameter_keys(
-    file: Any,
-    found: set[str],
-    targets: Sequence[Target],
-    config: LoraConfig,
-    order: Sequence[str] | None,
+    take: Reader, targets: Sequence[Target], config: LoraConfig, order: Sequence[str] | None
 ) -> dict[str, str]:
     """From the name of every single parameter that the config chooses as such to its key."""
     parameters = [
@@ -162,70 +165,78 @@ def _parameter_keys(
         for parameter in parameters_of(target)
         if is_parameter(parameter.name, target.path, config)
     ]
-    if order is None and NESTING.items() <= (file.metadata() or {}).items():
+    if order is None and NESTING.items() <= (take.file.metadata() or {}).items():
         return keys_as_listed(parameters, config)
-
-    def shape(key: str) -> tuple[int, ...] | None:
-        return tuple(file.get_slice(key).get_shape()) if key in found else None
-
-    return keys_as_found(parameters, shape, order)
+    return keys_as_found(parameters, take.shape, order)
 
 
 def _read_target(
-    target: Target, keys: Mapping[str, str], take: Any, dora: bool
+    target: Target, keys: Mapping[str, str], take: Reader, config: LoraConfig
 ) -> Iterator[tuple[str, Any]]:
-    """`lora_A`, `lora_B` and `lora_scaling` of a target, padded to its largest rank."""
-    width, count, pairs, lengths = max(target.ranks), target.experts or 1, [], []
+    """`lora_A`, `lora_B`, `lora_scaling` and more of a target, padded to its largest rank."""
+    width, count, pairs, lengths, biases = max(target.ranks), target.experts or 1, [], [], []
     for name, rank in zip(target.names, target.ranks, strict=True):
         a, b = np.zeros((count, target.d_in, 0)), np.zeros((count, 0, target.d_out))
-        length = np.ones(count * target.d_out, np.float32)
+        length, bias = np.ones(count * target.d_out, np.float32), np.zeros(target.d_out)
         if rank:
             key = keys.get(name, module_key(name))
             key_a, key_b = factor_keys(key, target.path)
             whole_a = take(key_a, (count * rank, target.d_in))
             whole_b = take(key_b, (target.d_out, rank * count))
             a, b = unpack(whole_a, whole_b, count)
-            if dora:
+            if config.use_dora:
                 length = take(f"{key}.lora_magnitude_vector", length.shape)
+            if config.lora_bias:
+                bias = take(f"{key}.lora_B.bias", bias.shape)
         lengths.append(length.reshape(count, -1))
+        biases.append(np.tile(bias, (count, 1)))
         none, pad = (0, 0), (0, width - rank)
         pairs.append((np.pad(a, (none, none, pad)), np.pad(b, (none, pad, none))))
     dtype = next(a.dtype for (a, _), rank in zip(pairs, target.ranks, strict=True) if rank)
     stacks = [np.concatenate([pair[i] for pair in pairs]).astype(dtype) for i in (0, 1)]
     stacks.append(np.asarray(target.of_matrices(target.scalings), np.float32))
     names: tuple[str, ...] = adapter_names(target.path)
-    if dora:
+    if config.use_dora:
         names = (*names, magnitude_name(target.path))
         stacks.append(np.concatenate(lengths).astype(np.float32))
+    if config.lora_bias:
+        names = (*names, bias_name(target.path))
+        stacks.append(np.concatenate(biases).astype(dtype))
     for path, value in zip(names, stacks, strict=True):
         yield path, jnp.asarray(value.reshape((*target.lead, *value.shape[1:])))
 
 
-def _check_tied_head(directory: Path, leaves: dict[str, Any], take: Any) -> None:
-    """Read what the file says of the head, and refuse it if it is not what the embedding has."""
+def _check_tied_head(leaves: dict[str, Any], take: Reader) -> None:
+    """Read what the file says of the head, which must be what the embedding has."""
     if TABLE in leaves:
         pairs = [(f"{PREFIX}{HEAD}.weight", leaves[TABLE])]
     else:
         a, b = (leaves[name] for name in adapter_names(TABLE)[:2])
         pairs = list(zip(factor_keys(module_key(HEAD), f"{HEAD}/kernel"), (b, a), strict=True))
     for key, value in pairs:
-        if not np.array_equal(take(key, value.shape), value):
-            raise InputError(
-                f"{directory / WEIGHTS_FILE}: {key} is not what the embedding has, though the"
-                " config says ensure_weight_tying; give the base as a checkpoint with"
-                " tie_word_embeddings false and an lm_head.weight"
+        fits = take.shape(key) == value.shape
+        if not np.array_equal(take(key, value.shape), value) and fits:
+            take.foreign.append(
+                f"{key} is not what the embedding has, though the config says ensure_weight_tying;"
+                " give the base as a checkpoint with tie_word_embeddings false and an"
+                " lm_head.weight"
             )
 
 
-def _copies_of_base(
-    file: Any, unread: set[str], directory: Path, params: dict[str, Any], layouts: Layouts | None
-) -> set[str]:
+def _drop_copies(
+    take: Reader, params: dict[str, Any], layouts: Layouts | None, config: LoraConfig
+) -> None:
     """The base's own weights in the file: PEFT saves embeddings and heads that it adapts.
 
     They must be this base's: reading on with others would give another model's numbers.
     """
-    bare = {key.replace(".base_layer.", "."): key for key in unread}
-    found = set()
+    if config.bias == "all":
+        # PEFT takes the biases of `modules_to_save` for some of the base's, and writes them twice.
+        take.unread -= {key for key in take.unread if key.endswith(".modules_to_save.bias")}
+    bare = {
+        key.replace(".base_layer.", ".").replace(".original_module.", "."): key
+        for key in take.unread
+    }
     shared = [f"{PREFIX}{HEAD}.weight"] if shares_head(tree_from_paths(params)) else []
     for path, leaf in params.items():
         keys, stacked = whole_keys(path, leaf_shape(leaf)[0], layouts)
@@ -233,15 +244,12 @@ def _copies_of_base(
         for i, key in enumerate(keys):
             if key not in bare:
                 continue
-            value = file.get_tensor(bare[key])
+            value = take.file.get_tensor(bare[key])
             if not _equals(value.T if is_kernel(path) else value, leaf, i if stacked else None):
-                raise InputError(
-                    f"{directory / WEIGHTS_FILE}: {bare[key]} {value.shape} is a weight of the"
-                    f" base, and not this base's {path}; the adapter was made for another base, or"
-                    " one that was changed (new tokens, say)"
+                take.foreign.append(
+                    f"{bare[key]} {value.shape} is a weight of the base, and not this base's {path}"
                 )
-            found.add(bare[key])
-    return found
+            take.unread.remove(bare[key])
 
 
 def _equals(value: np.ndarray, leaf: Any, layer: int | None) -> bool:
@@ -261,39 +269,12 @@ def _equals(value: np.ndarray, leaf: Any, layer: int | None) -> bool:
     return any(np.array_equal(own.astype(t), value.astype(t)) for t in (own.dtype, value.dtype))
 
 
-def _read_whole(path: str, leaf: Any, layouts: Layouts | None, take: Any) -> Any:
+def _read_whole(path: str, leaf: Any, layouts: Layouts | None, take: Reader) -> Any:
     shape, _ = leaf_shape(leaf)
     keys, stacked = whole_keys(path, shape, layouts)
     own = shape[1:] if stacked else shape
+    # An adapted layer's bias lies below PEFT's wrapper.
+    keys = [below_wrapper(key) if below_wrapper(key) in take.unread else key for key in keys]
     values = [take(key, own[::-1] if is_kernel(path) else own) for key in keys]
     values = [v.T if is_kernel(path) else v for v in values]
     return jnp.asarray(np.stack(values) if stacked else values[0])
-
-
-def _take(
-    file: Any, unread: set[str], directory: Path, key: str, shape: tuple[int, ...]
-) -> np.ndarray:
-    if key not in unread:
-        raise InputError(
-            f"{directory / WEIGHTS_FILE}: no tensor {key}, which the config and this base call"
-            f" for; there is, for example, {min(unread, default='nothing')}"
-        )
-    unread.remove(key)
-    tensor = file.get_tensor(key)
-    if tensor.shape != shape:
-        raise InputError(
-            f"{directory / WEIGHTS_FILE}: {key} has shape {tensor.shape}, this base needs {shape};"
-            " the adapter was made for another base"
-        )
-    return tensor
-
-
-def _unexpected(directory: Path, keys: list[str]) -> str:
-    head = any(key.startswith(f"{PREFIX}{HEAD}.") for key in keys)
-    what = (
-        f"it adapts {HEAD}, which config and base do not: of its own base and this one, one shares"
-        f" {HEAD} with the embedding (tie_word_embeddings) and one does not"
-        if head
-        else "the adapter was made for another base"
-    )
-    return f"{directory / WEIGHTS_FILE}: {len(keys)} tensors have no place, {keys[0]} first; {what}"

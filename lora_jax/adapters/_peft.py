@@ -5,9 +5,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .._config import PEFT_DEFAULTS, LoraConfig
+from .._config import LoraConfig
 from .._errors import InputError
 from .._names import hf_keys
+from .._peft_fields import PEFT_DEFAULTS
+from .._start_options import STARTS_FROM_DATA
 from .._tree import leaves_with_path
 from .._typing import Params
 from ..lora import Layouts, is_embedding, rule_for
@@ -54,6 +56,17 @@ def whole_keys(
     return [PREFIX + key for key in keys], stack is not None
 
 
+def below_wrapper(key: str) -> str:
+    """The key of a layer's own tensor once PEFT has wrapped the layer.
+
+    Example:
+        >>> below_wrapper("base_model.model.q_proj.bias")
+        'base_model.model.q_proj.base_layer.bias'
+    """
+    module, _, leaf = key.rpartition(".")
+    return f"{module}.base_layer.{leaf}"
+
+
 def read_config(directory: str | Path) -> LoraConfig:
     """The `adapter_config.json` of a directory.
 
@@ -69,7 +82,18 @@ def read_config(directory: str | Path) -> LoraConfig:
         raise InputError(f"{path}: not JSON ({error})") from None
     if not isinstance(raw, dict):
         raise InputError(f"{path}: must hold a JSON object")
-    return LoraConfig.from_dict(raw, where=str(path))
+    return LoraConfig.from_dict(_own_start(raw), where=str(path))
+
+
+def _own_start(raw: dict[str, Any]) -> dict[str, Any]:
+    """Without options of other starts: PEFT keeps those of one that it has made plain.
+
+    MiCA moves no base: once trained, its adapter is one like any other.
+    """
+    init = raw.get("init_lora_weights", True)
+    others = {f"{name}_config" for name in STARTS_FROM_DATA if name != init}
+    own = {name: value for name, value in raw.items() if name not in others}
+    return own | {"init_lora_weights": True} if init == "mica" else own
 
 
 def config_to_peft(adapter: Params, config: LoraConfig, base_model: str | None) -> dict[str, Any]:
@@ -83,6 +107,9 @@ def config_to_peft(adapter: Params, config: LoraConfig, base_model: str | None) 
         # Without target_modules PEFT would choose some by the model's family.
         own["target_modules"] = own["target_modules"] or []
         own["target_parameters"] = [_torch_name(name) for name in config.target_parameters]
+    if config.init_lora_weights == "loftq":
+        # PEFT reads no such config without them.
+        own["loftq_config"] = {"loftq_bits": 4, "loftq_iter": 1} | config.loftq_config
     facts = {
         "peft_type": "LORA",
         "auto_mapping": None,

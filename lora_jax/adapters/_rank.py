@@ -65,6 +65,8 @@ class DeltaSpectrum:
 def delta_spectra(directory: str | Path) -> list[DeltaSpectrum]:
     """The singular values of every delta in an adapter's directory, without its base.
 
+    Biases, on B or of the base, are no part of a delta's matrix and are left out.
+
     Computed in float64 from the two factors: those of the small `R_A·R_Bᵀ` of their QR
     decompositions.
 

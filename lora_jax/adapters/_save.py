@@ -4,7 +4,9 @@ A directory holds `adapter_config.json` and `adapter_model.safetensors`; the key
 `base_model.model.<dotted module>.lora_A.weight` (rank, d_in) and `.lora_B.weight`
 (d_out, rank), a pair for every single layer; those of experts are (experts·rank, d_in) and
 (d_out, rank·experts).  Of an embedding they are `lora_embedding_A` (rank, vocabulary) and
-`lora_embedding_B` (d, rank); of a head that is tied to it, the head's pair too.
+`lora_embedding_B` (d, rank); of a head that is tied to it, the head's pair too.  A bias on B is
+`.lora_B.bias` (d_out,); a bias of the base that was trained is `<dotted module>.base_layer.bias` in
+an adapted layer, and `<dotted module>.bias` elsewhere.
 """
 
 import json
@@ -27,6 +29,7 @@ from ..lora import (
     TIED,
     Layouts,
     adapted_param,
+    adapter_names,
     is_embedding,
     is_parameter,
     is_target,
@@ -36,12 +39,14 @@ from ..lora import (
     rule_for,
     target_name,
     tied_config,
+    trained_biases,
 )
 from ._experts import NESTING, Parameter, keys_as_listed, pack
 from ._peft import (
     CONFIG_FILE,
     PREFIX,
     WEIGHTS_FILE,
+    below_wrapper,
     config_to_peft,
     factor_keys,
     module_key,
@@ -131,7 +136,7 @@ def _tensors(
     for path, leaf in leaves.items():
         name = path.rsplit("/", 1)[-1]
         if "lora_" not in name:
-            yield from _whole_tensors(path, np.asarray(leaf), layouts)
+            yield from _whole_tensors(path, np.asarray(leaf), leaves, layouts)
         elif name.endswith("lora_A"):
             yield from _pair_tensors(path, leaves, config, layouts, keys)
     for module, rows in saved_tokens(leaves, config).items():
@@ -183,8 +188,9 @@ def _pair_tensors(
         raise InputError(
             f"{path_a} has shape {a.shape}: pass the layouts the adapter was made with"
         )
-    lengths = _magnitudes(prefix, leaves, config)
     names = paths_of_layers(module, layout, a.shape)
+    lengths = _vectors(f"{prefix}lora_magnitude", leaves, "use_dora", config.use_dora, len(names))
+    biases = _vectors(f"{prefix}lora_B_bias", leaves, "lora_bias", config.lora_bias, len(names))
     # (layers, experts, ...), one of each where there is no such axis.
     a, b = (x.reshape(len(names), -1, *x.shape[-2:]) for x in (a, b))
     scalings = scalings.reshape(len(names), -1)
@@ -221,23 +227,28 @@ def _pair_tensors(
         yield key_a, one_a
         yield key_b, one_b
         if lengths is not None:
-            yield f"{key}.lora_magnitude_vector", lengths.reshape(len(names), -1)[i]
+            yield f"{key}.lora_magnitude_vector", lengths[i]
+        if biases is not None:
+            yield f"{key}.lora_B.bias", biases[i]
         if param == TABLE and TIED in leaves:
             key_a, key_b = factor_keys(module_key(HEAD), f"{HEAD}/kernel")
             yield key_a, one_b.T
             yield key_b, one_a.T
 
 
-def _magnitudes(prefix: str, leaves: dict[str, Any], config: LoraConfig) -> np.ndarray | None:
-    """DoRA's lengths of columns, which the config must know of."""
-    lengths = leaves.get(f"{prefix}lora_magnitude")
-    if (lengths is not None) != config.use_dora:
-        has = "no lora_magnitude" if lengths is None else "a lora_magnitude"
+def _vectors(
+    path: str, leaves: dict[str, Any], field: str, expected: bool, layers: int
+) -> np.ndarray | None:
+    """A vector for each layer (DoRA's lengths, biases on B), which the config must know of."""
+    found = leaves.get(path)
+    if (found is not None) != expected:
+        module, _, name = path.rpartition("/")
+        has = f"no {name}" if found is None else f"a {name}"
         raise InputError(
-            f"save_adapter: {prefix.removesuffix('/')} has {has}, but the config says"
-            f" use_dora={config.use_dora}; pass the config the adapter was made with"
+            f"save_adapter: {module} has {has}, but the config says {field}={expected}; pass the"
+            " config the adapter was made with"
         )
-    return None if lengths is None else np.asarray(lengths)
+    return None if found is None else np.asarray(found).reshape(layers, -1)
 
 
 def _used_rank(a: np.ndarray, b: np.ndarray) -> int:
@@ -246,14 +257,19 @@ def _used_rank(a: np.ndarray, b: np.ndarray) -> int:
 
 
 def _check_saved_modules(adapter: Params, config: LoraConfig) -> None:
-    """Whole modules of the adapter are the config's, and the other way round."""
-    whole = [p for p, _ in leaves_with_path(adapter) if "lora_" not in p.rpartition("/")[2]]
+    """Whole modules and biases of the adapter are the config's, and the other way round."""
+    paths = [path for path, _ in leaves_with_path(adapter)]
+    whole = [p for p in paths if "lora_" not in p.rpartition("/")[2]]
+    factors = [p for p in paths if p.rpartition("/")[2] == "lora_A"]
+    kernels = [p.removesuffix("lora_A") + "kernel" for p in factors]
+    biases = trained_biases(whole, config.bias, kernels)
     found = {p: [n for n in config.modules_to_save or [] if is_within(p, n)] for p in whole}
     for path, names in found.items():
-        if not names:
+        if not names and path not in biases:
             raise InputError(
                 f"save_adapter: the adapter holds {path} whole, but the config's modules_to_save"
-                f" {config.modules_to_save} does not name it; pass the config it was made with"
+                f" {config.modules_to_save} and bias={config.bias!r} do not name it; pass the"
+                " config it was made with"
             )
     named = {name for names in found.values() for name in names}
     if missing := set(config.modules_to_save or []) - named:
@@ -261,11 +277,20 @@ def _check_saved_modules(adapter: Params, config: LoraConfig) -> None:
             f"save_adapter: modules_to_save {min(missing)!r} is not in the adapter; pass the config"
             " it was made with"
         )
+    if config.bias != "none" and not biases:
+        raise InputError(
+            f"save_adapter: the config says bias={config.bias!r}, and the adapter holds no bias;"
+            " pass the config it was made with"
+        )
 
 
 def _whole_tensors(
-    path: str, leaf: np.ndarray, layouts: Layouts | None
+    path: str, leaf: np.ndarray, leaves: dict[str, Any], layouts: Layouts | None
 ) -> Iterator[tuple[str, np.ndarray]]:
     keys, stacked = whole_keys(path, leaf.shape, layouts)
-    for key, value in zip(keys, leaf if stacked else leaf[None], strict=True):
-        yield key, value.T if is_kernel(path) else value
+    values = leaf if stacked else leaf[None]
+    # PEFT's wrapper of an adapted layer holds the layer, with its bias, as `base_layer`.
+    scaling = leaves.get(adapter_names(f"{path.rpartition('/')[0]}/kernel")[2], 0)
+    adapted = np.broadcast_to(np.asarray(scaling) != 0, len(keys))
+    for key, value, inside in zip(keys, values, adapted, strict=True):
+        yield below_wrapper(key) if inside else key, value.T if is_kernel(path) else value

@@ -58,6 +58,8 @@ def weighted_adapter(
 
     What is applied to factors mixes Aᵢ with Bⱼ, and depends on how a delta was split into
     factors: prefer `cat` and `svd`. With a single adapter PEFT takes every type for `linear`.
+    Biases on B (`lora_bias`) are summed by `cat` and `svd`; other types refuse them, since a bias
+    is no product of factors. (PEFT loses them.)
     A weight may be negative. Arrays of adapters and weights may be traced by JAX.
 
     Args:
@@ -78,7 +80,7 @@ def weighted_adapter(
 
     Raises:
         InputError: for an option that is missing or has no effect, ranks that must be equal and
-            are not, adapters of different bases, or modules held in full.
+            are not, adapters of different bases, or modules or biases held in full.
 
     Example:
         >>> def one(b):
@@ -103,7 +105,8 @@ def weighted_adapter(
         for param in dict.fromkeys(param for view in views for param in view)
     }
     configs = [config for _, config in adapters]
-    config = unit_scaled(dataclasses.replace(configs[0], **_selection(configs, layers)), rank)
+    own = _selection(configs, layers) | _biases(configs)
+    config = unit_scaled(dataclasses.replace(configs[0], **own), rank)
     marks = _marks(adapters)
     config = dataclasses.replace(
         config, ensure_weight_tying=config.ensure_weight_tying or TIED in marks
@@ -138,7 +141,21 @@ def _combine(own: Own, weights: Any, rule: Rule, rank: int, key: Key | None) -> 
         a, b = _truncated(rule(_deltas(own), w, _keys(key, own, "delta")), rank)
     else:
         a, b = _by_factors(own, w, rule, key)
-    return dataclasses.replace(some, lora_A=a, lora_B=b, scaling=jnp.float32(1))
+    bias = _bias(own, w, rule)
+    return dataclasses.replace(some, lora_A=a, lora_B=b, scaling=jnp.float32(1), lora_B_bias=bias)
+
+
+def _bias(own: Own, w: Array, rule: Rule) -> Array | None:
+    """The weighted sum of the biases on B, which their scalings belong to."""
+    given = [(n, x) for n, x in enumerate(own.values()) if x.lora_B_bias is not None]
+    if not given:
+        return None
+    if rule.type not in ("cat", "svd"):
+        raise InputError(
+            f"weighted_adapter: {rule.type} has no rule for the biases on B (lora_bias) of"
+            f" {given[0][1].name}; use cat or svd, which sum them"
+        )
+    return jnp.stack([w[n] * x.scaling * jnp.asarray(x.lora_B_bias) for n, x in given]).sum(0)
 
 
 def _concatenated(own: Own, w: Array) -> tuple[Array, Array]:
@@ -208,7 +225,10 @@ def _selection(configs: Sequence[LoraConfig], layers: Mapping[str, Any]) -> dict
     parameters = list(dict.fromkeys(name for names in listed for name in names)) or None
     merged: dict[str, Any] = {"target_parameters": parameters}
     wanted = [config.target_modules for config in configs]
-    rest = [(c.exclude_modules, c.layers_to_transform, c.modules_to_save) for c in configs]
+    rest = [
+        (c.exclude_modules, c.layers_to_transform, c.layers_pattern, c.modules_to_save)
+        for c in configs
+    ]
     if all(r == rest[0] for r in rest) and not configs[0].modules_to_save:
         if all(names == wanted[0] for names in wanted):
             return merged
@@ -230,8 +250,17 @@ def _selection(configs: Sequence[LoraConfig], layers: Mapping[str, Any]) -> dict
         "target_modules": list(chosen),
         "exclude_modules": None,
         "layers_to_transform": None,
+        "layers_pattern": None,
         "modules_to_save": None,
     }
+
+
+def _biases(configs: Sequence[LoraConfig]) -> dict[str, Any]:
+    """Config fields of biases: on B if any has one; the base's are in no adapter given."""
+    fields: dict[str, Any] = {"bias": "none"}
+    if any(config.lora_bias for config in configs):
+        fields |= {"lora_bias": True, "init_lora_weights": True}
+    return fields
 
 
 def _check(

@@ -1,5 +1,8 @@
 """Low-rank adapters as trees: targets, factors, the delta, merging."""
 
+from ._biases import bias_of as bias_of
+from ._biases import check_whole_stacks as check_whole_stacks
+from ._biases import trained_biases as trained_biases
 from ._box import LoraParam as LoraParam
 from ._box import box_adapters as box_adapters
 from ._box import check_shapes as check_shapes
@@ -7,11 +10,17 @@ from ._dora import column_norm as column_norm
 from ._dora import dora_linear as dora_linear
 from ._extract import extract_adapter as extract_adapter
 from ._init import fold_in_name as fold_in_name
+from ._init import fresh_adapter as fresh_adapter
 from ._init import init_adapter as init_adapter
 from ._init import with_dropout as with_dropout
+from ._init_svd import as_adapter as as_adapter
+from ._init_svd import check_rank as check_rank
 from ._init_svd import init_loftq as init_loftq
 from ._init_svd import init_olora as init_olora
 from ._init_svd import init_pissa as init_pissa
+from ._init_svd import layer_matrices as layer_matrices
+from ._init_svd import split_weights as split_weights
+from ._init_svd import without_delta as without_delta
 from ._layout import KernelLayout as KernelLayout
 from ._layout import Layouts as Layouts
 from ._layout import as_matrix as as_matrix
@@ -47,6 +56,7 @@ from ._target import is_within as is_within
 from ._target import pattern_name as pattern_name
 from ._targets import TRAINED as TRAINED
 from ._targets import adapter_names as adapter_names
+from ._targets import bias_name as bias_name
 from ._targets import find_targets as find_targets
 from ._targets import is_embedding as is_embedding
 from ._targets import is_target as is_target

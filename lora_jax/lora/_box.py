@@ -20,6 +20,8 @@ from ._targets import adapter_names, is_embedding, known_contracting, leaf_shape
 from ._tied import TABLE, TIED, UNTIED
 from ._tokens import token_param
 
+_NEED_BASE = ("lora_A", "lora_B", "lora_B_bias", "lora_tokens")
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +31,7 @@ class LoraParam(meta.AxisMetadata):
     Layers that know it use the factored form.  Any other module reads the parameter through
     Flax, which opens the box: it then sees W0 + scaling·A·B, exact but dense.  Inside a
     scanned body only one layer is ever dense.  With a magnitude (DoRA) that sum's columns have
-    that length.
+    that length.  A bias on B is no part of the weight: only layers can add it.
     """
 
     base: Any
@@ -43,18 +45,24 @@ class LoraParam(meta.AxisMetadata):
     contracting: tuple[int, ...] | None = dataclasses.field(metadata={"static": True})
     untied: bool = dataclasses.field(default=False, metadata={"static": True})
     """Whether an output head that shares this embedding reads it without the adapter."""
+    lora_B_bias: Array | None = None
 
     def unbox(self) -> Array:
         """W0 + scaling·A·B in the base's dtype.
 
         Raises:
-            InputError: under dropout, which needs the layer's input; or if the axes of a
-                kernel of more than two are not known.
+            InputError: under dropout or with a bias on B, which need the layer's input or
+                output; or if the axes of a kernel of more than two are not known.
         """
         if self.dropout_key is not None and not is_embedding(self.path):
             raise InputError(
                 f"{self.path}: lora_dropout needs a layer whose input is known (Dense,"
                 " DenseGeneral, Einsum, Embed); set lora_dropout to 0 or exclude this module"
+            )
+        if self.lora_B_bias is not None:
+            raise InputError(
+                f"{self.path}: lora_bias needs a layer whose output is known (Dense, DenseGeneral,"
+                " Einsum); set lora_bias to false or exclude this module"
             )
         return self.shifted(1.0)
 
@@ -83,6 +91,21 @@ class LoraParam(meta.AxisMetadata):
             dense = dense * self._scale_of_columns(dense, contracting)
         return dense.astype(own if dtype is None else dtype)
 
+    def shifted_bias(self, bias: Array, sign: float) -> Array:
+        """b + sign·scaling·bias_B for the layer's own bias, in float32.
+
+        The scaling belongs to it: what the layer computes is b + scaling·bias_B.  (PEFT forgets
+        it where it merges into bitsandbytes' layers.)
+        """
+        assert self.lora_B_bias is not None
+        if bias.size != self.lora_B_bias.size:
+            raise InputError(
+                f"{self.path}: lora_B_bias {self.lora_B_bias.shape} does not fit the layer's bias"
+                f" {bias.shape}; this adapter was made for another base"
+            )
+        delta = self.scaling[..., None] * self.lora_B_bias.astype(jnp.float32)
+        return bias.astype(jnp.float32) + sign * delta.reshape(bias.shape)
+
     def _scale_of_columns(self, dense: Array, contracting: tuple[int, ...]) -> Array:
         """What gives the columns of a dense sum their magnitudes, shaped to multiply it."""
         assert self.magnitude is not None
@@ -96,7 +119,7 @@ class LoraParam(meta.AxisMetadata):
 
     def linear(self, x: Array, kernel: Array | QuantizedTensor, precision: Any = None) -> Array:
         """The layer y = x·W for inputs (..., d_in), with `kernel` the base as a matrix."""
-        layer = lora_linear
+        layer = functools.partial(lora_linear, lora_B_bias=self.lora_B_bias)
         if self.magnitude is not None:
             layer = functools.partial(dora_linear, magnitude=self.magnitude)
         return layer(
@@ -162,24 +185,25 @@ def box_adapters(params: Params, layouts: Layouts | None = None) -> dict[str, An
         if name_a not in leaves or path in (name_a, name_b, name_scaling):
             continue
         prefix = name_a.removesuffix("lora_A")
-        others = ("lora_magnitude", "lora_dropout_key", "lora_dropout_rate")
+        others = ("lora_magnitude", "lora_dropout_key", "lora_dropout_rate", "lora_B_bias")
         parts = (name_a, name_b, name_scaling, *(prefix + name for name in others))
         if missing := [p for p in parts[:3] if p not in leaves]:
             raise InputError(f"{path}: the adapter lacks {', '.join(missing)}")
         factors: list[Any] = [leaves[part] for part in parts[:3]]
         # A look-up has no input to drop, and PEFT drops none; a head tied to it has.
         drops = not is_embedding(path) or (path == TABLE and TIED in leaves)
-        dropout = map(leaves.get, parts[4:]) if drops else (None, None)
+        dropout = map(leaves.get, parts[4:6]) if drops else (None, None)
         contracting = known_contracting(layouts, path, base)
         factors.append(leaves.get(parts[3]))
-        param = LoraParam(base, *factors, *dropout, path=path, contracting=contracting)
-        if path == TABLE and UNTIED in leaves:
-            param = dataclasses.replace(param, untied=True)
+        param = LoraParam(
+            base, *factors, *dropout, path=path, contracting=contracting,
+            untied=path == TABLE and UNTIED in leaves, lora_B_bias=leaves.get(parts[6]),
+        )  # fmt: skip
         check_shapes(param)
         boxed[path] = param
         used.update(parts)
     for path in leaves:
-        if path.endswith(("lora_A", "lora_B", "lora_tokens")) and path not in used:
+        if path.endswith(_NEED_BASE) and path not in used:
             raise InputError(
                 f"{path}: the base has no parameter beside it; this adapter was made for"
                 " another base"
@@ -209,12 +233,13 @@ def check_shapes(param: LoraParam) -> None:
             f" quantized with contracting={param.base.contracting}; quantize it along the"
             " adapter's axes"
         )
-    length = None if param.magnitude is None else param.magnitude.shape
-    if length not in (None, (*stack, d_out)):
-        raise InputError(
-            f"{param.path}: lora_magnitude {length} does not fit lora_B {param.lora_B.shape}; this"
-            " adapter was made for another base"
-        )
+    for name in ("magnitude", "lora_B_bias"):
+        length = getattr(getattr(param, name), "shape", None)
+        if length not in (None, (*stack, d_out)):
+            raise InputError(
+                f"{param.path}: lora_{name.removeprefix('lora_')} {length} does not fit lora_B"
+                f" {param.lora_B.shape}; this adapter was made for another base"
+            )
     if not fits or param.lora_B.shape[:-1] != (*stack, rank) or param.lora_A.shape[:-2] != stack:
         raise InputError(
             f"{param.path}: lora_A {param.lora_A.shape} and lora_B {param.lora_B.shape} do not fit"

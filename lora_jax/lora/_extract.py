@@ -34,15 +34,15 @@ def extract_adapter(
         base_params: Before; against quantized weights, the adapter makes good their error too.
         tuned_params: After; every parameter of the base is there, in its shape.
         config: Ranks, targets and scaling. What changed elsewhere is lost, unless
-            `modules_to_save` names it.
+            `modules_to_save` or `bias` names it.
         layouts: Axes of kernels that are not plain matrices, and of stacked layers.
 
     Returns:
         An adapter as from `init_adapter`.
 
     Raises:
-        InputError: if the two have not the same parameters, or a rank exceeds a target's
-            smaller side.
+        InputError: if the two have not the same parameters, a rank exceeds a target's
+            smaller side, or the config asks for `lora_bias`.
 
     Example:
         >>> base = {"q": {"kernel": jnp.zeros((4, 6))}}
@@ -54,6 +54,11 @@ def extract_adapter(
 
     Source: Eckart and Young 1936.
     """
+    if config.lora_bias:
+        raise InputError(
+            "extract_adapter: lora_bias adds nothing to what bias='lora_only' takes over whole; use"
+            " that"
+        )
     after = dict(leaves_with_path(tuned_params))
     before = dict(leaves_with_path(base_params))
     tuned = map_with_path(lambda path, old: _counterpart(path, old, after), base_params)

@@ -14,11 +14,13 @@ from .._errors import InputError
 from .._tree import leaves_with_path, tree_from_paths
 from .._typing import Array, Key, Params
 from ..quant import QuantizedTensor, dequantize
+from ._biases import check_bias_target, check_biases, trained_biases
 from ._dora import column_norm
 from ._layout import Layouts, as_matrix
 from ._targets import (
     Target,
     adapter_names,
+    bias_name,
     find_targets,
     is_embedding,
     magnitude_name,
@@ -42,19 +44,21 @@ def init_adapter(
 
     Returns:
         A nested dict over the adapted modules: `lora_A (d_in, rank)`, `lora_B (rank, d_out)`
-        in `config.adapter_dtype`, `lora_scaling ()` in float32, and under DoRA `lora_magnitude
-        (d_out,)`, each with leading axes of layers and of experts where the base has them.  The
-        names beside a raw parameter `w` are `w_lora_A`, ...  Layers of smaller rank are padded with
-        zeros, which stay zero in training; a layer without an adapter has scaling 0.  Modules of
-        `modules_to_save` are copied in full.  Of an embedding with `trainable_token_indices` there
-        are the rows, `embedding_lora_tokens (n, d)`, and `embedding_lora_token_ids (n,)`; one that
-        the output head shares has a mark that says whether its adapter is the head's too
+        in `config.adapter_dtype`, `lora_scaling ()` in float32, under DoRA `lora_magnitude
+        (d_out,)`, under `lora_bias` `lora_B_bias (d_out,)`, each with leading axes of layers and of
+        experts where the base has them.  The names beside a raw parameter `w` are `w_lora_A`, ...
+        Layers of smaller rank are padded with zeros, which stay zero in training; a layer without
+        an adapter has scaling 0.  Modules of `modules_to_save` and biases that `bias` names are
+        copied in full.  Of an embedding with `trainable_token_indices` there are the rows,
+        `embedding_lora_tokens (n, d)`, and `embedding_lora_token_ids (n,)`; one that the output
+        head shares has a mark that says whether its adapter is the head's too
         (`ensure_weight_tying`).
 
     Raises:
-        InputError: if a name or pattern of the config matches nothing, if `modules_to_save` or
-            `trainable_token_indices` asks for what cannot be kept apart or copied, or if the
-            config's start moves the base.
+        InputError: if a name or pattern of the config matches nothing, if a rank exceeds a
+            target's smaller side, if `modules_to_save`, `trainable_token_indices`, `bias` or
+            `lora_bias` asks for what cannot be kept apart or copied, or if the config's start
+            moves the base.
 
     Example:
         >>> base = {"q_proj": {"kernel": jnp.zeros((4, 6))}}
@@ -66,12 +70,25 @@ def init_adapter(
     Source: Hu et al. 2021, section 4.1; defaults as in PEFT (A kaiming-uniform with a = √5,
     which is U(±1/√d_in), B zero; for an embedding A zero, B normal).
     """
+    refuse_data_starts("init_adapter", config)
     if config.moves_base:
         raise InputError(
             f"init_adapter: init_lora_weights={config.init_lora_weights!r} moves the base too; call"
             " init_with_base, which returns both"
         )
+    for target in find_targets(base_params, config, layouts=layouts):
+        _check_ranks(target)
     return fresh_adapter(key, base_params, config, layouts)
+
+
+def refuse_data_starts(where: str, config: LoraConfig) -> None:
+    """Refuse a config whose start looks at data, where none is given."""
+    if config.starts_from_data:
+        init = config.init_lora_weights
+        raise InputError(
+            f"{where}: init_lora_weights={init!r} looks at batches of data; call"
+            f" adapters.init_{init}"
+        )
 
 
 def fresh_adapter(
@@ -81,7 +98,8 @@ def fresh_adapter(
     dtype = jnp.dtype(config.adapter_dtype)
     params = dict(leaves_with_path(base_params))
     leaves: dict[str, Any] = {}
-    for target in find_targets(base_params, config, layouts=layouts):
+    targets = find_targets(base_params, config, layouts=layouts)
+    for target in targets:
         a, b = _factors(key, target, config)
         scaling = jnp.asarray(target.of_matrices(target.scalings), jnp.float32)
         scaling = scaling.reshape(target.lead)
@@ -89,9 +107,16 @@ def fresh_adapter(
         leaves.update(zip(adapter_names(target.path), values, strict=True))
         if config.use_dora:
             leaves[magnitude_name(target.path)] = magnitudes(params[target.path], target, *values)
+        if config.lora_bias:
+            check_bias_target(target.path)
+            leaves[bias_name(target.path)] = _biases_on_b(key, target, config).astype(dtype)
     if config.modules_to_save:
         for path in saved_modules(base_params, config):
-            leaves[path] = _trainable_copy(path, params[path], dtype)
+            leaves[path] = _trainable_copy(path, params[path], dtype, "modules_to_save copies")
+    biases = trained_biases(params, config.bias, [target.path for target in targets])
+    check_biases(biases, config, targets)
+    for path in biases:
+        leaves[path] = _trainable_copy(path, params[path], dtype, f"bias={config.bias!r} copies")
     for path, ids in token_tables(base_params, config, layouts).items():
         check_alone(path, leaves)
         _check_values(path, params[path], "trainable_token_indices copies rows of")
@@ -204,7 +229,30 @@ def _orthogonal(key: Key, target: Target, rank: int) -> tuple[Array, Array]:
     return a / 10, b / 10
 
 
-def _uniform(key: Key, shape: tuple[int, int], fan_in: int) -> Array:
+def _biases_on_b(key: Key, target: Target, config: LoraConfig) -> Array:
+    """(*lead, d_out): zero, or as the rest of B where that starts at random; 0 without adapter."""
+    count, biases = target.experts or 1, []
+    shape = (count, target.d_out)
+    for name, rank in zip(target.names, target.ranks, strict=True):
+        own = fold_in_name(key, f"{name}/lora_B_bias")
+        random = rank and not config.init_lora_weights
+        biases.append(_uniform(own, shape, rank * count) if random else jnp.zeros(shape))
+    return jnp.concatenate(biases).reshape(*target.lead, -1)
+
+
+def _check_ranks(target: Target) -> None:
+    """Refuse more directions than a matrix has; a file may still hold them."""
+    most = min(target.d_in, target.d_out)
+    for name, rank in zip(target.names, target.ranks, strict=True):
+        if rank > most:
+            raise InputError(
+                f"lora: rank {rank} at {name} exceeds the smaller side of its {target.d_in} to"
+                f" {target.d_out}; a rank above {most} adds parameters and no directions: lower r,"
+                " or set this module's in rank_pattern"
+            )
+
+
+def _uniform(key: Key, shape: tuple[int, ...], fan_in: int) -> Array:
     bound = fan_in**-0.5
     return jax.random.uniform(key, shape, minval=-bound, maxval=bound)
 
@@ -222,8 +270,8 @@ def _check_values(path: str, leaf: Any, what: str) -> None:
         )
 
 
-def _trainable_copy(path: str, leaf: Any, dtype: Any) -> Array:
-    _check_values(path, leaf, "modules_to_save copies")
+def _trainable_copy(path: str, leaf: Any, dtype: Any, what: str) -> Array:
+    _check_values(path, leaf, what)
     if isinstance(leaf, QuantizedTensor):
         return dequantize(leaf, dtype)
     return jnp.array(meta.unbox(leaf), dtype=dtype)

@@ -61,9 +61,9 @@ def init_pissa(
 
     def split(weight: Array, target: Target) -> tuple[Any, Array, Array]:
         a, b = low_rank(weight, target, config, svd)
-        return _rest(weight, a, b, target, quant), a, b
+        return without_delta(weight, a, b, target, quant), a, b
 
-    return _split(base_params, config, layouts, split)
+    return split_weights(base_params, config, layouts, split)
 
 
 def init_olora(
@@ -98,16 +98,16 @@ def init_olora(
     """
 
     def split(weight: Array, target: Target) -> tuple[Any, Array, Array]:
-        _check_rank(target)
-        q, r = jnp.linalg.qr(_matrices(weight, target).swapaxes(-1, -2))
+        check_rank(target)
+        q, r = jnp.linalg.qr(layer_matrices(weight, target).swapaxes(-1, -2))
         width = max(target.ranks)
         used = jnp.arange(width) < target.of_matrices(target.ranks)[:, None]
         a = jnp.where(used[:, None, :], r[:, :width].swapaxes(-1, -2), 0.0)
         b = jnp.where(used[:, :, None], q[..., :width].swapaxes(-1, -2), 0.0)
-        a, b = _as_adapter(a, b, target, config)
-        return _rest(weight, a, b, target, quant), a, b
+        a, b = as_adapter(a, b, target, config)
+        return without_delta(weight, a, b, target, quant), a, b
 
-    return _split(base_params, config, layouts, split)
+    return split_weights(base_params, config, layouts, split)
 
 
 def init_loftq(
@@ -156,14 +156,14 @@ def init_loftq(
         q = _quantize(weight, quant, target)
         a, b = low_rank(weight - dequantize(q, jnp.float32), target, config)
         for _ in range(iterations - 1):
-            q = _rest(weight, a, b, target, quant)
+            q = without_delta(weight, a, b, target, quant)
             a, b = low_rank(weight - dequantize(q, jnp.float32), target, config)
         return q, a, b
 
-    return _split(base_params, config, layouts, split)
+    return split_weights(base_params, config, layouts, split)
 
 
-def _split(
+def split_weights(
     base_params: Params,
     config: LoraConfig,
     layouts: Layouts | None,
@@ -199,7 +199,8 @@ def _svd(matrices: Array, width: int) -> tuple[Array, Array, Array]:
     return u[..., :width], s[..., :width], vt[..., :width, :]
 
 
-def _check_rank(target: Target) -> None:
+def check_rank(target: Target) -> None:
+    """Refuse a rank that a matrix of this shape cannot have."""
     if max(target.ranks) > min(target.d_in, target.d_out):
         raise InputError(
             f"{target.path}: rank {max(target.ranks)} exceeds the smaller side of"
@@ -218,13 +219,13 @@ def low_rank(
     Raises:
         InputError: for a rank above the target's smaller dimension.
     """
-    _check_rank(target)
+    check_rank(target)
     width = max(target.ranks)
     scalings = jnp.asarray(target.of_matrices(target.scalings), jnp.float32)
-    u, s, vt = svd(_matrices(weight, target), width)
+    u, s, vt = svd(layer_matrices(weight, target), width)
     used = jnp.arange(width) < target.of_matrices(target.ranks)[:, None]
     root = jnp.where(used, jnp.sqrt(s / jnp.where(used, scalings[:, None], 1.0)), 0.0)
-    return _as_adapter(u * root[:, None, :], root[:, :, None] * vt, target, config)
+    return as_adapter(u * root[:, None, :], root[:, :, None] * vt, target, config)
 
 
 def _randomized_svd(matrices: Array, width: int, niter: int) -> tuple[Array, Array, Array]:
@@ -242,19 +243,22 @@ def _randomized_svd(matrices: Array, width: int, niter: int) -> tuple[Array, Arr
     return basis @ u, s, vt
 
 
-def _matrices(weight: Array, target: Target) -> Array:
+def layer_matrices(weight: Array, target: Target) -> Array:
     """The weights of all layers and experts as (matrices, d_in, d_out)."""
     kernels = weight.reshape(-1, *weight.shape[len(target.lead) :])
     return jax.vmap(lambda kernel: as_matrix(kernel, _contracting(target)))(kernels)
 
 
-def _as_adapter(a: Array, b: Array, target: Target, config: LoraConfig) -> tuple[Array, Array]:
+def as_adapter(a: Array, b: Array, target: Target, config: LoraConfig) -> tuple[Array, Array]:
+    """Factors (matrices, d_in, rank) and (matrices, rank, d_out) as the tree has them."""
     a, b = (x.reshape(*target.lead, *x.shape[1:]) for x in (a, b))
     dtype = jnp.dtype(config.adapter_dtype)
     return a.astype(dtype), b.astype(dtype)
 
 
-def _rest(weight: Array, a: Array, b: Array, target: Target, quant: QuantConfig | None) -> Any:
+def without_delta(
+    weight: Array, a: Array, b: Array, target: Target, quant: QuantConfig | None
+) -> Any:
     """The weight without the adapter's delta."""
     rest = weight - dense_delta(
         a, b, _scaling(target), weight.shape[len(target.lead) :], _contracting(target)

@@ -15,17 +15,19 @@ def lora_linear(
     lora_B: Float[Array, "rank d_out"],
     scaling: Float[Array, ""] | float,
     *,
+    lora_B_bias: Float[Array, " d_out"] | None = None,
     dropout_key: Key | None = None,
     dropout_rate: Float[Array, ""] | float = 0.0,
     precision: jax.lax.PrecisionLike = None,
 ) -> Float[Array, "*batch d_out"]:
-    """A linear layer with a low-rank adapter: y = x·W0 + scaling·(dropout(x)·A)·B.
+    """A linear layer with a low-rank adapter: y = x·W0 + scaling·((dropout(x)·A)·B + bias_B).
 
     Args:
         x: Inputs; the result has their dtype.
         kernel: The frozen weight W0, dense or in four bits.
         lora_A, lora_B: The trainable factors; cast to the inputs' dtype.
         scaling: Never trained: its gradient is zero.
+        lora_B_bias: The trainable bias on B (PEFT's `lora_bias`), none by default.
         dropout_key: Without a key there is no dropout.
         dropout_rate: Share of the adapter's inputs that is zeroed.
         precision: Of the base product, as in `jax.lax.dot_general`.
@@ -38,7 +40,8 @@ def lora_linear(
     Source: Hu et al. 2021, equation 3.
     """
     base = base_product(x, kernel, precision)
-    return base + lora_delta(drop(x, dropout_key, dropout_rate), lora_A, lora_B, scaling)
+    dropped = drop(x, dropout_key, dropout_rate)
+    return base + lora_delta(dropped, lora_A, lora_B, scaling, lora_B_bias)
 
 
 def base_product(
@@ -57,8 +60,9 @@ def lora_delta(
     lora_A: Float[Array, "d_in rank"],
     lora_B: Float[Array, "rank d_out"],
     scaling: Float[Array, ""] | float,
+    lora_B_bias: Float[Array, " d_out"] | None = None,
 ) -> Float[Array, "*batch d_out"]:
-    """scaling·(x·A)·B, with a gradient that keeps its thin products fast.
+    """scaling·((x·A)·B + bias_B), with a gradient that keeps its thin products fast.
 
     Reverse mode only; the scaling gets no gradient.
 
@@ -67,7 +71,10 @@ def lora_delta(
         (2, 3)
     """
     scaling = jax.lax.stop_gradient(jnp.asarray(scaling, jnp.float32))
-    return _delta(x, lora_A.astype(x.dtype), lora_B.astype(x.dtype), scaling)
+    delta = _delta(x, lora_A.astype(x.dtype), lora_B.astype(x.dtype), scaling)
+    if lora_B_bias is None:
+        return delta
+    return delta + (scaling * lora_B_bias.astype(jnp.float32)).astype(x.dtype)
 
 
 def look_up_delta(

@@ -8,7 +8,8 @@ from flax.core import meta
 
 from .._errors import InputError
 from .._tree import combine, leaves_with_path, map_with_path, partition
-from .._typing import Params
+from .._typing import Array, Params
+from ._biases import bias_of
 from ._box import LoraParam, box_adapters
 from ._layout import Layouts
 from ._single_layers import whole_parameters
@@ -27,6 +28,8 @@ def merge_adapter(
 ) -> Params:
     """W0 + scaling·A·B for every adapted parameter; neither argument is changed.
 
+    Under `lora_bias` a layer's own bias becomes b + scaling·bias_B.
+
     Args:
         base_params: The base; quantized weights are merged into their dequantized values.
         adapter: As from `init_adapter`; parameters it holds in full replace the base's.
@@ -42,7 +45,8 @@ def merge_adapter(
         of the same model with `tie_word_embeddings=False`.
 
     Raises:
-        InputError: if the adapter does not fit the base, or is not `safe` to merge.
+        InputError: if the adapter does not fit the base, has a bias on B where the base has none
+            to merge it into, or is not `safe` to merge.
 
     Example:
         >>> base = {"q_proj": {"kernel": jnp.zeros((4, 6))}}
@@ -100,15 +104,26 @@ def _merge(
             f"{path}: the base has no such parameter; this adapter was made for another base"
         )
 
+    biased = {bias_of(p): box for p, box in boxed.items() if _has_bias(box)}
+    for path in biased.keys() - before.keys():
+        raise InputError(
+            f"{path}: lora_bias is merged into a layer's own bias, and this base has none; keep"
+            " the adapter beside the base (lora_linen), or train it without lora_bias"
+        )
+
     def leaf(path: str, old: Any) -> Any:
         value = boxed[path]
-        if isinstance(value, LoraParam):
+        if path in biased:
+            whole = _whole(path, value, old, jnp.float32)
+            own = leaf_shape(old)[1] if dtype is None else dtype
+            new = biased[path].shifted_bias(whole, sign).astype(own)
+        elif isinstance(value, LoraParam):
             new = value.shifted(sign, dtype)
         elif isinstance(value, TokenParam):
             new = value.merged(dtype)
         elif value is old:
             return old
-        else:  # one of `modules_to_save`
+        else:  # one of `modules_to_save`, or a trained bias
             new = _whole(path, value, old, dtype)
         return old.replace_boxed(new) if isinstance(old, meta.AxisMetadata) else new
 
@@ -117,11 +132,15 @@ def _merge(
     return map_with_path(leaf, bare)
 
 
+def _has_bias(leaf: Any) -> bool:
+    return isinstance(leaf, LoraParam) and leaf.lora_B_bias is not None
+
+
 def _is_untied(adapter: Params) -> bool:
     return any(path == UNTIED for path, _ in leaves_with_path(adapter))
 
 
-def _whole(path: str, value: Any, old: Any, dtype: Any) -> Any:
+def _whole(path: str, value: Any, old: Any, dtype: Any) -> Array:
     (shape, own), (found, _) = leaf_shape(old), leaf_shape(value)
     if found != shape:
         raise InputError(

@@ -22,7 +22,8 @@ def resize_adapter(
         A'·B' = the rank-r SVD of scaling·A·B,    A' orthonormal
 
     The delta stays as it was, up to rounding, where it has no more directions than the new rank.
-    Directions beyond them start as in a new adapter: A' has them, B' is zero.
+    Directions beyond them start as in a new adapter: A' has them, B' is zero.  A bias on B stays
+    whole, times the old scaling.
 
     Args:
         adapter: As from `init_adapter`; modules it holds in full stay as they are.
@@ -64,6 +65,9 @@ def resize_adapter(
         leaves[path_a] = a.astype(leaves[path_a].dtype)
         leaves[path_b] = b.astype(leaves[path_b].dtype)
         leaves[path_scaling] = scaling.astype(jnp.float32)
+        if (path_bias := f"{path_b}_bias") in leaves:
+            bias = leaves[path_bias]
+            leaves[path_bias] = (factor[..., 0] * bias).astype(bias.dtype)
     return tree_from_paths(leaves), unit_scaled(config, rank)
 
 

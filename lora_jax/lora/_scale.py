@@ -14,6 +14,8 @@ from ._single_layers import whole_parameters
 def scale_adapter(adapter: Params, factor: float | Float[Array, ""]) -> Params:
     """The adapter whose delta is `factor` times as large: A and scaling stay, B' = factor·B.
 
+    A bias on B is part of the delta, and scaled too.
+
     The scaling stays the config's, so that the adapter can be saved and trained on.
 
     Args:
@@ -38,7 +40,7 @@ def scale_adapter(adapter: Params, factor: float | Float[Array, ""]) -> Params:
         )
 
     def scaled(path: str, leaf: Any) -> Any:
-        if not path.endswith("lora_B"):
+        if not path.endswith(("lora_B", "lora_B_bias")):
             return leaf
         # Multiplied before it is rounded to 16 bits.
         return (jnp.float32(factor) * leaf).astype(leaf.dtype)

@@ -13,7 +13,7 @@ from .._tree import leaves_with_path, tree_from_paths
 from .._typing import Array, Params
 from ._layout import Layouts, paths_of_layers, rule_for
 from ._target import pattern_name, target_name
-from ._targets import adapter_names, is_target
+from ._targets import adapter_names, bias_name, is_target
 from ._tied import tied_config
 
 
@@ -27,6 +27,7 @@ class AdaptedLayer:
     lora_B: Float[Array, "rank d_out"]
     scaling: Float[Array, ""]
     is_expert: bool = False
+    lora_B_bias: Float[Array, " d_out"] | None = None
 
     @property
     def layer(self) -> str:
@@ -108,6 +109,11 @@ def adapter_from_layers(
         values = (a.astype(dtype), b.astype(dtype), scaling)
         for path, value in zip(adapter_names(param), values, strict=True):
             leaves[path] = value.reshape((*lead, *value.shape[1:]))
+        if any(layer.lora_B_bias is not None for layer in own):
+            none = jnp.zeros(b.shape[-1])
+            biases = [none if x.lora_B_bias is None else x.lora_B_bias for x in own]
+            bias = jnp.stack(biases).astype(dtype)
+            leaves[bias_name(param)] = bias.reshape((*lead, *bias.shape[1:]))
     return tree_from_paths(leaves)
 
 
@@ -156,8 +162,10 @@ def _layers_of(
         names = [f"{name}/{i}" for name in names for i in range(count)]
         ranks = [rank for rank in ranks for _ in range(count)]
     a, b = (x.reshape(-1, *x.shape[-2:]) for x in (a, b))
-    parts = zip(names, ranks, a, b, scaling.reshape(-1), strict=True)
+    bias = leaves.get(bias_name(param))
+    biases = [None] * len(a) if bias is None else jnp.asarray(bias).reshape(len(a), -1)
+    parts = zip(names, ranks, a, b, scaling.reshape(-1), biases, strict=True)
     return [
-        AdaptedLayer(name, a[:, :rank], b[:rank], s, layout.experts)
-        for name, rank, a, b, s in parts
+        AdaptedLayer(name, a[:, :rank], b[:rank], s, layout.experts, bias)
+        for name, rank, a, b, s, bias in parts
     ]

@@ -11,7 +11,7 @@ from .._errors import InputError
 from .._quant_config import QuantConfig
 from .._tree import leaves_with_path, tree_from_paths
 from .._typing import Array, Key, Params
-from ._init import init_adapter
+from ._init import init_adapter, refuse_data_starts
 from ._init_svd import init_loftq, init_olora, init_pissa
 from ._layout import Layouts
 
@@ -48,6 +48,7 @@ def init_with_base(
         False
     """
     name, _, niter = str(config.init_lora_weights).partition("_niter_")
+    refuse_data_starts("init_with_base", config)
     if name == "pissa":
         turns = int(niter) if niter else None
         return init_pissa(base_params, config, quant, niter=turns, layouts=layouts)
@@ -119,4 +120,6 @@ def _twice(config: LoraConfig) -> LoraConfig:
         alpha_pattern={name: factor * alpha for name, alpha in config.alpha_pattern.items()},
         init_lora_weights=True,
         loftq_config={},
+        corda_config=None,
+        lora_ga_config=None,
     )

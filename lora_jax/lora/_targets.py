@@ -14,6 +14,7 @@ from .._errors import InputError, nearest
 from .._tree import leaves_with_path, map_with_path
 from .._typing import Params
 from ..quant import QuantizedTensor
+from ._biases import trained_biases
 from ._layout import (
     KernelLayout,
     Layouts,
@@ -34,7 +35,7 @@ from ._target import (
 )
 from ._tied import OUTPUT_HEADS, tied_config
 
-TRAINED = ("lora_A", "lora_B", "lora_magnitude", "lora_tokens")
+TRAINED = ("lora_A", "lora_B", "lora_B_bias", "lora_magnitude", "lora_tokens")
 """Parts of an adapter that are trained."""
 
 
@@ -138,17 +139,22 @@ def is_target(name: str, param_path: str, config: LoraConfig) -> bool:
 
 
 def trainable_mask(params: Params, config: LoraConfig | None = None) -> Params:
-    """True for every trainable leaf: `TRAINED` ones, and what lies in `modules_to_save`.
+    """True for every trainable leaf: `TRAINED` ones, and those that the config trains whole.
 
     Args:
         params: An adapter, or a base combined with one.
-        config: Needed only when it names `modules_to_save`.
+        config: Needed only when it names `modules_to_save` or a `bias`.
 
     Example:
         >>> trainable_mask({"q": {"kernel": 1, "lora_A": 2, "lora_B": 3, "lora_scaling": 4}})
         {'q': {'kernel': False, 'lora_A': True, 'lora_B': True, 'lora_scaling': False}}
     """
     saved = set(saved_modules(params, config)) if config and config.modules_to_save else set()
+    if config and config.bias != "none":
+        paths = [path for path, _ in leaves_with_path(params)]
+        factors = [path for path in paths if path.rpartition("/")[2] == "lora_A"]
+        kernels = [path.removesuffix("lora_A") + "kernel" for path in factors]
+        saved |= set(trained_biases(paths, config.bias, kernels))
     return map_with_path(lambda path, _: path in saved or path.endswith(TRAINED), params)
 
 
@@ -167,6 +173,11 @@ def adapter_names(param_path: str) -> tuple[str, str, str]:
 def magnitude_name(param_path: str) -> str:
     """Path of `lora_magnitude` (DoRA) beside a parameter."""
     return adapter_names(param_path)[0].removesuffix("lora_A") + "lora_magnitude"
+
+
+def bias_name(param_path: str) -> str:
+    """Path of `lora_B_bias` (`lora_bias`) beside a parameter."""
+    return adapter_names(param_path)[1] + "_bias"
 
 
 def token_names(param_path: str) -> tuple[str, str]:
@@ -198,18 +209,14 @@ class _Matcher:
         self.config = config
         layers = config.layers_to_transform
         self.layers = [layers] if isinstance(layers, int) else layers or None
-        expression = isinstance(config.target_modules, str)
-        if self.layers and expression and config.target_modules != "all-linear":
-            raise InputError(
-                "lora: layers_to_transform goes with a list of target_modules; put the layer"
-                " numbers into the regular expression instead"
-            )
         self.counts: dict[tuple[str, str], int] = {
             (field, pattern): 0
             for field in ("target_modules", "target_parameters", "exclude_modules")
             for pattern in _as_list(getattr(config, field))
         }
         self.counts |= {("layers_to_transform", str(layer)): 0 for layer in self.layers or []}
+        lists = _as_list(config.layers_pattern) if self.layers else []
+        self.counts |= {("layers_pattern", pattern): 0 for pattern in lists}
 
     def __call__(self, name: str, path: str) -> bool:
         """Whether to adapt the module `name`, a single layer of the parameter at `path`."""
@@ -230,12 +237,25 @@ class _Matcher:
             return False
         if self.layers is None:
             return True
-        number = _layer_number(dotted)
+        number = self._layer_number(dotted)
         if number in self.layers:
             self.counts["layers_to_transform", str(number)] += 1
         # A name in full says its layer itself.
         in_full = [p.replace("/", ".") for p in _as_list(self.config.target_modules)]
         return number in self.layers or dotted in in_full
+
+    def _layer_number(self, dotted: str) -> int | None:
+        """Which of a list's modules this is, or is in: PEFT's rule."""
+        patterns = _as_list(self.config.layers_pattern)
+        if not patterns:
+            # The first number, and only below two names: a later one may count experts.
+            found = re.match(r".*?\.[^.]*\.(?P<number>\d+)\.", dotted)
+            return int(found["number"]) if found else None
+        for pattern in patterns:
+            if found := re.match(rf"(?:^|.*?\.){pattern}\.(?P<number>\d+)\.", dotted):
+                self.counts["layers_pattern", pattern] += 1
+                return int(found["number"])
+        return None
 
     def _matches(self, field: str, dotted: str) -> bool:
         patterns = getattr(self.config, field)
@@ -269,9 +289,10 @@ class _Matcher:
                     hint += " means every module of that name"
                 raise InputError(f"lora: {field} {pattern!r} matches nothing{hint}. {there}")
         if not adapted:
+            outermost = "; a list that lies below no other module needs layers_pattern"
             raise InputError(
                 "lora: no module is left to adapt after exclude_modules, modules_to_save and"
-                f" layers_to_transform. {there}"
+                f" layers_to_transform{outermost if self.layers else ''}. {there}"
             )
 
 
@@ -339,11 +360,6 @@ def _target(
         layout=layout,
         experts=shape[layout.leading_axes - 1] if layout.experts else None,
     )
-
-
-def _layer_number(dotted: str) -> int | None:
-    """The first number above a module: a later one may count experts, the last is its name."""
-    return next((int(part) for part in dotted.split(".")[:-1] if part.isdigit()), None)
 
 
 def _summary(params: Params, layouts: Layouts | None = None) -> str:

@@ -27,7 +27,7 @@ def freeze_base(
     Args:
         tx: Any optax transformation.
         mask: From the params tree to booleans, True where trainable.  The default trains
-            `lora_A` and `lora_B`; with `modules_to_save`, give
+            `lora_A` and `lora_B`; with `modules_to_save` or `bias`, give
             `lambda params: trainable_mask(params, config)`.
 
     Returns:

@@ -56,7 +56,7 @@ def lora_plus(
 
 
 def scale_lora_b(ratio: float) -> optax.GradientTransformation:
-    """Multiply the updates of `lora_B` by `ratio`; put it behind an optimizer.
+    """Multiply the updates of `lora_B` and its bias by `ratio`; put it behind an optimizer.
 
     The rate of B grows because A has many inputs to sum over.  An embedding looks one up, so its
     factors keep their updates, and so does whatever is no factor.  (PEFT gives an embedding's two
@@ -84,7 +84,7 @@ def scale_lora_b(ratio: float) -> optax.GradientTransformation:
         del params
 
         def scaled(path: str, update: Any) -> Any:
-            if not path.endswith("lora_B") or is_embedding_factor(path):
+            if not path.endswith(("lora_B", "lora_B_bias")) or is_embedding_factor(path):
                 return update
             return jax.tree.map(lambda x: x * ratio, update)
 

@@ -103,6 +103,8 @@ class TrainSection:
     beta2: float = 0.999
     clip_norm: float | None = 1.0
     seed: int = 0
+    start_batches: int = 8
+    """Batches at most that a start from data (`eva`, `corda`, `lora_ga`) looks at."""
     log_every: int = 10
     eval_every: int | None = None
     """Steps between measurements; null measures before and after only."""
@@ -117,7 +119,14 @@ class TrainSection:
     """Tokens whose logits exist at one time."""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "accumulate", "log_every", "keep", "loss_chunk"):
+        for name in (
+            "batch_size",
+            "accumulate",
+            "start_batches",
+            "log_every",
+            "keep",
+            "loss_chunk",
+        ):
             if getattr(self, name) < 1:
                 raise InputError(f"train.{name}: must be at least 1, got {getattr(self, name)}")
         for name in ("steps", "eval_every", "save_every", "patience"):

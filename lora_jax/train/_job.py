@@ -35,6 +35,7 @@ from ..models import (
 from ..optim._lora_fa import without_lora_a
 from ..transform import LoraLinen, lora_linen
 from ._config import DataSection, ModelSection, RunConfig
+from ._start import plain_start, start_from_data
 
 DEFAULT_LENGTH = 512
 DEFAULT_TARGETS = {"llama": ["q_proj", "v_proj"]}
@@ -54,6 +55,8 @@ class Setup:
     base: Params
     trainable: Params
     targets: tuple[Target, ...]
+    lora: LoraConfig
+    """The adapter's: the run's, or what its start (`eva`) has made of that."""
 
     @property
     def layouts(self) -> Layouts:
@@ -70,7 +73,7 @@ class Setup:
             return lambda params: map_with_path(lambda path, _: True, params)
 
         def chosen(params: Params) -> Params:
-            return trainable_mask(params, self.config.lora)
+            return trainable_mask(params, self.lora)
 
         return without_lora_a(chosen) if self.config.train.optimizer == "lora_fa" else chosen
 
@@ -85,7 +88,7 @@ class Setup:
             sum(t.ranks) * ((trains_a or is_embedding(t.path)) * t.d_in + t.d_out)
             for t in self.targets
         )
-        if self.config.lora.use_dora:
+        if self.config.lora.use_dora or self.config.lora.lora_bias:
             adapted += sum(t.d_out for t in self.targets for rank in t.ranks if rank)
         of_pairs = tuple(name for name in TRAINED if name != "lora_tokens")
         whole = [x.size for path, x in trainable.items() if not path.endswith(of_pairs)]
@@ -134,11 +137,12 @@ def prepare(config: RunConfig) -> Job:
     rows, held_out = _rows(config.data)  # first, since it fails fast
     _check_start(config)
     pretrained = load_base(_model_section(config), _quant_as_read(config))
-    setup = _set_up(config, pretrained)
-    data = setup.config.data
+    data = with_length(config.data, pretrained)
+    examples = examples_of(rows, data, pretrained)
+    setup = _set_up(config, pretrained, examples)
     return Job(
         **{field.name: getattr(setup, field.name) for field in dataclasses.fields(setup)},
-        train=examples_of(rows, data, pretrained),
+        train=examples,
         eval=examples_of(held_out, data, pretrained),
         places={row.index: row.where for row in rows},
     )
@@ -146,6 +150,8 @@ def prepare(config: RunConfig) -> Job:
 
 def prepare_abstract(config: RunConfig) -> Setup:
     """What a run would train, as shapes: from the model's config alone, with nothing allocated.
+
+    Which layers get which ranks by `eva` only data can tell: here each has its own.
 
     Raises:
         InputError: for whatever in the config does not fit the model.
@@ -164,24 +170,27 @@ def prepare_beside(config: RunConfig, job: Job) -> Job:
     Raises:
         InputError: for whatever in the config does not fit the model.
     """
-    setup = _set_up(config, job.pretrained)
+    setup = _set_up(config, job.pretrained, job.train)
     own = {field.name: getattr(setup, field.name) for field in dataclasses.fields(setup)}
     return dataclasses.replace(job, **own)
 
 
 def _set_up(
-    config: RunConfig, pretrained: Pretrained, make: Callable[..., Any] = lambda f, *x: f(*x)
+    config: RunConfig,
+    pretrained: Pretrained,
+    examples: Examples | None = None,
+    make: Callable[..., Any] = lambda f, *x: f(*x),
 ) -> Setup:
     config = _with_targets(config, pretrained)
     config = dataclasses.replace(config, data=with_length(config.data, pretrained))
     if config.train.method == "full":
-        base, trainable, targets = {}, pretrained.params, ()
+        base, trainable, targets, lora = {}, pretrained.params, (), config.lora
     else:
-        config, base, trainable = _adapter(config, pretrained, make)
+        config, base, trainable, lora = _adapter(config, pretrained, examples, make)
         pretrained = dataclasses.replace(pretrained, params=base)
-        targets = matched_targets(base, config.lora, layouts=pretrained.layouts)
+        targets = matched_targets(base, lora, layouts=pretrained.layouts)
     model = lora_linen(pretrained.module)
-    return Setup(config, pretrained, model, base, trainable, targets)
+    return Setup(config, pretrained, model, base, trainable, targets, lora)
 
 
 def with_length(section: DataSection, pretrained: Pretrained) -> DataSection:
@@ -284,27 +293,32 @@ def _check_start(config: RunConfig) -> None:
 
 
 def _adapter(
-    config: RunConfig, pretrained: Pretrained, make: Callable[..., Any]
-) -> tuple[RunConfig, Params, dict[str, Any]]:
+    config: RunConfig, pretrained: Pretrained, examples: Examples | None, make: Callable[..., Any]
+) -> tuple[RunConfig, Params, dict[str, Any], LoraConfig]:
     """A new adapter, or the one to go on from (whose own shape then counts), and its base."""
     layouts, params, quant = pretrained.layouts, pretrained.params, config.quant
     if config.train.adapter is not None:
         adapter, lora = load_adapter(config.train.adapter, params, layouts=layouts)
         lora = dataclasses.replace(lora, lora_dropout=config.lora.lora_dropout)
-        return dataclasses.replace(config, lora=lora), params, adapter
-    _refuse_moved_embeddings(config.lora, pretrained)
+        return dataclasses.replace(config, lora=lora), params, adapter, lora
+    lora = config.lora
+    _refuse_moved_embeddings(lora, pretrained)
+    if lora.starts_from_data and examples is not None:
+        return config, *start_from_data(config, pretrained, examples)
+    if lora.starts_from_data:  # of which the shapes are those of any start
+        lora = plain_start(lora)
 
     def start(key: Any, params: Params) -> tuple[Params, dict[str, Any]]:
-        if quant is None or not config.lora.moves_base:
-            return init_with_base(key, params, config.lora, layouts=layouts)
+        if quant is None or not lora.moves_base:
+            return init_with_base(key, params, lora, layouts=layouts)
         own = quant.of(quant.format)
-        base, adapter = init_with_base(key, params, config.lora, own, layouts=layouts)
+        base, adapter = init_with_base(key, params, lora, own, layouts=layouts)
         return quantize_params(base, quant), adapter
 
     key = jax.random.key(config.train.seed)
-    if config.lora.moves_base:
-        return config, *make(start, key, params)
-    return config, params, make(lambda *given: start(*given)[1], key, params)
+    if lora.moves_base:
+        return config, *make(start, key, params), lora
+    return config, params, make(lambda *given: start(*given)[1], key, params), lora
 
 
 def _refuse_moved_embeddings(lora: LoraConfig, pretrained: Pretrained) -> None:

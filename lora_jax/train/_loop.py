@@ -17,7 +17,7 @@ from .._errors import InputError
 from .._files import atomic_directory
 from .._tree import combine
 from ..adapters import save_adapter
-from ..data import BatchIterator, batch_iterator, eval_batches
+from ..data import BatchIterator, eval_batches
 from ..lora import without_start
 from ..models import save_pretrained
 from ._checkpoint import Checkpoints
@@ -30,6 +30,7 @@ from ._notes import write_notes
 from ._optimizer import learning_rate
 from ._program import make_program
 from ._rundir import claim_directory, reopen_directory
+from ._start import training_batches
 from ._step import LOWEST_SCALE
 
 
@@ -121,15 +122,7 @@ def steps_of(config: RunConfig, batches: BatchIterator) -> int:
 
 def job_batches(job: Job) -> BatchIterator:
     """The training batches of a job, from their beginning."""
-    c = job.config
-    return batch_iterator(
-        job.train,
-        batch_size=c.train.batch_size,
-        seq_length=c.data.seq_length,
-        packing=c.data.packing,
-        seed=c.train.seed,
-        pad_id=job.pretrained.tokenizer.pad_id or 0,
-    )
+    return training_batches(job.config, job.train, job.pretrained)
 
 
 class _Loop:
@@ -314,7 +307,7 @@ def save_result(job: Job, directory: Path, trainable: dict[str, Any]) -> None:
 
 
 def _save_adapter(job: Job, directory: Path, adapter: dict[str, Any]) -> None:
-    lora = job.config.lora
+    lora = job.lora
     if lora.init_lora_weights == "loftq":
         # Over the base as `quant` gives it, which the first iteration leaves as it is.
         lora = dataclasses.replace(lora, init_lora_weights=True, loftq_config={})

@@ -116,7 +116,8 @@ def batches_of_members(members: Sequence[Member], at_once: int) -> list[list[Mem
     """Members that can be trained in one step, at most so many, in the order of the grid.
 
     They share base, rows and everything that shapes a step; rank, alpha, learning rate, seed and
-    the start of the adapter are each one's own.  Ranks are padded to a bucket, a power of two.
+    the start of the adapter are each one's own, unless that moves the base or chooses ranks by
+    data.  Ranks are padded to a bucket, a power of two.
     """
     groups: dict[str, list[Member]] = {}
     for member in members:
@@ -133,7 +134,7 @@ def _shared(config: RunConfig) -> str:
     bucket = max(ranks) if train.optimizer == "adamw_8bit" else rank_bucket(max(ranks))
     plain = LoraConfig()
     own = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "init_lora_weights")
-    if not lora.moves_base:
+    if not (lora.moves_base or lora.starts_from_data):
         neutral = {name: getattr(plain, name) for name in own}
         lora = dataclasses.replace(lora, **neutral)
         train = dataclasses.replace(

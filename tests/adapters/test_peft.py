@@ -84,8 +84,8 @@ def test_what_is_missing_is_named(stories, peft_made):
     ("name", "word"),
     [
         ("NEG_prompt_tuning_gpt2", "peft_type 'PROMPT_TUNING' is not supported"),
-        ("gpt2_oldbin_r8", "fan_in_fan_out=True is not supported"),
-        ("gpt2_r8_cattn_cproj_faninfanout", "fan_in_fan_out=True is not supported"),
+        ("gpt2_oldbin_r8", "made for another base"),
+        ("gpt2_r8_cattn_cproj_faninfanout", "made for another base"),
         ("phuongsky_gpt2", "made for another base"),
         ("bertbase_mts_r8", "made for another base"),
         ("llama32-1b_r8_qv", "made for another base"),
@@ -145,8 +145,8 @@ def small(dtype="float32", **fields):
     params = {
         "model": {
             "layers": {
-                "q_proj": {"kernel": jax.random.normal(KEY, (3, 4, 6))},
-                "v_proj": {"kernel": jax.random.normal(KEY, (3, 4, 2))},
+                "q_proj": {"kernel": jax.random.normal(KEY, (3, 4, 6)), "bias": jnp.ones((3, 6))},
+                "v_proj": {"kernel": jax.random.normal(KEY, (3, 4, 3)), "bias": jnp.ones((3, 3))},
                 "norm": {"weight": jnp.ones((3, 4))},
             }
         },
@@ -176,6 +176,12 @@ def assert_equal(one, other):
         {"rank_pattern": {r"layers\.1\.q_proj": 1}, "alpha_pattern": {"v_proj": 5}},
         {"use_rslora": True, "lora_alpha": 7.5},
         {"modules_to_save": ["lm_head", "norm"]},
+        {"lora_bias": True, "dtype": "bfloat16"},
+        {"bias": "all", "target_modules": ["v_proj"]},
+        {"bias": "lora_only", "lora_bias": True},
+        {"bias": "all", "lora_bias": True, "trainable_token_indices": {"lm_head": [3, 1]}},
+        {"bias": "all", "modules_to_save": ["lm_head"], "fan_in_fan_out": True},
+        {"layers_to_transform": [0, 2], "layers_pattern": ["layers"]},
     ],
 )
 def test_round_trip_is_bitwise(tmp_path, fields):
@@ -187,6 +193,19 @@ def test_round_trip_is_bitwise(tmp_path, fields):
         assert read.target_modules == config.target_modules
     assert read.lora_alpha == config.lora_alpha
     assert read.adapter_dtype == config.adapter_dtype
+    for field in ("bias", "lora_bias", "fan_in_fan_out", "layers_pattern"):
+        assert getattr(read, field) == getattr(config, field)
+
+
+@pytest.mark.parametrize("init", ["gaussian", "orthogonal", "eva", "mica"])
+def test_how_an_adapter_over_its_own_base_began_changes_nothing(tmp_path, init):
+    params, adapter, config = small(r=2)
+    save_adapter(tmp_path, adapter, config, layouts=LAYOUTS)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"init_lora_weights": init}))
+    loaded, read = load_adapter(tmp_path, params, layouts=LAYOUTS)
+    assert_equal(adapter, loaded)
+    assert read.init_lora_weights == (True if init == "mica" else init)
 
 
 def test_layers_are_trimmed_to_their_rank(tmp_path):
@@ -222,7 +241,7 @@ def test_what_cannot_be_saved(tmp_path):
     params, adapter, config = small()
     with pytest.raises(InputError, match="pass the layouts"):
         save_adapter(tmp_path / "a", adapter, config)
-    config = LoraConfig(target_modules="all-linear")
+    config = LoraConfig(r=4, target_modules="all-linear")
     bare = init_adapter(KEY, {"kernel": jnp.ones((5, 4))}, config)
     with pytest.raises(InputError, match="a layer without a name"):
         save_adapter(tmp_path / "a", bare, config)
@@ -265,7 +284,7 @@ DAMAGE = {
     "missing tensor": (lambda d: edit_tensors(d, lambda t: t.pop(LAST)), f"no tensor {LAST}"),
     "extra tensor": (
         lambda d: edit_tensors(d, lambda t: t.update(more=np.zeros(1))),
-        "have no place, more first",
+        "no place for more; the adapter was made for another base",
     ),
     "wrong shape": (
         lambda d: edit_tensors(d, lambda t: t.update({LAST: np.zeros((3, 5), np.float32)})),

@@ -159,7 +159,7 @@ def test_a_head_trained_in_full(tmp_path):
 
 def test_the_config_has_the_keys_that_peft_writes(tmp_path):
     config = LoraConfig(target_modules=["q"])
-    adapter = init_adapter(jax.random.key(0), {"q": {"kernel": jnp.ones((3, 4))}}, config)
+    adapter = init_adapter(jax.random.key(0), {"q": {"kernel": jnp.ones((8, 9))}}, config)
     save_adapter(tmp_path / "ours", adapter, config)
     peft.LoraConfig(target_modules=["q"], inference_mode=True).save_pretrained(tmp_path / "theirs")
     ours, written = (

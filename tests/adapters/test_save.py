@@ -18,6 +18,9 @@ LAYOUTS = {"layers": KernelLayout(stack="layers")}
 PREFIX = "base_model.model."
 
 
+FIRST = {"layers_to_transform": [0], "layers_pattern": "layers"}
+
+
 def base():
     def normal(*shape):
         return jax.random.normal(jax.random.key(len(shape)), shape)
@@ -48,8 +51,15 @@ def saved(directory, made_with, saved_with=None):
         ({}, {"r": 4, "lora_alpha": 32 / 3}, "layers/0/q_proj has rank 3, but the config gives 4"),
         ({}, {"lora_alpha": 9}, "lora_scaling is 2.66667 at layers/0/q_proj, but the config"),
         ({}, {"target_modules": ["v_proj"]}, "layers/0/q_proj has an adapter, but the config giv"),
-        ({"layers_to_transform": [0]}, {}, "layers/1/q_proj has no adapter, but the config gives"),
-        ({}, {"layers_to_transform": [0]}, "layers/1/q_proj has an adapter, but"),
+        (FIRST, {}, "layers/1/q_proj has no adapter, but the config gives"),
+        ({}, FIRST, "layers/1/q_proj has an adapter, but"),
+        (
+            {"lora_bias": True},
+            {},
+            "layers/q_proj has a lora_B_bias, but the config says lora_bias=F",
+        ),
+        ({}, {"lora_bias": True}, "layers/q_proj has no lora_B_bias, but the config says"),
+        ({}, {"bias": "all"}, "bias='all', and the adapter holds no bias"),
         ({}, {"modules_to_save": ["lm_head"]}, "modules_to_save 'lm_head' is not in the adapter"),
         ({"modules_to_save": ["lm_head"]}, {}, "holds lm_head/kernel whole, but the config's"),
         ({}, {"target_modules": None}, "has an adapter, but the config gives it none"),

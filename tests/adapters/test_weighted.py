@@ -31,6 +31,9 @@ SINGLE = {
 }
 
 
+LIST = {"layers_pattern": "layers"}
+
+
 def make(seed, base=BASE, layouts=LAYOUTS, **fields):
     fields = {"r": 3, "lora_alpha": 5 + seed, "target_modules": ["q", "embed"], **fields}
     config = LoraConfig(init_lora_weights=False, **fields)
@@ -71,7 +74,7 @@ def assert_close(got, expected, tolerance=1e-5):
 DIFFERENT = [
     make(0, rank_pattern={"layers.1.q": 2}, use_rslora=True),
     make(1, r=1, target_modules=["q", "v"]),
-    make(2, r=2, target_modules=["v"], layers_to_transform=[1]),
+    make(2, r=2, target_modules=["v"], layers_to_transform=[1], layers_pattern="layers"),
 ]
 
 
@@ -123,8 +126,8 @@ def test_the_result_can_be_saved(tmp_path, kind):
         ),
         (
             [
-                {"target_modules": ["q"], "layers_to_transform": [1]},
-                {"target_modules": ["q", "v"], "layers_to_transform": 0},
+                {"target_modules": ["q"], "layers_to_transform": [1], **LIST},
+                {"target_modules": ["q", "v"], "layers_to_transform": 0, **LIST},
             ],
             ["layers/0/q", "layers/1/q", "layers/0/v"],
         ),
@@ -138,6 +141,35 @@ def test_the_config_chooses_the_modules_of_all(tmp_path, fields, expected):
     save_adapter(tmp_path, adapter, config, layouts=LAYOUTS)
     loaded, _ = load_adapter(tmp_path, base, layouts=LAYOUTS)
     assert_close(deltas(loaded), summed(pairs, [1.0, 1.0]))
+
+
+@pytest.mark.parametrize("kind", ["cat", "svd"])
+def test_biases_on_b_are_summed(kind):
+    """Also those of an adapter that has none, or not in every layer."""
+    pairs = [
+        make(0, target_modules=["q"], lora_bias=True),
+        make(1, target_modules=["q", "v"], layers_to_transform=[1], lora_bias=True, **LIST),
+        make(2, target_modules=["q"]),
+    ]
+    weights = [0.7, -2.0, 1.0]
+    adapter, config = combined(pairs, weights, kind, svd_rank=None)
+    q = adapter["layers"]["q"]
+    expected = sum(
+        w * own["layers"]["q"]["lora_scaling"][:, None] * own["layers"]["q"]["lora_B_bias"]
+        for w, (own, _) in zip(weights[:2], pairs[:2], strict=True)
+    )
+    assert config.lora_bias and (q["lora_scaling"] == 1).all()
+    np.testing.assert_allclose(q["lora_B_bias"], expected, rtol=1e-5, atol=1e-6)
+    assert not adapter["layers"]["v"]["lora_B_bias"][0].any()
+    with pytest.raises(InputError, match="linear has no rule for the biases on B"):
+        combined(pairs, weights, "linear")
+
+
+def test_biases_of_the_base_are_not_summed():
+    base = {"layers": {"q": {"kernel": jnp.zeros((2, 5, 6)), "bias": jnp.zeros((2, 6))}}}
+    pair = make(0, base, target_modules=["q"], bias="all")
+    with pytest.raises(InputError, match="adapter 0 holds layers/q/bias whole"):
+        combined([pair], [1.0], "cat")
 
 
 @pytest.mark.parametrize("kind", TYPES)

@@ -115,7 +115,7 @@ def test_layers_of_a_stack_equal_single_ones():
     layouts = {"layers": KernelLayout(stack="layers")}
     config = LoraConfig(
         r=4, use_dora=True, init_lora_weights=False, target_modules=["q"],
-        layers_to_transform=[0, 2], rank_pattern={r"layers\.2\.q": 2},
+        layers_to_transform=[0, 2], layers_pattern="layers", rank_pattern={r"layers\.2\.q": 2},
     )  # fmt: skip
     adapter = trained(init_adapter(jax.random.key(1), base, config, layouts=layouts))
     merged = merge_adapter(base, adapter, layouts=layouts)["layers"]["q"]["kernel"]

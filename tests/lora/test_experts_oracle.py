@@ -153,7 +153,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "patterns": dict(
         target_parameters=[*NAMES, "proj.weight"],
         target_modules=[],
-        rank_pattern={"experts.up": 3, r"layers\.1\.experts\.down": 1, "gate": 4},
+        rank_pattern={"experts.up": 3, r"layers\.1\.experts\.down": 1, "gate": 3},
         alpha_pattern={r"layers\.0\.experts\.down": 9, "proj.weight": 3},
     ),
     "one layer": dict(
@@ -326,7 +326,7 @@ def test_experts_of_transformers(tmp_path, make):
 def test_the_config_says_that_no_module_is_meant(tmp_path):
     base = {"mlp": {"w": jnp.zeros((3, 4, 5)), "kernel": jnp.zeros((4, 5))}}
     layouts = {"mlp/w": KernelLayout((0,), experts=True)}
-    config = LoraConfig(target_parameters=["mlp.w", "mlp.kernel"])
+    config = LoraConfig(r=4, target_parameters=["mlp.w", "mlp.kernel"])
     adapter = init_adapter(jax.random.key(0), base, config, layouts=layouts)
     save_adapter(tmp_path, adapter, config, layouts=layouts)
     said = json.loads((tmp_path / "adapter_config.json").read_text())

@@ -43,7 +43,7 @@ def test_other_initialisations():
 def test_an_adapter_does_not_depend_on_other_targets():
     one = init_adapter(KEY, base(), LoraConfig(target_modules=["q"]), layouts=STACK)
     two = init_adapter(KEY, base(), LoraConfig(target_modules=["v", "q"]), layouts=STACK)
-    fewer = LoraConfig(target_modules=["q"], layers_to_transform=[1])
+    fewer = LoraConfig(target_modules=["q"], layers_to_transform=[1], layers_pattern="layers")
     three = init_adapter(KEY, base(), fewer, layouts=STACK)
     a = one["layers"]["q"]["lora_A"]
     np.testing.assert_array_equal(a, two["layers"]["q"]["lora_A"])
@@ -58,6 +58,7 @@ def test_smaller_ranks_are_padded_and_stay_zero():
         target_modules=["q"],
         rank_pattern={r"layers\.1\.q": 2},
         layers_to_transform=[0, 1],
+        layers_pattern="layers",
         init_lora_weights=False,
     )
     q = init_adapter(KEY, base(), config, layouts=STACK)["layers"]["q"]
@@ -87,7 +88,7 @@ def test_adapter_dtype(dtype):
 def test_a_saved_module_is_dense_and_a_copy():
     kernel = jax.random.normal(KEY, (64, 3))
     params = {"q": {"kernel": jnp.ones((2, 2))}, "head": {"kernel": quantize(kernel)}}
-    config = LoraConfig(target_modules=["q"], modules_to_save=["head"])
+    config = LoraConfig(r=2, target_modules=["q"], modules_to_save=["head"])
     adapter = init_adapter(KEY, params, config)
     np.testing.assert_array_equal(
         adapter["head"]["kernel"], dequantize(params["head"]["kernel"], jnp.float32)

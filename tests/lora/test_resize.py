@@ -63,8 +63,8 @@ def test_added_directions_can_learn():
 
 def test_layers_without_an_adapter_stay_without(tmp_path):
     config = LoraConfig(
-        r=2, target_modules=["q"], layers_to_transform=[1], init_lora_weights=False,
-        modules_to_save=["norm"], adapter_dtype="bfloat16",
+        r=2, target_modules=["q"], layers_to_transform=[1], layers_pattern="layers",
+        init_lora_weights=False, modules_to_save=["norm"], adapter_dtype="bfloat16",
     )  # fmt: skip
     adapter = init_adapter(KEY, BASE, config, layouts=LAYOUTS)
     resized, config = resize_adapter(adapter, config, 3)

@@ -83,6 +83,14 @@ def test_nothing_below_a_saved_module_is_adapted():
         ({"target_modules": ["q_proj"], "layers_to_transform": [0, 3]}, "layers_to_transform '3'"),
         ({"target_modules": ["q_proj"], "exclude_modules": ["q_proj"]}, "no module is left"),
         ({"target_modules": r".*q_proj", "layers_to_transform": [0]}, "list of target_modules"),
+        (
+            {
+                "target_modules": ["q_proj"],
+                "layers_to_transform": 0,
+                "layers_pattern": ["layers", "h"],
+            },
+            "layers_pattern 'h' matches nothing",
+        ),
     ],
 )
 def test_what_matches_nothing_is_an_error(fields, word):
@@ -91,6 +99,16 @@ def test_what_matches_nothing_is_an_error(fields, word):
     assert word in str(error.value) and "\n" not in str(error.value)
     if "matches nothing" in word or "missing" in word:
         assert "There is: embed_tokens, q_proj, v_proj, up_proj, lm_head" in str(error.value)
+
+
+def test_a_list_at_the_root_needs_its_name():
+    """PEFT's default looks for a list below another module."""
+    params = {"h": {"0": {"q": {"kernel": jnp.ones((4, 4))}}}}
+    fields = dict(target_modules=["q"], layers_to_transform=0)
+    with pytest.raises(InputError, match="below no other module needs layers_pattern"):
+        find_targets(params, LoraConfig(**fields))
+    (target,) = find_targets(params, LoraConfig(layers_pattern="h", **fields))
+    assert target.names == ("h/0/q",)
 
 
 def test_a_saved_module_that_is_not_there():

@@ -9,7 +9,7 @@ torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
 
 from lora_jax import LoraConfig  # noqa: E402
-from lora_jax.lora import KernelLayout, find_targets  # noqa: E402
+from lora_jax.lora import KernelLayout, find_targets, matched_targets  # noqa: E402
 
 pytestmark = pytest.mark.oracle
 LAYERS = 3
@@ -61,6 +61,10 @@ def ours():
         {"target_modules": ["model.layers.0.mlp.proj", "q_proj"], "layers_to_transform": [2]},
         {"target_modules": ["lm_head", "q_proj"], "layers_to_transform": [2]},
         {"target_modules": ["lm_head", "mlp.proj"], "layers_to_transform": []},
+        {"target_modules": ["proj"], "layers_to_transform": [1], "layers_pattern": "layers"},
+        {"target_modules": ["proj"], "layers_to_transform": [0], "layers_pattern": ["lay.*"]},
+        {"target_modules": ["v_proj"], "layers_to_transform": [0, 1], "layers_pattern": []},
+        {"target_modules": ["v_proj"], "layers_to_transform": [0], "layers_pattern": ""},
         {"target_modules": r".*proj", "modules_to_save": ["mlp"]},
         {"target_modules": ["lm_head", "q_proj"]},
         {
@@ -87,6 +91,41 @@ def test_targets_ranks_and_scalings(fields):
         if rank
     }
     assert found == expected
+
+
+def nested():
+    """A list at the root, of modules that hold a list."""
+
+    def block():
+        experts = [torch.nn.ModuleDict({"up": torch.nn.Linear(4, 4)}) for _ in range(2)]
+        return torch.nn.ModuleDict({"experts": torch.nn.ModuleList(experts)})
+
+    blocks = [block() for _ in range(2)]
+    return torch.nn.ModuleDict({"blocks": torch.nn.ModuleList(blocks)})
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"layers_to_transform": [1]},
+        {"layers_to_transform": [1], "layers_pattern": "blocks"},
+        {"layers_to_transform": [1], "layers_pattern": "experts"},
+        {"layers_to_transform": 0, "layers_pattern": ["h", "(blocks|experts)"]},
+    ],
+)
+def test_which_list_the_numbers_count(fields):
+    """By default the first that lies below another module: here that of the experts."""
+    theirs = peft.get_peft_model(nested(), peft.LoraConfig(target_modules=["up"], **fields))
+    expected = {
+        name.removeprefix("base_model.model.")
+        for name, module in theirs.named_modules()
+        if isinstance(module, peft.tuners.lora.LoraLayer)
+    }
+    kernel = {"up": {"kernel": jax.ShapeDtypeStruct((4, 4), jnp.float32)}}
+    params = {"blocks": {str(i): {"experts": {"0": kernel, "1": kernel}} for i in range(2)}}
+    targets = matched_targets(params, LoraConfig(target_modules=["up"], **fields))
+    assert {n.replace("/", ".") for t in targets for n in t.names} == expected
+    assert len(expected) == 2
 
 
 def test_all_linear_leaves_out_the_output_layer():

@@ -66,7 +66,7 @@ def stacked():
     base = {"layers": {"q": {"kernel": jnp.zeros((3, 12, 7))}}}
     config = LoraConfig(
         r=3, lora_alpha=6, target_modules=["q"], layers_to_transform=[0, 1],
-        rank_pattern={"layers.1.q": 1}, init_lora_weights=False,
+        layers_pattern="layers", rank_pattern={"layers.1.q": 1}, init_lora_weights=False,
     )  # fmt: skip
     layouts = {"layers": KernelLayout(stack="layers")}
     return init_adapter(jax.random.key(3), base, config, layouts=layouts)["layers"]

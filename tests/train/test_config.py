@@ -88,7 +88,7 @@ def test_words_win_over_the_file(load):
             "quant: {block_size: 16}",
             "quant: block_size must be an even number from 32 to 4096, got 16",
         ),
-        ("lora: {lora_bias: true}", "lora: lora_bias=True is not supported"),
+        ("lora: {use_qalora: true}", "lora: use_qalora=True is not supported"),
         ("lora: {lora_alhpa: 3}", "lora: unknown field 'lora_alhpa' (did you mean 'lora_alpha'?)"),
         ("lora: {adapter_dtype: int8}", "lora: adapter_dtype='int8' is not supported"),
         ("lora: {lora_dropout: 1.5}", "lora: lora_dropout must be in [0, 1)"),

@@ -55,6 +55,14 @@ def test_counts_modules_saved_whole(make_config):
     assert job.counts()["trainable"] == 2 * 4 * (64 + 64) + 64
 
 
+def test_counts_biases_on_b(make_config):
+    job = prepare(make_config(lora={"target_modules": ["q_proj"], "lora_bias": True}))
+    assert job.counts()["trainable"] == 2 * (4 * (64 + 64) + 64)
+    chosen = [path for path, yes in leaves_with_path(job.mask(job.trainable)) if yes]
+    stem = "model/layers/self_attn/q_proj/lora_"
+    assert chosen == [f"{stem}A", f"{stem}B", f"{stem}B_bias"]
+
+
 def test_full_training_of_16_bit_files_takes_float32(make_config, base_dir):
     train = {"method": "full"}
     job = prepare(make_config(train=train))

@@ -3,13 +3,15 @@
 import dataclasses
 import json
 
+import jax
+import numpy as np
 import pytest
 import yaml
 
 from lora_jax import InputError
 from lora_jax.adapters import read_config
 from lora_jax.train import config_text, grid, load_config, run, sweep
-from lora_jax.train._job import prepare
+from lora_jax.train._job import prepare, prepare_beside
 from lora_jax.train._sweep import batches_of_members, rank_bucket, split_grid
 
 
@@ -81,6 +83,10 @@ def test_one_step_takes_what_shares_the_base_and_the_shape_of_a_step(run_file):
     assert groups(run_file, ["--lora.init_lora_weights", "pissa,olora"]) == [
         [("pissa",)], [("olora",)]
     ]  # fmt: skip
+    # A start from data chooses modules and ranks by them, or moves the base too.
+    for varied in (["--lora.init_lora_weights", "eva,lora_ga"], ["--train.seed", "0,1"]):
+        words = varied if "eva,lora_ga" in varied else ["--lora.init_lora_weights", "eva", *varied]
+        assert [len(group) for group in groups(run_file, words)] == [1, 1]
     words = ["--lora.r", "1,2", "--train.optimizer", "adamw_8bit"]
     assert groups(run_file, words) == [[(1,)], [(2,)]]
 
@@ -106,6 +112,16 @@ def test_a_sweep_keeps_the_best_and_can_be_repeated(run_file, tmp_path):
     assert sorted(p.name for p in directory.iterdir()) == ["best", "sweep.jsonl"]
     again = run(prepare(dataclasses.replace(config, output=str(tmp_path / "again"))))
     assert again.after.loss == pytest.approx(best["loss"], rel=1e-5)
+
+
+def test_a_job_beside_another_starts_from_its_data(make_config):
+    plain = make_config(lora={"target_modules": ["down_proj"]}, train={"start_batches": 1})
+    lora = dataclasses.replace(plain.lora, init_lora_weights="eva")
+    config = dataclasses.replace(plain, lora=lora)
+    beside, alone = prepare_beside(config, prepare(plain)), prepare(config)
+    assert beside.lora == alone.lora
+    for one, other in zip(*map(jax.tree.leaves, (beside.trainable, alone.trainable)), strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def test_starts_that_move_the_base_take_turns(run_file, tmp_path):

@@ -375,6 +375,7 @@ def test_a_changed_scaling_reaches_a_cached_trace():
 
 def test_rank_patterns_in_a_stack():
     options = dict(rank_pattern={r"layers\.1\.proj": 1}, layers_to_transform=[0, 1])
+    options["layers_pattern"] = "layers"
     check(scanned(Block), inputs(2, 4), targets=["proj"], **options)
 
 

@@ -1,0 +1,64 @@
+"""The tensors of an adapter's file, each read once, and all that does not fit told together."""
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .._errors import InputError
+from ..lora import HEAD
+from ._peft import PREFIX
+
+_SHOWN = 3
+"""How many of the tensors that do not fit an error names."""
+
+
+class Reader:
+    """The tensors of a file, each read once; what does not fit is noted, and told all together."""
+
+    def __init__(self, file: Any) -> None:
+        self.file, self.unread = file, set(file.keys())
+        self.missing: list[str] = []
+        self.misshapen: list[str] = []
+        self.foreign: list[str] = []
+
+    def __call__(self, key: str, shape: tuple[int, ...]) -> np.ndarray:
+        """A tensor of this shape; zeros where the file has none."""
+        if key not in self.unread:
+            self.missing.append(f"no tensor {key}, which the config and this base call for")
+            return np.zeros(shape, np.float32)
+        self.unread.remove(key)
+        tensor = self.file.get_tensor(key)
+        if tensor.shape != shape:
+            self.misshapen.append(f"{key} has shape {tensor.shape}, this base needs {shape}")
+            return np.zeros(shape, np.float32)
+        return tensor
+
+    def shape(self, key: str) -> tuple[int, ...] | None:
+        """The shape of a tensor that is yet to be read; None where there is none."""
+        return tuple(self.file.get_slice(key).get_shape()) if key in self.unread else None
+
+    def check(self, path: Path) -> None:
+        """Refuse a file that does not fit, with the first of what is wrong of every kind.
+
+        Raises:
+            InputError: for tensors that are missing, have another shape or have no place.
+        """
+        homeless = [f"no place for {key}" for key in sorted(self.unread)]
+        kinds = (self.misshapen, self.missing, homeless, self.foreign)
+        in_turn = itertools.chain.from_iterable(itertools.zip_longest(*kinds))
+        wrong = [problem for problem in in_turn if problem is not None]
+        if not wrong:
+            return
+        more = len(wrong) - _SHOWN
+        rest = f"; and {more} more" if more > 0 else ""
+        raise InputError(f"{path}: {'; '.join(wrong[:_SHOWN])}{rest}; {self._cause()}")
+
+    def _cause(self) -> str:
+        if any(key.startswith(f"{PREFIX}{HEAD}.") for key in self.unread):
+            return (
+                f"it adapts {HEAD}, which config and base do not: of its own base and this one, one"
+                f" shares {HEAD} with the embedding (tie_word_embeddings) and one does not"
+            )
+        return "the adapter was made for another base, or one that was changed (new tokens, say)"
