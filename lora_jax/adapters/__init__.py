@@ -1,5 +1,6 @@
 """Adapters on disk, in PEFT's format, and several made into one."""
 
+from ._bank import AdapterBank as AdapterBank
 from ._load import load_adapter as load_adapter
 from ._peft import read_config as read_config
 from ._rank import DeltaSpectrum as DeltaSpectrum
