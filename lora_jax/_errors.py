@@ -1,7 +1,7 @@
 """The one error for input that is wrong: it names the place, the rule and the fix."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class InputError(ValueError):
@@ -32,3 +32,14 @@ def nearest(word: str, known: Iterable[str]) -> str:
     """
     match = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f" (did you mean {match[0]!r}?)" if match else ""
+
+
+def some_of(problems: Sequence[str], shown: int = 3) -> str:
+    """The first few of several problems, and how many more there are.
+
+    Example:
+        >>> some_of(["a", "b", "c"], shown=2)
+        'a; b; and 1 more'
+    """
+    more = len(problems) - shown
+    return "; ".join([*problems[:shown], *([f"and {more} more"] if more > 0 else [])])

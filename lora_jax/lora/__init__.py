@@ -38,6 +38,10 @@ from ._merge import unmerge_adapter as unmerge_adapter
 from ._resize import nearest_factors as nearest_factors
 from ._resize import resize_adapter as resize_adapter
 from ._resize import unit_scaled as unit_scaled
+from ._rows import PLAIN as PLAIN
+from ._rows import RowParam as RowParam
+from ._rows import choose_rows as choose_rows
+from ._rows import pad_rows as pad_rows
 from ._scale import scale_adapter as scale_adapter
 from ._single_layers import AdaptedLayer as AdaptedLayer
 from ._single_layers import adapted_param as adapted_param
@@ -45,6 +49,7 @@ from ._single_layers import adapter_from_layers as adapter_from_layers
 from ._single_layers import single_layers as single_layers
 from ._single_layers import whole_parameters as whole_parameters
 from ._stack import pad_rank as pad_rank
+from ._stack import rank_axis as rank_axis
 from ._stack import stack_adapters as stack_adapters
 from ._stack import take_adapter as take_adapter
 from ._start import init_with_base as init_with_base

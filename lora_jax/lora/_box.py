@@ -15,7 +15,8 @@ from .._typing import Array, Key, Params
 from ..quant import QuantizedTensor, dequantize
 from ._dora import column_scale, dora_linear
 from ._layout import Layouts, contracting_axes, matrix_shape
-from ._linear import dense_delta, drop, lora_delta, lora_linear
+from ._linear import dense_delta, drop, look_up_delta, lora_delta, lora_linear
+from ._rows import ROWS, RowParam
 from ._targets import adapter_names, is_embedding, known_contracting, leaf_shape
 from ._tied import TABLE, TIED, UNTIED
 from ._tokens import token_param
@@ -133,6 +134,11 @@ class LoraParam(meta.AxisMetadata):
             precision=precision,
         )
 
+    def look_up(self, ids: Array, rows: Array, table: Any) -> Array:
+        """What an embedding gives for ids, with `rows` (..., d_out) what its table gives."""
+        a, b = self.lora_A.astype(rows.dtype), self.lora_B.astype(rows.dtype)
+        return self.scaled(rows + look_up_delta(ids, a, b, self.scaling), table)
+
     def scaled(self, x: Array, kernel: Any) -> Array:
         """x (..., d_out) with each column's scale, where there are magnitudes.
 
@@ -185,7 +191,7 @@ def box_adapters(params: Params, layouts: Layouts | None = None) -> dict[str, An
         if name_a not in leaves or path in (name_a, name_b, name_scaling):
             continue
         prefix = name_a.removesuffix("lora_A")
-        others = ("lora_magnitude", "lora_dropout_key", "lora_dropout_rate", "lora_B_bias")
+        others = ("lora_magnitude", "lora_dropout_key", "lora_dropout_rate", "lora_B_bias", ROWS)
         parts = (name_a, name_b, name_scaling, *(prefix + name for name in others))
         if missing := [p for p in parts[:3] if p not in leaves]:
             raise InputError(f"{path}: the adapter lacks {', '.join(missing)}")
@@ -199,6 +205,8 @@ def box_adapters(params: Params, layouts: Layouts | None = None) -> dict[str, An
             base, *factors, *dropout, path=path, contracting=contracting,
             untied=path == TABLE and UNTIED in leaves, lora_B_bias=leaves.get(parts[6]),
         )  # fmt: skip
+        if parts[7] in leaves:
+            param = row_param(param, leaves[parts[7]])
         check_shapes(param)
         boxed[path] = param
         used.update(parts)
@@ -212,14 +220,22 @@ def box_adapters(params: Params, layouts: Layouts | None = None) -> dict[str, An
     return tree_from_paths(rest | boxed)
 
 
-def check_shapes(param: LoraParam) -> None:
+def row_param(param: LoraParam, rows: Array) -> RowParam:
+    """The same parameter with an axis of slots, and each row's slot."""
+    own = {field.name: getattr(param, field.name) for field in dataclasses.fields(param)}
+    return RowParam(**own, rows=rows)
+
+
+def check_shapes(param: LoraParam | RowParam) -> None:
     """Refuse factors that do not multiply to their parameter.
 
     Where nothing says which axes are contracted, only sizes can be compared: the layer knows,
     and checks again.
     """
     shape, _ = leaf_shape(param.base)
-    stack, kernel_shape = shape[: param.lora_A.ndim - 2], shape[param.lora_A.ndim - 2 :]
+    slots = param.scaling.shape[-1:] if isinstance(param, RowParam) else ()
+    layers = param.lora_A.ndim - 2 - len(slots)
+    stack, kernel_shape = (*shape[:layers], *slots), shape[layers:]
     d_in, rank = param.lora_A.shape[-2:]
     d_out = param.lora_B.shape[-1]
     if param.contracting is None:

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int
 
 from .._errors import InputError
 from .._typing import Array, Key, Params
+from ..lora import pad_rows
 from ..quant import QuantizedTensor
 from ._decoder import CausalLM, init_cache
 from ._layers import KVCache
@@ -70,6 +71,7 @@ def generate(
         return []
     length = _bucket(max(map(len, prompts)))
     ids, segments = _left_padded(prompts, _bucket(len(prompts), 1), length, pad_id)
+    params = pad_rows(params, len(ids))
     logits, cache = _prefill(module, params, ids, segments, room=_bucket(max_new_tokens))
     tokens, _ = _decode_program(_sliced_by_copies(params))(
         module,

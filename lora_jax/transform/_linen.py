@@ -16,17 +16,20 @@ from ..lora import (
     KernelLayout,
     Layouts,
     LoraParam,
+    RowParam,
     TokenParam,
     as_matrix,
     base_product,
     box_adapters,
     check_shapes,
     leaf_shape,
-    look_up_delta,
     rule_for,
 )
 from ..quant import QuantizedTensor, look_up, quantized_matmul
 from ._contraction import contraction_of
+
+ADAPTED = (LoraParam, RowParam)
+"""A parameter with one adapter, or with one for each row of a batch."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +137,7 @@ def _intercept(next_fun: Callable, args: tuple, kwargs: dict, context: Any) -> A
     name = "embedding" if layer else "kernel"
     if (layer or method == "__call__") and module.has_variable("params", name):
         param, inputs = module.get_variable("params", name), _inputs(args, kwargs)
-        known = isinstance(param, LoraParam | TokenParam | QuantizedTensor)
+        known = isinstance(param, (*ADAPTED, TokenParam, QuantizedTensor))
         if layer and known and inputs:
             return layer(module, param, *inputs)
         if not layer and known and inputs:
@@ -149,14 +152,12 @@ def _inputs(args: tuple, kwargs: dict) -> tuple:
     return (*args, *named)
 
 
-def _product(
-    module: Any, param: LoraParam | TokenParam | QuantizedTensor, x: Array, rest: tuple[Any, ...]
-) -> Array | None:
+def _product(module: Any, param: Any, x: Array, rest: tuple[Any, ...]) -> Array | None:
     """The layer's output in factored form; None where only the dense weight will do."""
     contraction = contraction_of(module, x.ndim, rest)
     if contraction is None or (isinstance(param, TokenParam) and contraction.kernel != (0,)):
         return None
-    base = param.base if isinstance(param, LoraParam | TokenParam) else param
+    base = param.base if isinstance(param, (*ADAPTED, TokenParam)) else param
     if not _is_matrix(base, contraction.kernel):
         base = meta.unbox(base)
     kernel = _as_matrix(base, contraction.kernel)
@@ -167,7 +168,7 @@ def _product(
     free = tuple(i for i in range(x.ndim) if i not in contraction.inputs)
     features = tuple(i for i in range(base.ndim) if i not in contraction.kernel)
     flat = x.transpose(*free, *contraction.inputs).reshape(*(x.shape[i] for i in free), -1)
-    if isinstance(param, LoraParam):
+    if isinstance(param, ADAPTED):
         check_shapes(dataclasses.replace(param, contracting=contraction.kernel))
         y = param.linear(flat, kernel, module.precision)
     elif isinstance(param, TokenParam):
@@ -197,8 +198,8 @@ def _as_matrix(base: Any, contracting: tuple[int, ...]) -> Any:
     return as_matrix(base, contracting)
 
 
-def _look_up(module: Any, param: LoraParam | TokenParam | QuantizedTensor, ids: Array) -> Array:
-    base = param.base if isinstance(param, LoraParam | TokenParam) else param
+def _look_up(module: Any, param: Any, ids: Array) -> Array:
+    base = param.base if isinstance(param, (*ADAPTED, TokenParam)) else param
     empty = jnp.zeros((), base.dtype)
     (empty,) = module.promote_dtype(empty, dtype=module.dtype, inexact=False)
     if _is_matrix(base, (1,)):
@@ -207,18 +208,17 @@ def _look_up(module: Any, param: LoraParam | TokenParam | QuantizedTensor, ids: 
         rows = jnp.take(meta.unbox(base).astype(empty.dtype), ids, axis=0)
     if isinstance(param, TokenParam):
         return param.rows(jnp.asarray(ids), rows)
-    if not isinstance(param, LoraParam):
+    if not isinstance(param, ADAPTED):
         return rows
-    a, b = param.lora_A.astype(rows.dtype), param.lora_B.astype(rows.dtype)
-    return param.scaled(rows + look_up_delta(ids, a, b, param.scaling), meta.unbox(base))
+    return param.look_up(jnp.asarray(ids), rows, meta.unbox(base))
 
 
-def _attend(module: Any, param: LoraParam | TokenParam | QuantizedTensor, query: Array) -> Array:
-    base = param.base if isinstance(param, LoraParam | TokenParam) else param
-    if isinstance(param, LoraParam) and param.untied:
+def _attend(module: Any, param: Any, query: Array) -> Array:
+    base = param.base if isinstance(param, (*ADAPTED, TokenParam)) else param
+    if isinstance(param, ADAPTED) and param.untied:
         param = base
     query, _ = module.promote_dtype(query, jnp.zeros((), base.dtype), dtype=module.dtype)
-    if isinstance(param, LoraParam):
+    if isinstance(param, ADAPTED):
         query = param.scaled(query, meta.unbox(base))
     if _is_matrix(base, (1,)):
         logits = quantized_matmul(query, base)
@@ -226,7 +226,7 @@ def _attend(module: Any, param: LoraParam | TokenParam | QuantizedTensor, query:
         logits = jnp.dot(query, meta.unbox(base).astype(query.dtype).T)
     if isinstance(param, TokenParam):
         return param.outputs(query, logits)
-    return logits + param.transposed(query) if isinstance(param, LoraParam) else logits
+    return logits + param.transposed(query) if isinstance(param, ADAPTED) else logits
 
 
 _LOOK_UPS = {"__call__": _look_up, "attend": _attend}
