@@ -181,7 +181,7 @@ def test_bad_input_names_the_place_and_leaves_nothing(
     assert "broken.jsonl:2" in refused(capsys, *train, "--data.train", str(broken))
     assert "q_porj" in refused(capsys, *train, "--lora.target_modules", "[q_porj]")
     assert "no such" in refused(capsys, *train, "--model.path", str(tmp_path / "none"))
-    assert "lora_bias" in refused(capsys, *train, "--lora.lora_bias", "true")
+    assert "use_qalora" in refused(capsys, *train, "--lora.use_qalora", "true")
     assert not output.exists()
 
 
