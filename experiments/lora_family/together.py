@@ -68,7 +68,7 @@ class Bench:
     def __init__(self, device: str, quant: QuantConfig | None) -> None:
         self.config = ModelConfig(**SHAPES[device])
         self.dtype = jnp.bfloat16 if device == "gpu" else jnp.float32
-        self.base = _random(self.config, self.dtype, quant)
+        self.base = random_base(self.config, self.dtype, quant)
         self.quant = None if quant is None else quant.format
         self.tx = freeze_base(optax.adamw(1e-3))
         model = lora_linen(CausalLM(self.config, dtype=self.dtype))
@@ -118,7 +118,7 @@ class Bench:
         }
 
 
-def _random(config: ModelConfig, dtype: Any, quant: QuantConfig | None) -> Any:
+def random_base(config: ModelConfig, dtype: Any, quant: QuantConfig | None) -> Any:
     """A base as its module makes it, in four bits where asked for."""
     ids = jnp.ones((1, 2), jnp.int32)
     params = jax.jit(CausalLM(config).init)(jax.random.key(0), ids)["params"]

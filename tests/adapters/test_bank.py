@@ -51,6 +51,7 @@ def adapter_of(base, i: int, **fields):
     return dict(map_with_path(lambda p, x: x * (1.1 + 0.1 * i) if "magnitude" in p else x, made))
 
 
+@jax.jit
 def logits(base, overlay, ids=IDS):
     return MODEL.apply({"params": combine(base, overlay)}, ids)
 
