@@ -9,6 +9,7 @@ from ._quant_config import QuantConfig as QuantConfig
 from ._tree import combine as combine
 from ._tree import partition as partition
 from .lora import KernelLayout as KernelLayout
+from .lora import choose_rows as choose_rows
 from .lora import dora_linear as dora_linear
 from .lora import extract_adapter as extract_adapter
 from .lora import init_adapter as init_adapter

@@ -102,12 +102,14 @@ def read_dataclass(cls: Any, raw: Any, where: str, section: str = "") -> Any:
 def apply_overrides(raw: dict[str, Any], words: list[str]) -> dict[str, Any]:
     """Lay `--section.key value` words over a config; values are read as YAML.
 
+    A hyphen in a key is an underscore.
+
     Raises:
         InputError: for a word that is no such pair.
 
     Example:
-        >>> apply_overrides({"train": {"steps": 5}}, ["--train.steps", "7", "--lora.r=4"])
-        {'train': {'steps': 7}, 'lora': {'r': 4}}
+        >>> apply_overrides({"train": {"steps": 5}}, ["--train.steps", "7", "--lora.lora-alpha=4"])
+        {'train': {'steps': 7}, 'lora': {'lora_alpha': 4}}
     """
     result = {k: dict(v) if isinstance(v, Mapping) else v for k, v in raw.items()}
     words = list(words)
@@ -120,7 +122,7 @@ def apply_overrides(raw: dict[str, Any], words: list[str]) -> dict[str, Any]:
             if not words or words[0].startswith("--"):
                 raise InputError(f"--{name}: the value is missing; write --{name} VALUE")
             value = words.pop(0)
-        *sections, key = name.split(".")
+        *sections, key = name.replace("-", "_").split(".")
         node = result
         for section in sections:
             node[section] = dict(node[section]) if isinstance(node.get(section), Mapping) else {}

@@ -91,7 +91,7 @@ def grid(path: str | Path, words: Sequence[str]) -> list[Member]:
             "sweep: give a key several values between commas, as in --lora.r 4,8,16"
             " --train.learning_rate 1e-4,3e-4"
         )
-    names = [choices[0][0].removeprefix("--") for choices in several]
+    names = [choices[0][0].removeprefix("--").replace("-", "_") for choices in several]
     if twice := [name for name in names if names.count(name) > 1]:
         raise InputError(f"sweep: --{twice[0]} is given twice; write its values in one list")
     if "output" in names:

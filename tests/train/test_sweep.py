@@ -40,7 +40,7 @@ def test_values_stand_between_commas(value, parts):
 
 
 def test_a_grid_is_every_combination(run_file):
-    words = ["--lora.r", "1,8", "--train.learning_rate=1e-3,1e-2", "--train.steps", "7"]
+    words = ["--lora.r", "1,8", "--train.learning-rate=1e-3,1e-2", "--train.steps", "7"]
     members = grid(run_file, words)
     assert [tuple(m.varied.values()) for m in members] == [
         (1, 1e-3), (1, 1e-2), (8, 1e-3), (8, 1e-2)
