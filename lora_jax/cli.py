@@ -65,12 +65,24 @@ def _overrides(command: Parser, rest: list[str], sections: Sequence[str]) -> lis
         if word.startswith("--") and section not in SECTIONS:
             section, dot, key = word[2:].partition(".")
             known = nearest(word, command.flags())
-            if likely := difflib.get_close_matches(section, SECTIONS, n=1):
+            likely = difflib.get_close_matches(section, SECTIONS, n=1) or _sections_with(key)
+            if likely:
                 known = f" (did you mean '--{likely[0]}{dot}{key}'?)"
             raise InputError(f"{command.prog}: unknown flag {word}{known}")
         if not word.startswith("--") and word == rest[0]:
             raise InputError(f"{command.prog}: {word!r} is one word too many")
     return rest
+
+
+def _sections_with(key: str) -> list[str]:
+    """The sections of a config that have this key."""
+    from . import LoraConfig, QuantConfig
+    from .train import DataSection, ModelSection, TrainSection
+
+    sections = {"train": TrainSection, "lora": LoraConfig, "data": DataSection,
+                "model": ModelSection, "quant": QuantConfig}  # fmt: skip
+    name = key.partition("=")[0].replace("-", "_")
+    return [own for own, cls in sections.items() if name in cls.__dataclass_fields__]
 
 
 def _quickstart(options: argparse.Namespace, overrides: list[str]) -> None:

@@ -146,6 +146,9 @@ def test_wrong_words_get_one_line_with_the_nearest(run_file: Path, base_dir, cap
     assert "did you mean '--lora.r'" in refused(capsys, "train", str(run_file), "--lorra.r", "3")
     assert "--prompt" in refused(capsys, "generate", "--model", str(base_dir), "--promt", "x")
     assert "--data" in refused(capsys, "evaluate", "--model", str(base_dir))
+    rate = refused(capsys, "sweep", str(run_file), "--optimizer.learning-rate", "1e-3,1e-2")
+    assert "did you mean '--train.learning-rate'" in rate
+    assert "several values" in refused(capsys, "sweep", str(run_file), "--lora.r", "4")
     assert "value is missing" in refused(capsys, "train", str(run_file), "--lora.r")
 
 
