@@ -76,7 +76,8 @@ def _overrides(command: Parser, rest: list[str], sections: Sequence[str]) -> lis
 
 def _sections_with(key: str) -> list[str]:
     """The sections of a config that have this key."""
-    from . import LoraConfig, QuantConfig
+    from ._config import LoraConfig
+    from ._quant_config import QuantConfig
     from .train import DataSection, ModelSection, TrainSection
 
     sections = {"train": TrainSection, "lora": LoraConfig, "data": DataSection,
