@@ -117,10 +117,11 @@ class AdapterBank:
         Raises:
             InputError: if it does not fit, naming the first three reasons, or no slot is free.
         """
-        number = self._slot_for(name, slot)
-        written = _written(self.slots, _fitted(self.slots, adapter), number)
-        names = tuple(None if own == name else own for own in self.names)
-        return AdapterBank(written, (*names[:number], name, *names[number + 1 :]))
+        number, fitted = self._slot_for(name, slot), _fitted(self.slots, adapter)
+        moves = name in self.names and self.slot(name) != number
+        bank = self.drop(name) if moves else self
+        names = (*bank.names[:number], name, *bank.names[number + 1 :])
+        return AdapterBank(_written(bank.slots, fitted, number), names)
 
     def drop(self, name: str) -> "AdapterBank":
         """The bank with a slot emptied.

@@ -6,12 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from .._errors import InputError
+from .._errors import InputError, some_of
 from ..lora import HEAD
 from ._peft import PREFIX
-
-_SHOWN = 3
-"""How many of the tensors that do not fit an error names."""
 
 
 class Reader:
@@ -49,11 +46,8 @@ class Reader:
         kinds = (self.misshapen, self.missing, homeless, self.foreign)
         in_turn = itertools.chain.from_iterable(itertools.zip_longest(*kinds))
         wrong = [problem for problem in in_turn if problem is not None]
-        if not wrong:
-            return
-        more = len(wrong) - _SHOWN
-        rest = f"; and {more} more" if more > 0 else ""
-        raise InputError(f"{path}: {'; '.join(wrong[:_SHOWN])}{rest}; {self._cause()}")
+        if wrong:
+            raise InputError(f"{path}: {some_of(wrong)}; {self._cause()}")
 
     def _cause(self) -> str:
         if any(key.startswith(f"{PREFIX}{HEAD}.") for key in self.unread):

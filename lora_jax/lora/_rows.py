@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from .._errors import InputError
 from .._tree import leaves_with_path, map_with_path, tree_from_paths
 from .._typing import Array, Key, Params
-from ._dora import column_scale
+from ._dora import column_scale, scale_columns
 from ._linear import base_product, drop, look_up_delta, lora_delta
 from ._targets import is_embedding, leaf_shape
 
@@ -114,9 +114,9 @@ class RowParam(meta.AxisMetadata):
         delta = jax.vmap(lora_delta)(dropped, *self._factors(), *biases)
         if self.magnitude is None:
             return base + delta
-        c = self._spread(self._column_scales(kernel), x)
         if self.dropout_key is None:
-            return (c * (base + delta)).astype(x.dtype)
+            return self.scaled(base + delta, kernel)
+        c = self._spread(self._column_scales(kernel), x)
         part = base_product(dropped, kernel, precision)
         return (base + (c - 1) * part + c * delta).astype(x.dtype)
 
@@ -131,7 +131,7 @@ class RowParam(meta.AxisMetadata):
         """x (batch, ..., d_out) with each column's scale, where there are magnitudes."""
         if self.magnitude is None:
             return x
-        return (x * self._spread(self._column_scales(kernel), x)).astype(x.dtype)
+        return jax.vmap(scale_columns)(x, self._column_scales(kernel))
 
     def transposed(self, x: Array) -> Array:
         """The delta of y = x·Wᵀ, as a tied head has it."""

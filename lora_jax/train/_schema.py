@@ -102,7 +102,7 @@ def read_dataclass(cls: Any, raw: Any, where: str, section: str = "") -> Any:
 def apply_overrides(raw: dict[str, Any], words: list[str]) -> dict[str, Any]:
     """Lay `--section.key value` words over a config; values are read as YAML.
 
-    A hyphen in a key is an underscore.
+    A hyphen in a section's key is an underscore; names below, such as patterns, stay as they are.
 
     Raises:
         InputError: for a word that is no such pair.
@@ -122,7 +122,8 @@ def apply_overrides(raw: dict[str, Any], words: list[str]) -> dict[str, Any]:
             if not words or words[0].startswith("--"):
                 raise InputError(f"--{name}: the value is missing; write --{name} VALUE")
             value = words.pop(0)
-        *sections, key = name.replace("-", "_").split(".")
+        section, *below = name.split(".")
+        *sections, key = section, *(x.replace("-", "_") for x in below[:1]), *below[1:]
         node = result
         for section in sections:
             node[section] = dict(node[section]) if isinstance(node.get(section), Mapping) else {}

@@ -178,8 +178,13 @@ def train_together(
         For every job, what came of it; with `train.patience`, its best weights.
 
     Raises:
-        InputError: if it is stopped.
+        InputError: if it is stopped, or the config asks for `offload_optimizer`.
     """
+    if jobs[0].config.train.offload_optimizer:
+        raise InputError(
+            "train.offload_optimizer: adapters that are trained together keep their optimizers'"
+            " states on the device; leave it out"
+        )
     loop = _Together(jobs)
     loop.look(0)
     for at in range(1, loop.steps + 1):

@@ -213,7 +213,9 @@ def test_slots_are_named_taken_and_freed(base):
     assert bank.names == ("a", "b") and bank.swap("a", adapter).names == ("a", "b")
     assert bank.drop("a").swap("c", adapter).names == ("c", "b")
     assert bank.swap("c", adapter, slot=1).names == ("a", "c")
-    assert bank.swap("a", adapter, slot=1).names == (None, "a")
+    moved = bank.swap("a", adapter, slot=1)
+    assert moved.names == (None, "a")
+    assert not any(np.any(x[:, 0]) for _, x in leaves_with_path(moved.slots))
     assert not any(np.any(x[:, 0]) for _, x in leaves_with_path(bank.drop("a").slots))
     for use, said in (
         (lambda: bank.swap("c", adapter), "all 2 slots are taken by a, b"),
