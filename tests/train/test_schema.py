@@ -114,3 +114,9 @@ def test_overrides_refuse(message_of, words, message):
 def test_plain_and_back():
     outer = Outer("x", Inner(rate=1e-4), files=["a"], names={"a": "b"})
     assert read_dataclass(Outer, to_plain(outer), "here") == outer
+
+
+def test_hyphens_are_underscores_in_keys_and_stay_in_names_below():
+    words = ["--train.learning-rate", "1e-3", "--lora.rank_pattern.q-proj", "4"]
+    found = apply_overrides({}, words)
+    assert found == {"train": {"learning_rate": 1e-3}, "lora": {"rank_pattern": {"q-proj": 4}}}

@@ -131,6 +131,11 @@ def test_starts_that_move_the_base_take_turns(run_file, tmp_path):
     assert (tmp_path / "sweep" / "best" / "adapter").is_dir()
 
 
+def test_what_cannot_be_done_together_is_refused(run_file, message_of):
+    members = grid(run_file, ["--lora.r", "1,2", "--train.offload_optimizer", "true"])
+    assert "train.offload_optimizer" in message_of(sweep, members)
+
+
 def test_a_used_directory_and_no_adapters_at_once_are_refused(run_file, message_of, tmp_path):
     members = grid(run_file, ["--lora.r", "1,2"])
     assert "at_once must be at least 1" in message_of(sweep, members, at_once=0)
