@@ -1,7 +1,9 @@
 """A model's tokenizer, read from its Hugging Face directory without transformers."""
 
 import dataclasses
+import itertools
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +24,8 @@ _FILES = (
 _NAMED = ("bos_token", "eos_token", "pad_token", "unk_token")
 # A text put before a continuation and taken off again, so that no space is made up at its start.
 _ANCHORS = ("\n", ";", "a")
+# What Python reads a byte as that is no part of a character.
+_ESCAPED = re.compile("[\udc80-\udcff]")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,8 +134,13 @@ class Tokenizer:
         return self.backend.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Iterable[SupportsInt], *, special: bool = False) -> str:
-        """Text of token ids; marks are left out unless `special` asks for them."""
+        """Text of token ids; marks are left out unless `special` asks for them.
+
+        Bytes that form no character become U+FFFD, the characters beside them do not.
+        """
         kept = [int(i) for i in ids if special or int(i) not in self.special_ids]
+        if self._byte_tokens:
+            kept = _well_formed(kept, self._byte_tokens)
         return self.backend.decode(kept, skip_special_tokens=not special)
 
     def encode_segments(self, texts: Sequence[Sequence[str]]) -> list[list[list[int]]]:
@@ -162,13 +171,20 @@ class Tokenizer:
     @cached_property
     def _makes_up_space(self) -> bool:
         """Whether the tokenizer puts a space before a text (Llama 2 and its like)."""
-        raw = json.loads(self.backend.to_str())
         return any(
             part.get("type") == "Prepend"
             or part.get("prepend_scheme", "never") != "never"
             or part.get("add_prefix_space") is True
-            for part in [*_parts(raw.get("normalizer")), *_parts(raw.get("pre_tokenizer"))]
+            for part in [*_parts(self.backend.normalizer), *_parts(self.backend.pre_tokenizer)]
         )
+
+    @cached_property
+    def _byte_tokens(self) -> dict[int, int]:
+        """Ids of the tokens `<0x00>` … `<0xFF>`, where the tokenizer spells bytes so."""
+        if not any(part.get("type") == "ByteFallback" for part in _parts(self.backend.decoder)):
+            return {}
+        found = {self.token_id(f"<0x{byte:02X}>"): byte for byte in range(256)}
+        return {} if None in found else {i: byte for i, byte in found.items() if i is not None}
 
     def _encode_continuation(self, text: str) -> list[int]:
         for anchor in _ANCHORS[1:]:
@@ -259,9 +275,27 @@ def _adds_bos(backend: Any, config: Mapping[str, Any], bos_id: int | None) -> bo
     return backend.encode("a", add_special_tokens=True).ids[:1] == [bos_id]
 
 
-def _parts(node: Any) -> list[dict[str, Any]]:
-    """A normalizer or pre-tokenizer and everything inside its sequences."""
-    if not isinstance(node, dict):
-        return []
-    inner = [*(node.get("normalizers") or []), *(node.get("pretokenizers") or [])]
-    return [node, *(part for child in inner for part in _parts(child))]
+def _parts(component: Any) -> list[dict[str, Any]]:
+    """What a normalizer, pre-tokenizer or decoder consists of, its sequences taken apart."""
+    return [] if component is None else _flat(json.loads(component.__getstate__()))
+
+
+def _flat(node: dict[str, Any]) -> list[dict[str, Any]]:
+    inner = [node.get(name) or [] for name in ("normalizers", "pretokenizers", "decoders")]
+    return [node, *(part for child in itertools.chain(*inner) for part in _flat(child))]
+
+
+def _well_formed(ids: list[int], byte_of: Mapping[int, int]) -> list[int]:
+    """Ids whose byte tokens spell characters; each byte that belongs to none becomes U+FFFD.
+
+    The library would replace a whole run of bytes for one that is wrong, and lose the text before
+    a character that was cut off.  sentencepiece, where these tokenizers come from, does it so.
+    """
+    id_of = {byte: number for number, byte in byte_of.items()}
+    result: list[int] = []
+    for is_bytes, run in itertools.groupby(ids, byte_of.__contains__):
+        if is_bytes:
+            text = bytes(byte_of[number] for number in run).decode("utf-8", "surrogateescape")
+            run = [id_of[byte] for byte in _ESCAPED.sub("\ufffd", text).encode()]
+        result += run
+    return result
