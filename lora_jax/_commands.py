@@ -137,7 +137,7 @@ class Speaker:
         """Read a model; the template is the one given, the adapter's, the tokenizer's, or plain."""
         pretrained = load_base(ModelSection(path=model))
         if pretrained.tokenizer is None:
-            raise InputError(f"{model}: no tokenizer.json; generating text needs one")
+            raise InputError(f"{model}: no tokenizer; generating text needs one")
         notes = adapter_notes(adapter) if adapter else {}
         own = "tokenizer" if pretrained.tokenizer.chat_template else "plain"
         chosen = template or notes.get("template") or own
