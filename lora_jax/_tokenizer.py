@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, SupportsInt
 
 from ._errors import InputError
-from ._tokenizer_files import FILES, open_tokenizer, read_json
+from ._tokenizer_files import FILES, open_tokenizer, read_json, read_templates
 
 # A text put before a continuation and taken off again, so that no space is made up at its start.
 _ANCHORS = ("\n", ";", "a")
@@ -30,6 +30,7 @@ class Tokenizer:
         bos_id, eos_id, pad_id: Their ids, None where the model has none.
         stop_ids: Every id that ends a generation (`eos_id` among them).
         chat_template: The Jinja source, None without one.
+        tool_template: The one for conversations with tools, where that is another.
         add_bos: Whether sequences of this model begin with `bos_id`.
         files: The tokenizer's files, to be copied when a model is saved.
         first_space: Whether `backend` takes a space at the beginning of a text for the one that it
@@ -52,6 +53,7 @@ class Tokenizer:
     pad_id: int | None = None
     stop_ids: tuple[int, ...] = ()
     chat_template: str | None = dataclasses.field(default=None, repr=False)
+    tool_template: str | None = dataclasses.field(default=None, repr=False)
     add_bos: bool = False
     files: tuple[Path, ...] = dataclasses.field(default=(), repr=False)
     first_space: bool = dataclasses.field(default=False, repr=False)
@@ -70,7 +72,7 @@ class Tokenizer:
         path = Path(path)
         config = read_json(path / "tokenizer_config.json")
         backend, named, first_space = open_tokenizer(path, config)
-        special = dict(named)
+        special, templates = dict(named), read_templates(path, config)
         generation = {**read_json(path / "config.json"), **_only_ids(path)}
         ids, stops = {}, set()
         for name in ("bos_token", "eos_token", "pad_token"):
@@ -92,7 +94,8 @@ class Tokenizer:
             eos_id=ids["eos_token"],
             pad_id=ids["pad_token"],
             stop_ids=tuple(sorted(stops)),
-            chat_template=_chat_template(path, config),
+            chat_template=templates.get("default"),
+            tool_template=templates.get("tool_use"),
             add_bos=_adds_bos(backend, config, ids["bos_token"]),
             files=tuple(path / name for name in FILES if (path / name).is_file()),
             first_space=first_space,
@@ -111,6 +114,11 @@ class Tokenizer:
         # A file may call a token plain that its config gives this part to play.
         named = {self.bos_id, self.eos_id, *self.stop_ids} & added.keys()
         return frozenset(marked | named)
+
+    @cached_property
+    def added_ids(self) -> frozenset[int]:
+        """Ids of the tokens that a text is searched for before it is cut, marks and others."""
+        return frozenset(self.backend.get_added_tokens_decoder())
 
     @cached_property
     def special_texts(self) -> tuple[str, ...]:
@@ -209,20 +217,6 @@ def _token_id(backend: Any, text: str | None, directory: Path, name: str) -> int
 def _id_list(value: Any) -> list[int]:
     values = value if isinstance(value, list) else [value]
     return [v for v in values if isinstance(v, int)]
-
-
-def _chat_template(directory: Path, config: Mapping[str, Any]) -> str | None:
-    file = directory / "chat_template.jinja"
-    if file.is_file():
-        try:
-            return file.read_text("utf-8")
-        except UnicodeDecodeError:
-            raise InputError(f"{file}: not UTF-8; save the file as UTF-8") from None
-    template = config.get("chat_template")
-    if isinstance(template, list):
-        by_name = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
-        template = by_name.get("default")
-    return template if isinstance(template, str) else None
 
 
 def _adds_bos(backend: Any, config: Mapping[str, Any], bos_id: int | None) -> bool:

@@ -20,7 +20,8 @@ FILES = (
     "tokenizer.model",
 )
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
-NAMED = ("bos_token", "eos_token", "pad_token", "unk_token")
+_MORE_TEMPLATES = "additional_chat_templates"
+_NAMED = ("bos_token", "eos_token", "pad_token", "unk_token")
 _ENDOFTEXT = "<|endoftext|>"
 # Where Qwen 2 and 3 cut a text before they merge bytes; GPT-2's own places are the library's.
 _QWEN = (
@@ -85,10 +86,42 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def read_templates(directory: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    """A directory's chat templates by name; where there is one, it is the `default`.
+
+    Args:
+        directory: A Hugging Face model directory.
+        config: What its `tokenizer_config.json` says.
+
+    Raises:
+        InputError: if a file is not what its name says.
+    """
+    found = _by_name(read_json(directory / "chat_template.json").get("chat_template"))
+    found |= _by_name(config.get("chat_template"))
+    files = [("default", directory / "chat_template.jinja")]
+    files += [(f.stem, f) for f in sorted((directory / _MORE_TEMPLATES).glob("*.jinja"))]
+    for name, file in files:
+        if file.is_file():
+            try:
+                found[name] = file.read_text("utf-8")
+            except UnicodeDecodeError:
+                raise InputError(f"{file}: not UTF-8; save the file as UTF-8") from None
+    return found
+
+
+def _by_name(template: Any) -> dict[str, str]:
+    """One template, or a list of named ones."""
+    if isinstance(template, str):
+        return {"default": template}
+    named = template if isinstance(template, list) else []
+    pairs = [(t.get("name"), t.get("template")) for t in named if isinstance(t, dict)]
+    return {name: source for name, source in pairs if isinstance(source, str) and name}
+
+
 def _named(directory: Path, config: Mapping[str, Any]) -> dict[str, str]:
     given = {name: token for name, token in config.items() if token is not None}
     named = {**read_json(directory / "special_tokens_map.json"), **given}
-    return {n: text for n in NAMED if (text := _text(named.get(n))) is not None}
+    return {n: text for n in _NAMED if (text := _text(named.get(n))) is not None}
 
 
 def _text(token: Any) -> str | None:

@@ -120,7 +120,8 @@ def test_what_turns_hold_beside_their_text_is_reported(tmp_path: Path) -> None:
         {"from": "GPT", "value": "Hello", "reasoning_content": "Greet."},
     ]
     rows = read_rows(write(tmp_path / "rows.jsonl", [{"conversations": turns}]))
-    assert rows.rows[0].messages == (USER, ASSISTANT)
+    answer = Message("assistant", "Hello", more={"reasoning_content": "Greet."})
+    assert rows.rows[0].messages == (USER, answer)
     assert rows.unused == ("conversations.reasoning_content",)
 
 
@@ -202,8 +203,20 @@ def test_bad_rows_can_be_skipped_and_are_counted(tmp_path: Path) -> None:
         ({"messages": [{"role": "assistant", "content": None}]}, "turn 1 has no text"),
         ({"messages": [{"role": "assistant", "content": " "}]}, "turn 1 is an empty answer"),
         (
-            {"messages": [{"role": "assistant", "content": "", "tool_calls": [{"name": "f"}]}]},
-            "turn 1 has tool_calls; write the call out",
+            {"messages": [{"role": "assistant", "content": "", "tool_calls": [{"id": "f"}]}]},
+            "turn 1 calls no function by its name; write {name, arguments}",
+        ),
+        (
+            {"messages": [{"role": "assistant", "tool_calls": {"name": "f"}}]},
+            "turn 1 has tool_calls that are no list",
+        ),
+        (
+            {"messages": [{"role": "gpt", "function_call": {"name": "f", "arguments": "{"}}]},
+            "turn 1 calls f with arguments that are no object",
+        ),
+        (
+            {"messages": [{"role": "assistant", "content": "x"}], "tools": "{"},
+            "tools is not a list of objects",
         ),
         ({"instruction": "Hi", "output": float("nan")}, "no output"),
         (
