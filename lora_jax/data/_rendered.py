@@ -66,19 +66,19 @@ def rendered_prompt(
 
 
 def turn_end(tokenizer: Tokenizer) -> str:
-    """The one token that the template writes after an answer; empty where it writes another text.
+    """The token that the template writes right after an answer; empty where it is another text.
 
     Example:
         >>> from tokenizers import Tokenizer as Backend, models
         >>> backend = Backend(models.WordLevel({"yes": 0}, unk_token="yes"))
         >>> backend.add_tokens(["<|im_end|>"])
         1
-        >>> template = "{% for m in messages %}{{ m.content }}<|im_end|>\\n{% endfor %}"
+        >>> template = "{% for m in messages %}{{ m.content }}<|im_end|> {% endfor %}"
         >>> turn_end(Tokenizer(backend, {}, chat_template=template))
         '<|im_end|>'
     """
-    text = written_after_answer(tokenizer).strip()
-    return text if tokenizer.token_id(text) in tokenizer.added_ids else ""
+    ids = tokenizer.encode(written_after_answer(tokenizer).strip())[:1]
+    return "".join(tokenizer.backend.id_to_token(i) for i in ids if i in tokenizer.added_ids)
 
 
 def written_after_answer(tokenizer: Tokenizer) -> str:
@@ -106,32 +106,32 @@ def _spans_by_prefix(
     What was rendered for the first turns is how the whole text begins, or it ends like a part of
     the text: a template may leave the thoughts out that led to earlier answers.
     """
-    spans, last = [], 0
-    for number, message in enumerate(messages):
-        if message.role == "assistant":
-            before, _ = render(messages[:number], tokenizer, tools, prompt=True)
-            whole = text
-            if number + 1 < len(messages):
-                whole, _ = render(messages[: number + 1], tokenizer, tools)
-            start = _place(before, text, last)
-            end = _place(whole, text, start)
-            end -= len(whole) - _before_space(whole, tokenizer)
-            if not (last <= start < end and _says(text[start:end], message)):
-                raise InputError(
-                    f"chat template: turn {number + 1} changes the text before it, so what to"
-                    " train on cannot be told; mark it with {% generation %}, or give template:"
-                    " chatml"
-                )
-            spans.append((start, end))
-            last = end
+    numbers = [n for n, message in enumerate(messages) if message.role == "assistant"]
+    starts: list[int] = []
+    for number in numbers:
+        before, _ = render(messages[:number], tokenizer, tools, prompt=True)
+        starts.append(_place(before, text, starts[-1] if starts else 0, len(text)))
+    spans = []
+    for number, start, most in zip(numbers, starts, [*starts[1:], len(text)], strict=True):
+        whole = text
+        if number + 1 < len(messages):
+            whole, _ = render(messages[: number + 1], tokenizer, tools)
+        end = _place(whole[: _end_of_turn(whole, tokenizer)], text, start, most)
+        if not (start < end <= most and _says(text[start:end], messages[number])):
+            raise InputError(
+                f"chat template: turn {number + 1} changes the text before it, so what to"
+                " train on cannot be told; mark it with {% generation %}, or give template:"
+                " chatml"
+            )
+        spans.append((start, end))
     return spans
 
 
-def _place(part: str, text: str, least: int) -> int:
+def _place(part: str, text: str, least: int, most: int) -> int:
     """Where in `text` the end of `part` stands: the longer they agree before it, the better."""
     if text.startswith(part):
         return len(part)
-    return max(range(least, len(text) + 1), key=lambda end: _agreement(part, text, end), default=0)
+    return max(range(least, most + 1), key=lambda end: _agreement(part, text, end), default=most)
 
 
 def _agreement(part: str, text: str, end: int) -> int:
@@ -150,8 +150,11 @@ def _says(span: str, message: Message) -> bool:
     return all(part in span for part in [answer, *names])
 
 
-def _before_space(text: str, tokenizer: Tokenizer) -> int:
-    """The end of a turn, without the line break that a template writes after its mark."""
+def _end_of_turn(text: str, tokenizer: Tokenizer) -> int:
+    """Where the last turn ends, without what a template writes after its mark."""
+    after, mark = written_after_answer(tokenizer), turn_end(tokenizer)
+    if mark and text.endswith(after):
+        return len(text) - len(after) + after.index(mark) + len(mark)
     stripped = text.rstrip()
     return len(stripped) if _ends_with_mark(stripped, tokenizer) else len(text)
 
