@@ -153,6 +153,20 @@ def test_chat_template_from_config_list_and_file(directory: Path) -> None:
     assert [file.name for file in tokenizer.files] == names
 
 
+def test_more_chat_templates(directory: Path) -> None:
+    write(directory / "chat_template.json", {"chat_template": "J"})
+    assert Tokenizer.from_directory(directory).chat_template == "J"
+    named = [{"name": "default", "template": "D"}, {"name": "tool_use", "template": "T"}]
+    write(directory / "tokenizer_config.json", {"chat_template": named})
+    tokenizer = Tokenizer.from_directory(directory)
+    assert (tokenizer.chat_template, tokenizer.tool_template) == ("D", "T")
+    (directory / "additional_chat_templates").mkdir()
+    (directory / "additional_chat_templates/tool_use.jinja").write_text("日本")
+    (directory / "chat_template.jinja").write_text("F")
+    tokenizer = Tokenizer.from_directory(directory)
+    assert (tokenizer.chat_template, tokenizer.tool_template) == ("F", "日本")
+
+
 def test_segments_of_a_tokenizer_that_makes_up_spaces(directory: Path) -> None:
     backend = Backend.from_file(str(directory / "tokenizer.json"))
     backend.normalizer = normalizers.Prepend(" ")
