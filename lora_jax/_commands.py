@@ -37,6 +37,7 @@ from .train import (
     make_eval_step,
     run_config,
     with_length,
+    with_tokens_of,
 )
 from .transform import LoraLinen, lora_linen
 
@@ -44,7 +45,8 @@ from .transform import LoraLinen, lora_linen
 def evaluate_rows(raw: dict[str, Any], overrides: list[str], adapter: str | None) -> Evaluation:
     """Loss of a model, with or without an adapter, on the rows of `data.train`."""
     config = run_config(raw, overrides, "evaluate")
-    pretrained = load_base(config.model, config.quant)
+    section = config.model if config.model.add_tokens else with_tokens_of(config.model, adapter)
+    pretrained = load_base(section, config.quant)
     params = with_adapter(pretrained, adapter)
     if adapter is not None and config.data.template == "auto":
         template = adapter_notes(adapter).get("template", "auto")
@@ -106,7 +108,7 @@ def merge_directories(model: str, adapter: str, output: str, dtype: str, quant: 
     if place.exists() and (not place.is_dir() or any(place.iterdir())):
         raise InputError(f"{output}: holds something already; give an empty directory")
     config = QuantConfig(format=quant) if quant else None  # type: ignore[arg-type]
-    base = load_base(ModelSection(path=model), config)
+    base = load_base(with_tokens_of(ModelSection(path=model), adapter), config)
     loaded, _ = load_adapter(adapter, base.params, layouts=base.layouts)
     merged = merge_adapter(base.params, loaded, layouts=base.layouts, dtype=jnp.float32)
     save_pretrained(output, merged, base.config, dtype=dtype, tokenizer=base.tokenizer)
@@ -135,7 +137,7 @@ class Speaker:
     @classmethod
     def load(cls, model: str, adapter: str | None, template: str | None) -> "Speaker":
         """Read a model; the template is the one given, the adapter's, the tokenizer's, or plain."""
-        pretrained = load_base(ModelSection(path=model))
+        pretrained = load_base(with_tokens_of(ModelSection(path=model), adapter))
         if pretrained.tokenizer is None:
             raise InputError(f"{model}: no tokenizer; generating text needs one")
         notes = adapter_notes(adapter) if adapter else {}

@@ -10,10 +10,19 @@ from pathlib import Path
 from typing import Any, SupportsInt
 
 from ._errors import InputError
-from ._tokenizer_files import FILES, open_tokenizer, read_json, read_templates
+from ._tokenizer_files import (
+    copy_file,
+    open_tokenizer,
+    read_json,
+    read_templates,
+    tokenizer_files,
+    write_tokenizer,
+)
 
 # A text put before a continuation and taken off again, so that no space is made up at its start.
 _ANCHORS = ("\n", ";", "a")
+MARK = re.compile(r"<\|[^<>|\s]{1,40}\|>|</?[a-z_]{1,30}_of_[a-z]{1,20}>|</?s>")
+"""Texts that are written like marks: `<|im_end|>`, `<end_of_turn>`, `</s>`."""
 # What Python reads a byte as that is no part of a character.
 _ESCAPED = re.compile("[\udc80-\udcff]")
 
@@ -33,6 +42,7 @@ class Tokenizer:
         tool_template: The one for conversations with tools, where that is another.
         add_bos: Whether sequences of this model begin with `bos_id`.
         files: The tokenizer's files, to be copied when a model is saved.
+        added: Tokens that `backend` has and the files have not.
         first_space: Whether `backend` takes a space at the beginning of a text for the one that it
             puts there itself, so that another has to be written.
 
@@ -56,6 +66,7 @@ class Tokenizer:
     tool_template: str | None = dataclasses.field(default=None, repr=False)
     add_bos: bool = False
     files: tuple[Path, ...] = dataclasses.field(default=(), repr=False)
+    added: tuple[str, ...] = ()
     first_space: bool = dataclasses.field(default=False, repr=False)
 
     @classmethod
@@ -97,7 +108,7 @@ class Tokenizer:
             chat_template=templates.get("default"),
             tool_template=templates.get("tool_use"),
             add_bos=_adds_bos(backend, config, ids["bos_token"]),
-            files=tuple(path / name for name in FILES if (path / name).is_file()),
+            files=tokenizer_files(path),
             first_space=first_space,
         )
 
@@ -124,6 +135,42 @@ class Tokenizer:
     def special_texts(self) -> tuple[str, ...]:
         """The texts of those marks."""
         return tuple(self.backend.id_to_token(number) for number in sorted(self.special_ids))
+
+    def with_tokens(self, texts: Sequence[str]) -> "Tokenizer":
+        """The tokenizer with a token of its own for each text, under the next ids.
+
+        Texts that `MARK` matches become marks, which decoded text leaves out.
+
+        Raises:
+            InputError: if a text is a token already, is given twice, is empty or begins or ends
+                with a space.
+        """
+        from tokenizers import AddedToken
+        from tokenizers import Tokenizer as Backend
+
+        for n, text in enumerate(texts):
+            known = self.token_id(text)
+            if known is not None or text in texts[:n]:
+                what = "given twice" if known is None else f"a token already (id {known})"
+                raise InputError(f"model.add_tokens: {text!r} is {what}; take it out")
+            if not text or text != text.strip():
+                raise InputError(
+                    f"model.add_tokens: {text!r} cannot be a token; give a text without spaces at"
+                    " its ends"
+                )
+        backend = Backend.from_str(self.backend.to_str())
+        backend.add_tokens(
+            [AddedToken(t, special=bool(MARK.fullmatch(t)), normalized=False) for t in texts]
+        )
+        return dataclasses.replace(self, backend=backend, added=(*self.added, *texts))
+
+    def save(self, directory: Path) -> None:
+        """Write the tokenizer's files to a directory: copies, unless tokens were added."""
+        if self.added:
+            write_tokenizer(directory, self.backend, self.files, self.special_tokens)
+            return
+        for file in self.files:
+            copy_file(file, self.files[0].parent, directory)
 
     def token_id(self, text: str) -> int | None:
         """The id of one token by its text, None where there is no such token."""

@@ -1,14 +1,15 @@
 """The files in which Hugging Face directories keep a tokenizer, in all their spellings."""
 
 import json
-from collections.abc import Mapping
+import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ._errors import InputError
 from ._sentencepiece import read_sentencepiece, to_backend
 
-FILES = (
+_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -47,6 +48,43 @@ class Opened(NamedTuple):
 def tokenizer_file(directory: Path) -> Path | None:
     """The file of a directory that holds the vocabulary, None without one."""
     return next((directory / n for n in _TOKENIZERS if (directory / n).is_file()), None)
+
+
+def tokenizer_files(directory: Path) -> tuple[Path, ...]:
+    """All files of a directory that say something of the tokenizer."""
+    files = [directory / name for name in _FILES if (directory / name).is_file()]
+    return (*files, *sorted((directory / _MORE_TEMPLATES).glob("*.jinja")))
+
+
+def write_tokenizer(
+    directory: Path, backend: Any, files: Sequence[Path], special: Mapping[str, str]
+) -> None:
+    """Write a tokenizer that its files no longer describe as a `tokenizer.json`.
+
+    Args:
+        directory: Where to write.
+        backend: The `tokenizers.Tokenizer`.
+        files: Those it came from; what tells no vocabulary is copied.
+        special: `bos_token` and its like to their texts.
+    """
+    backend.save(str(directory / "tokenizer.json"))
+    config: dict[str, Any] = {}
+    for file in files:
+        if file.name == "tokenizer_config.json":
+            config = read_json(file)
+        elif file.name not in (*_TOKENIZERS, "merges.txt", "added_tokens.json"):
+            copy_file(file, files[0].parent, directory)
+    # The ids stand in tokenizer.json now, and this list has not all of them.
+    config.pop("added_tokens_decoder", None)
+    text = json.dumps({**special, **config}, ensure_ascii=False, indent=2)
+    (directory / "tokenizer_config.json").write_text(f"{text}\n", "utf-8")
+
+
+def copy_file(file: Path, root: Path, directory: Path) -> None:
+    """Copy a file of `root` to the same place in `directory`."""
+    place = directory / file.relative_to(root)
+    place.parent.mkdir(exist_ok=True)
+    shutil.copyfile(file, place)
 
 
 def open_tokenizer(directory: Path, config: Mapping[str, Any]) -> Opened:

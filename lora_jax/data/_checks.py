@@ -1,15 +1,11 @@
 """What a template and a tokenizer do not agree on, found before anything is trained."""
 
-import re
-
 from .._errors import InputError
-from .._tokenizer import Tokenizer
+from .._tokenizer import MARK, Tokenizer
 from ._rendered import rendered_prompt, written_after_answer
 from ._template import segments
 from ._turns import Message
 
-_MARK = re.compile(r"<\|[^<>|\s]{1,40}\|>|</?[a-z_]{1,30}_of_[a-z]{1,20}>|</?s>")
-"""Texts that are meant to be one token: `<|im_end|>`, `<end_of_turn>`, `</s>`."""
 _SHOWN = 4
 
 
@@ -34,7 +30,7 @@ def template_problems(template: str, tokenizer: Tokenizer) -> tuple[str, ...]:
     text = _short_talk(template, tokenizer)
     if text is None:
         return ()
-    cut = [m for m in dict.fromkeys(_MARK.findall(text)) if len(tokenizer.encode(m)) > 1]
+    cut = [m for m in dict.fromkeys(MARK.findall(text)) if len(tokenizer.encode(m)) > 1]
     problems = []
     if cut:
         others = f" and {len(cut) - _SHOWN} more" if len(cut) > _SHOWN else ""

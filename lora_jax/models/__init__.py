@@ -7,6 +7,8 @@ from ._config import ModelConfig as ModelConfig
 from ._decoder import CausalLM as CausalLM
 from ._decoder import init_cache as init_cache
 from ._generate import generate as generate
+from ._grow import add_tokens as add_tokens
+from ._grow import vocabulary_tables as vocabulary_tables
 from ._load import NO_FLOAT16 as NO_FLOAT16
 from ._load import Pretrained as Pretrained
 from ._load import abstract_params as abstract_params

@@ -321,7 +321,10 @@ def _save_adapter(job: Job, directory: Path, adapter: dict[str, Any]) -> None:
             layouts=job.layouts,
             base_model=job.config.model.path,
         )
-        write_notes(temporary, template=job.train.template)
+        tokenizer = job.pretrained.tokenizer
+        write_notes(temporary, template=job.train.template, add_tokens=tokenizer.added)
+        if tokenizer.added:  # Another base would need them to know which texts the rows are of.
+            tokenizer.save(temporary)
 
 
 def _save_model(job: Job, directory: Path, params: dict[str, Any]) -> None:
