@@ -258,9 +258,13 @@ def _add_tokens(
 
 
 def _additional(directory: Path, config: Mapping[str, Any]) -> list[str]:
-    both = (config, read_json(directory / "special_tokens_map.json"))
-    tokens = [token for part in both for token in part.get("additional_special_tokens") or []]
-    return [text for token in tokens if (text := _text(token)) is not None]
+    """Marks without a part of their own: a list of them, or names to them."""
+    found: list[Any] = []
+    for part in (config, read_json(directory / "special_tokens_map.json")):
+        for name in ("additional_special_tokens", "extra_special_tokens"):
+            given = part.get(name) or []
+            found += given.values() if isinstance(given, dict) else given
+    return [text for token in found if (text := _text(token)) is not None]
 
 
 def _id(number: Any, directory: Path) -> int:

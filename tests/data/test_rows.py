@@ -125,6 +125,53 @@ def test_what_turns_hold_beside_their_text_is_reported(tmp_path: Path) -> None:
     assert rows.unused == ("conversations.reasoning_content",)
 
 
+CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+TOOL = {"name": "f", "description": "Ü"}
+
+
+@pytest.mark.parametrize(
+    "calls",
+    [
+        {"tool_calls": [CALL]},
+        {"tool_calls": json.dumps([CALL])},
+        {"tool_calls": [{**CALL, "function": {"name": "f", "arguments": '{"x": 1}'}}]},
+        {"function_call": {"name": "f", "arguments": '{"x": 1}'}},
+    ],
+)
+def test_calls_of_tools(tmp_path: Path, calls: dict) -> None:
+    turns = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": None, **calls},
+        {"role": "tool", "name": "f", "content": {"y": "ü"}},
+    ]
+    row = {"messages": turns, "tools": [TOOL]}
+    [read] = read_rows(write(tmp_path / "rows.jsonl", [row]))
+    call = Message("assistant", "", more={"tool_calls": [CALL], "content": None})
+    assert read.messages == (USER, call, Message("tool", '{"y": "ü"}', more={"name": "f"}))
+    assert call.written == '{"name": "f", "arguments": {"x": 1}}'
+    assert read.tools == (TOOL,)
+
+
+@pytest.mark.parametrize("tools", [[TOOL], json.dumps([TOOL])])
+def test_calls_as_turns_of_their_own(tmp_path: Path, tools: object) -> None:
+    turns = [
+        {"from": "human", "value": "Hi"},
+        {"from": "function_call", "value": '[{"name": "f", "arguments": {"x": 1}}]'},
+        {"from": "observation", "value": "3"},
+        {"from": "function_call", "value": "not JSON"},
+    ]
+    row = {"conversations": turns, "tools": tools}
+    [read] = read_rows(write(tmp_path / "rows.jsonl", [row]))
+    call = Message("assistant", "", more={"tool_calls": [CALL]})
+    assert read.messages == (
+        USER,
+        call,
+        Message("tool", "3"),
+        Message("assistant", "not JSON"),
+    )
+    assert read.tools == ({"type": "function", "function": TOOL},)
+
+
 def test_parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
@@ -311,6 +358,9 @@ def test_gsm8k(data_dir: Path) -> None:
 def test_rows_of_another_project(data_dir: Path, name: str, format: str, count: int) -> None:
     rows = read_rows(data_dir / "alpaca_demo" / f"{name}.json")
     assert (rows.format, len(rows)) == (format, count)
+    tools = [row for row in rows if row.tools]
+    calls = [m for row in rows for m in row.messages if "tool_calls" in m.more]
+    assert (len(tools), len(calls)) == ((191, 211) if name.startswith("glaive") else (0, 0))
 
 
 def test_preference_pairs_of_another_project(data_dir: Path) -> None:
