@@ -9,12 +9,10 @@ import jax.numpy as jnp
 
 from .._errors import InputError
 from .._tree import leaves_with_path, map_with_path
-from .._typing import Array, Params
+from .._typing import Array
 from ..quant import QuantizedTensor
+from ._config import ModelConfig
 from ._load import Pretrained
-
-_TABLES = ("embed_tokens/embedding", "wte/embedding", "embed_in/embedding")
-_HEADS = ("lm_head/kernel", "lm_head/bias", "embed_out/kernel")
 
 
 def add_tokens(pretrained: Pretrained, texts: Sequence[str]) -> Pretrained:
@@ -51,10 +49,12 @@ def add_tokens(pretrained: Pretrained, texts: Sequence[str]) -> Pretrained:
     known = pretrained.tokenizer.vocab_size
     size = max(tokenizer.vocab_size, pretrained.config.vocab_size)
 
+    axes = _vocabulary_axes(pretrained.config)
+
     def grow(path: str, leaf: Any) -> Any:
-        axis = _vocabulary_axis(path)
-        if axis is None:
+        if path not in axes:
             return leaf
+        axis = axes[path]
         if isinstance(leaf, QuantizedTensor):
             raise InputError(
                 f"model.add_tokens: {path} is quantized, so no row can be added; leave"
@@ -74,21 +74,23 @@ def add_tokens(pretrained: Pretrained, texts: Sequence[str]) -> Pretrained:
     )
 
 
-def vocabulary_tables(params: Params) -> list[str]:
+def vocabulary_tables(pretrained: Pretrained) -> list[str]:
     """Paths of the embedding of tokens, and of a head that does not share it.
 
     Example:
-        >>> vocabulary_tables({"model": {"embed_tokens": {"embedding": 1}, "norm": {"scale": 1}}})
+        >>> from lora_jax.models import bundled_model, load_without_weights, vocabulary_tables
+        >>> vocabulary_tables(load_without_weights(bundled_model()))
         ['model/embed_tokens/embedding']
     """
-    paths = [path for path, _ in leaves_with_path(params)]
-    return [p for p in paths if _vocabulary_axis(p) is not None and not p.endswith("bias")]
+    axes = _vocabulary_axes(pretrained.config)
+    paths = [path for path, _ in leaves_with_path(pretrained.params)]
+    return [path for path in paths if path in axes and not path.endswith("bias")]
 
 
-def _vocabulary_axis(path: str) -> int | None:
-    if path.endswith(_TABLES):
-        return 0
-    return (1 if path.endswith("kernel") else 0) if path.endswith(_HEADS) else None
+def _vocabulary_axes(config: ModelConfig) -> dict[str, int]:
+    """Which axis of which parameter counts tokens."""
+    head = config.family.head
+    return {config.family.table: 0, f"{head}/kernel": 1, f"{head}/bias": 0}
 
 
 def _grown(table: Array, axis: int, known: int, size: int) -> Array:

@@ -290,7 +290,7 @@ def _with_new_rows(config: RunConfig, pretrained: Pretrained) -> RunConfig:
     if not added or config.train.method == "full" or config.train.adapter is not None:
         return config
     whole = lora.modules_to_save or []
-    tables = [target_name(path) for path in vocabulary_tables(pretrained.params)]
+    tables = [target_name(path) for path in vocabulary_tables(pretrained)]
     names = [t.rpartition("/")[2] for t in tables if not any(is_within(t, n) for n in whole)]
     wanted = lora.trainable_token_indices
     if wanted is None and names:
