@@ -10,12 +10,17 @@ import pytest
 from lora_jax import InputError, QuantConfig
 from lora_jax._tokenizer import Tokenizer
 from lora_jax.models import (
+    CausalLM,
+    abstract_params,
     add_tokens,
     load_pretrained,
     load_without_weights,
     quantize_params,
     save_pretrained,
+    vocabulary_tables,
 )
+from lora_jax.models._config_json import config_from_hf
+from lora_jax.models._families import FAMILIES
 
 FEW = ["<tool>", "</tool>", "<|call|>"]
 
@@ -64,6 +69,23 @@ def test_shapes_grow_alike(base, base_dir) -> None:
     shapes, arrays = add_tokens(load_without_weights(base_dir), texts), add_tokens(base, texts)
     assert jax.tree.map(jnp.shape, shapes.params) == jax.tree.map(jnp.shape, arrays.params)
     assert shapes.config == arrays.config
+
+
+@pytest.mark.parametrize("model_type", list(FAMILIES))
+def test_every_family_grows_where_it_counts_tokens(base, model_type: str) -> None:
+    small = dict(
+        vocab_size=320, hidden_size=64, intermediate_size=64, num_hidden_layers=2, head_dim=16,
+        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=320,
+        n_embd=64, n_head=4, n_layer=2, n_positions=320,
+    )  # fmt: skip
+    config = config_from_hf({"model_type": model_type, **small})
+    shapes = abstract_params(config)
+    model = dataclasses.replace(base, module=CausalLM(config), params=shapes, config=config)
+    grown = add_tokens(model, [f"<t{i}>" for i in range(100)])
+    wanted = abstract_params(dataclasses.replace(config, vocab_size=grown.config.vocab_size))
+    assert grown.config.vocab_size > 320
+    assert jax.tree.map(jnp.shape, grown.params) == jax.tree.map(jnp.shape, wanted)
+    assert len(vocabulary_tables(grown)) == 2 - config.tie_word_embeddings
 
 
 def test_a_shared_head_grows_with_the_embedding(base) -> None:
