@@ -36,6 +36,7 @@ from .train import (
     load_base,
     make_eval_step,
     run_config,
+    stopping_config,
     with_length,
     with_tokens_of,
 )
@@ -107,11 +108,13 @@ def merge_directories(model: str, adapter: str, output: str, dtype: str, quant: 
     place = Path(output)
     if place.exists() and (not place.is_dir() or any(place.iterdir())):
         raise InputError(f"{output}: holds something already; give an empty directory")
-    config = QuantConfig(format=quant) if quant else None  # type: ignore[arg-type]
-    base = load_base(with_tokens_of(ModelSection(path=model), adapter), config)
+    own = QuantConfig(format=quant) if quant else None  # type: ignore[arg-type]
+    base = load_base(with_tokens_of(ModelSection(path=model), adapter), own)
     loaded, _ = load_adapter(adapter, base.params, layouts=base.layouts)
     merged = merge_adapter(base.params, loaded, layouts=base.layouts, dtype=jnp.float32)
-    save_pretrained(output, merged, base.config, dtype=dtype, tokenizer=base.tokenizer)
+    template = adapter_notes(adapter).get("template")
+    config = stopping_config(base, template) if template else base.config
+    save_pretrained(output, merged, config, dtype=dtype, tokenizer=base.tokenizer)
     again = load_pretrained(output)
     length = min(64, base.config.max_position_embeddings)
     probe = jnp.asarray(np.arange(length)[None] % base.config.vocab_size)

@@ -59,7 +59,8 @@ def render(
 
 def template_source(tokenizer: Tokenizer, tools: Tools = ()) -> str:
     """The template that the tokenizer has for conversations with or without tools."""
-    return (tools and tokenizer.tool_template) or tokenizer.chat_template or ""
+    own = tokenizer.tool_template if tools else None
+    return own or tokenizer.chat_template or ""
 
 
 def marks_generation(tokenizer: Tokenizer, tools: Tools = ()) -> bool:

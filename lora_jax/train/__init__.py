@@ -18,6 +18,7 @@ from ._job import load_base as load_base
 from ._job import load_tokenizer as load_tokenizer
 from ._job import prepare as prepare
 from ._job import prepare_abstract as prepare_abstract
+from ._job import stopping_config as stopping_config
 from ._job import with_length as with_length
 from ._job import with_tokens_of as with_tokens_of
 from ._loop import Result as Result

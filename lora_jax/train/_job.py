@@ -14,7 +14,7 @@ from .._quant_config import QuantConfig
 from .._tree import combine, leaves_with_path, map_with_path, tree_bytes
 from .._typing import Params
 from ..adapters import load_adapter
-from ..data import Examples, Rows, build_examples, read_rows
+from ..data import Examples, Rows, build_examples, read_rows, stop_ids
 from ..lora import (
     TRAINED,
     Layouts,
@@ -28,6 +28,7 @@ from ..lora import (
     trainable_mask,
 )
 from ..models import (
+    ModelConfig,
     Pretrained,
     add_tokens,
     bundled_model,
@@ -229,6 +230,19 @@ def examples_of(rows: Rows, section: DataSection, pretrained: Pretrained) -> Exa
         train_on=section.train_on,
         max_length=section.max_length,
     )
+
+
+def stopping_config(pretrained: Pretrained, template: str) -> ModelConfig:
+    """The model's config with every id that ends an answer laid out by `template`.
+
+    Whoever generates from a saved model by its files alone then stops there too.
+    """
+    known = pretrained.config.eos_token_ids
+    ends = stop_ids(template, pretrained.tokenizer) if pretrained.tokenizer else ()
+    more = tuple(i for i in ends if i not in known)
+    if not more:
+        return pretrained.config
+    return dataclasses.replace(pretrained.config, eos_token_id=(*known, *more))
 
 
 def _rows(section: DataSection) -> tuple[Rows, Rows]:

@@ -11,7 +11,8 @@ from lora_jax.train import adapter_notes, prepare, prepare_abstract, run
 from lora_jax.train._loop import save_result
 
 TOKENS = ["<tool>", "</tool>"]
-MANY = [*TOKENS, *(f"<t{i}>" for i in range(60))]
+MARKS = ["<|im_start|>", "<|im_end|>"]
+MANY = [*TOKENS, *MARKS, *(f"<t{i}>" for i in range(60))]
 
 
 @pytest.fixture
@@ -37,8 +38,8 @@ def test_the_rows_of_new_tokens_are_trained(make_config, base_dir, tool_rows, to
 
 def test_from_a_config_to_a_merged_model(make_config, base_dir, tool_rows, tmp_path) -> None:
     config = make_config(
-        model={"add_tokens": MANY}, data={"train": tool_rows}, train={"steps": 2},
-        lora={"target_modules": ["q_proj"]},
+        model={"add_tokens": MANY}, data={"train": tool_rows, "template": "chatml"},
+        train={"steps": 2}, lora={"target_modules": ["q_proj"]},
     )  # fmt: skip
     job = prepare(config)
     first = job.pretrained.tokenizer.token_id("<tool>")
@@ -56,6 +57,8 @@ def test_from_a_config_to_a_merged_model(make_config, base_dir, tool_rows, tmp_p
     found = merged.params["model"]["embed_tokens"]["embedding"][first : first + len(MANY)]
     np.testing.assert_allclose(found, rows)
     assert merged.tokenizer.encode("<tool>") == [first]
+    # Whoever generates from the files alone stops at the end of a turn too.
+    assert merged.config.eos_token_ids == (1, merged.tokenizer.token_id("<|im_end|>"))
     speaker = Speaker.load(str(base_dir), str(adapter), None)
     assert speaker.pretrained.tokenizer.encode("<tool>") == [first]
 
