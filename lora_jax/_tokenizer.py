@@ -162,6 +162,11 @@ class Tokenizer:
         backend.add_tokens(
             [AddedToken(t, special=bool(MARK.fullmatch(t)), normalized=False) for t in texts]
         )
+        if any(backend.token_to_id(text) < self.vocab_size for text in texts):
+            raise InputError(
+                "model.add_tokens: the vocabulary has gaps, and a new token would get an id in use;"
+                " give a tokenizer.json without gaps"
+            )
         return dataclasses.replace(self, backend=backend, added=(*self.added, *texts))
 
     def save(self, directory: Path) -> None:

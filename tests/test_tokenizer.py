@@ -111,6 +111,12 @@ def test_vocab_size_counts_added_tokens_and_gaps(directory: Path) -> None:
     assert "<extra>" in after.special_texts
 
 
+def test_no_tokens_are_added_into_gaps() -> None:
+    tokenizer = Tokenizer(Backend(models.WordLevel({"a": 0, "b": 9}, unk_token="a")), {})
+    with pytest.raises(InputError, match="the vocabulary has gaps"):
+        tokenizer.with_tokens(["<tool>"])
+
+
 @pytest.mark.parametrize("said", [True, False])
 def test_add_bos_as_the_config_says(directory: Path, said: bool) -> None:
     write(directory / "tokenizer_config.json", {"bos_token": "<s>", "add_bos_token": said})
