@@ -15,6 +15,9 @@ from .._typing import Params
 from ..models import ModelConfig
 from ..transform import LoraLinen
 
+Chosen = tuple[Sequence[int] | np.ndarray, Sequence[bool] | np.ndarray]
+"""Token ids, and which of them count."""
+
 
 class Score(NamedTuple):
     """Sum of log p over the chosen tokens, and whether each of them was the likeliest."""
@@ -66,7 +69,7 @@ class Scorer:
     def score(
         self,
         params: Params,
-        sequences: Sequence[tuple[Sequence[int], Sequence[bool]]],
+        sequences: Sequence[Chosen],
         *,
         batch_size: int = 8,
     ) -> list[Score]:
@@ -108,7 +111,7 @@ class Scorer:
         return jax.jit(self._score_batch)
 
     def _batch(
-        self, sequences: Sequence[tuple[Sequence[int], Sequence[bool]]], rows: int
+        self, sequences: Sequence[Chosen], rows: int
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         longest = max(len(ids) for ids, _ in sequences) - 1
         if longest > self.max_length:
