@@ -1,8 +1,11 @@
 """Our models in EleutherAI's lm-evaluation-harness, which is imported nowhere else."""
 
+import contextlib
 import functools
 import importlib
 import json
+import os
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,9 @@ import jax
 from .._errors import InputError
 from ..data import Message, choose_template, prompt_text, with_bos
 from ._model import TextModel, continue_texts
+
+DRAWS = 1000
+"""Bootstraps of a standard error that has no formula: exact to 2 % of itself."""
 
 SAMPLING = ("temperature", "top_k", "top_p")
 _NEUTRAL = {"do_sample": None, "num_beams": 1, "repetition_penalty": 1.0, "num_return_sequences": 1}
@@ -197,17 +203,36 @@ def run_harness(
     Raises:
         InputError: if lm_eval is not installed, or a task is unknown or cannot be loaded.
     """
-    manager = _harness("tasks").TaskManager(
-        include_path=None if directory is None else str(directory)
-    )
+    manager = _manager(tasks, directory)
     loaded = [task for name in tasks for task in _load(manager, name)]
-    results = _harness("evaluator").simple_evaluate(
-        lm, tasks=loaded, task_manager=manager, limit=limit, num_fewshot=shots, log_samples=False
-    )
+    # It forks to draw its bootstraps, which a process with JAX's threads does not survive for sure.
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")
+    with contextlib.redirect_stdout(sys.stderr):  # what it says on the way is no result
+        results = _harness("evaluator").simple_evaluate(
+            lm,
+            tasks=loaded,
+            task_manager=manager,
+            limit=limit,
+            num_fewshot=shots,
+            bootstrap_iters=DRAWS,
+            log_samples=False,
+        )
     return {
         name: {key: value for key, value in metrics.items() if key not in ("alias", "name")}
         for name, metrics in results["results"].items()
     }
+
+
+def _manager(tasks: Sequence[str], directory: str | Path | None) -> Any:
+    """One that knows these tasks; to read the harness's own thousands takes a while."""
+    manager = _harness("tasks").TaskManager
+    if directory is None:
+        return manager()
+    if not Path(directory).is_dir():
+        raise InputError(f"{directory}: no directory of tasks")
+    own = manager(include_path=str(directory), include_defaults=False)
+    known = all(name in own.all_tasks for name in tasks)
+    return own if known else manager(include_path=str(directory))
 
 
 def _load(manager: Any, name: str) -> list[Any]:
