@@ -1,21 +1,46 @@
 """lm-evaluation-harness over our model: its numbers are those computed directly, in few shapes."""
 
 import dataclasses
+import importlib
+import itertools
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import yaml
 
 from lora_jax import InputError, LoraConfig, combine, init_adapter
-from lora_jax.evaluate import TextModel, harness_model, run_harness
+from lora_jax.cli import main
+from lora_jax.evaluate import (
+    TextModel,
+    flexible_number,
+    harness_model,
+    run_harness,
+    strict_number,
+)
 from lora_jax.transform import lora_linen
 
 pytest.importorskip("lm_eval")
 
 CONTEXTS = ["one two", "three four five six seven", "", "eight ", "nine " * 40, "ten"]
 CHOICES = [" one", " two three", "four"]
+
+ANSWERS = [
+    ("9 * 2 = 18\n#### 18", "18"),
+    ("#### 1,000", "1000"),
+    ("#### $1,000", "1000"),
+    ("#### 18.", "18"),
+    ("#### 3.0", "3"),
+    ("#### -7", "-7"),
+    ("She makes $18.", "18"),
+    ("It is 18 ...", "18"),
+    ("It is 18.50 dollars", "18.5"),
+    ("#### 5 or #### 6", "6"),
+    ("no idea", "5"),
+]
 
 
 @dataclasses.dataclass
@@ -186,6 +211,40 @@ def test_tasks_of_ones_own(lm, text_model, log_p, tasks):
     )
     limited = run_harness(lm, ["choose_word"], directory=directory, limit=2)
     assert limited["choose_word"]["sample_len"] == 2
+
+
+def test_the_command_runs_them(base_dir, tasks, capsys):
+    directory, _ = tasks
+    words = ["evaluate", "--model", str(base_dir), "--harness", "write_word", "--limit", "1"]
+    main([*words, "--tasks", str(directory), "--json"])
+    assert json.loads(capsys.readouterr().out)["write_word"]["sample_len"] == 1
+
+
+def test_what_the_task_gsm8k_finds_right_is_right():
+    """By its own filters and its own exact_match; numbers that only look different are equal."""
+    folder = Path(importlib.import_module("lm_eval.tasks").__file__).parent / "gsm8k"
+    task = yaml.safe_load((folder / "gsm8k.yaml").read_text("utf-8"))
+    metric = task["metric_list"][0]
+    options = {k: metric[k] for k in ("ignore_case", "ignore_punctuation", "regexes_to_ignore")}
+    exact_match = importlib.import_module("lm_eval.api.metrics").exact_match_hf_evaluate
+    regex = importlib.import_module("lm_eval.filters.extraction").RegexFilter
+    readers, only_ours = (strict_number, flexible_number), []
+    for (answer, gold), (listed, read) in itertools.product(
+        ANSWERS, zip(task["filter_list"], readers, strict=True)
+    ):
+        given = {k: v for k, v in listed["filter"][0].items() if k != "function"}
+        [[found]] = regex(**given).apply([[answer]], [{}])
+        theirs = exact_match([found], [f"so\n#### {gold}"], **options)["exact_match"] == 1
+        ours = read(answer) == strict_number(f"#### {gold}")
+        assert ours or not theirs, (answer, found)
+        only_ours += [(answer, listed["name"])] if ours and not theirs else []
+    assert only_ours == [
+        ("#### $1,000", "strict-match"),
+        ("#### 3.0", "strict-match"),
+        ("#### 3.0", "flexible-extract"),
+        ("It is 18 ...", "flexible-extract"),
+        ("It is 18.50 dollars", "flexible-extract"),
+    ]
 
 
 def test_what_cannot_run_is_refused(lm, text_model, tasks):
