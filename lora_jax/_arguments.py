@@ -140,6 +140,9 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
     p.add_argument("--tasks", metavar="DIR", help="where tasks of your own for it stand")
     p.add_argument("--limit", type=int, metavar="N", help="rows of each of its tasks at most")
     p.add_argument("--shots", type=int, metavar="N", help="examples before each of its questions")
+    p.add_argument(
+        "--chat", action="store_true", default=None, help="its questions in the chat template"
+    )
     p.add_argument("--batch-size", type=int, metavar="N", help="default 8, or the run's")
     p.add_argument("--json", action="store_true", help="one JSON object instead of text")
 

@@ -1,7 +1,6 @@
 """What `./lora evaluate` does: the loss, answers that are numbers, or the harness."""
 
 import argparse
-import functools
 import hashlib
 import sys
 from collections.abc import Mapping
@@ -20,7 +19,7 @@ from .evaluate import (
 )
 
 _GSM8K = {"instruction": "question", "output": "answer"}
-_OF_HARNESS, _OF_ANSWERS = ("tasks", "limit", "shots"), ("max_new_tokens",)
+_OF_HARNESS, _OF_ANSWERS = ("tasks", "limit", "shots", "chat"), ("max_new_tokens",)
 
 
 def evaluate(options: argparse.Namespace, overrides: list[str]) -> tuple[str, Mapping[str, Any]]:
@@ -74,20 +73,27 @@ def _answer(subject: Subject, o: argparse.Namespace) -> tuple[str, Mapping[str, 
         rows,
         Path(o.exact_match),
         template=c.data.template,
-        max_new_tokens=o.max_new_tokens or 256,
+        max_new_tokens=256 if o.max_new_tokens is None else o.max_new_tokens,
         batch_size=c.train.batch_size,
         settings={"model": c.model.path, "quant": quant, "trained": _fingerprint(subject)},
-        tell=functools.partial(print, "rows answered:", file=sys.stderr, flush=True),
+        tell=_tell,
     )
     lines = [f"{name:8} {_show_accuracy(accuracy)}" for name, accuracy in found.items()]
     plain = {name: _plain_accuracy(accuracy) for name, accuracy in found.items()}
     return "\n".join([*lines, f"records in {o.exact_match}"]), {**plain, "records": o.exact_match}
 
 
+def _tell(done: int, of: int) -> None:
+    """One line to whoever waits, beside the result and not in it."""
+    print(f"{done:,} of {of:,} rows answered", file=sys.stderr, flush=True)
+
+
 def _run_tasks(subject: Subject, o: argparse.Namespace) -> tuple[str, Mapping[str, Any]]:
     lm = harness_model(subject.text_model(), batch_size=subject.config.train.batch_size)
     names = o.harness.split(",")
-    found = run_harness(lm, names, directory=o.tasks, limit=o.limit, shots=o.shots)
+    found = run_harness(
+        lm, names, directory=o.tasks, limit=o.limit, shots=o.shots, chat=bool(o.chat)
+    )
     lines = [
         f"{task}: {metric} {value:.4f}" if isinstance(value, float) else f"{task}: {metric} {value}"
         for task, metrics in found.items()

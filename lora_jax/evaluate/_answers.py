@@ -105,7 +105,7 @@ def answer_rows(
         chosen = {left[i]: text for i, text in texts.items()}
         shown = {n: model.tokenizer.decode(prompts[n], special=True) for n in chosen}
         records = [_record(rows.rows[n], shown[n], chosen[n], expected[n]) for n in chosen]
-        add_records(output, records)
+        add_records(output, header, records)
         done |= {record["row"]: record for record in records}
         tell(len(done), len(rows))
     records = [done[row.index] for row in rows]

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from .._errors import InputError
+from .._errors import InputError, first_line
 from ..data import Message, choose_template, prompt_text, with_bos
 from ._model import TextModel, continue_texts
 
@@ -36,11 +36,14 @@ class HarnessMethods:
         self, model: TextModel, *, batch_size: int = 8, max_gen_toks: int = 256, seed: int = 0
     ) -> None:
         super().__init__()
-        if model.tokenizer.bos_id is None and model.tokenizer.eos_id is None:
+        bos, eos = model.tokenizer.bos_id, model.tokenizer.eos_id
+        prefix = eos if bos is None else bos
+        if prefix is None:
             raise InputError(
                 "evaluate: the tokenizer names neither bos_token nor eos_token, so a text has"
                 " nothing to begin with; set one in tokenizer_config.json"
             )
+        self._prefix = prefix
         self.model, self.tokenizer, self.batch_size = model, model.tokenizer, batch_size
         self.max_length, self.max_gen_toks, self.seed = model.scorer.max_length, max_gen_toks, seed
 
@@ -49,10 +52,9 @@ class HarnessMethods:
         return self.tokenizer.eos_id
 
     @property
-    def prefix_token_id(self) -> int | None:
-        """What the first token of a text is predicted from."""
-        bos = self.tokenizer.bos_id
-        return self.tokenizer.eos_id if bos is None else bos
+    def prefix_token_id(self) -> int:
+        """What the first token of a text is predicted from: BOS, else EOS."""
+        return self._prefix
 
     @property
     def tokenizer_name(self) -> str:
@@ -96,10 +98,11 @@ class HarnessMethods:
             sequences.append((ids, [i >= len(ids) - len(continuation) for i in range(len(ids))]))
         model = self.model
         scores = model.scorer.score(model.params, sequences, batch_size=self.batch_size)
-        for (texts, _context, _continuation), score in zip(requests, scores, strict=True):
+        found = [(score.log_likelihood, score.greedy) for score in scores]
+        for (texts, _context, _continuation), pair in zip(requests, found, strict=True):
             if texts is not None:
-                self.cache_hook.add_partial("loglikelihood", texts, tuple(score))
-        return [tuple(score) for score in scores]
+                self.cache_hook.add_partial("loglikelihood", texts, pair)
+        return found
 
     def loglikelihood_rolling(
         self, requests: Sequence[Any], disable_tqdm: bool = False
@@ -187,6 +190,7 @@ def run_harness(
     directory: str | Path | None = None,
     limit: int | None = None,
     shots: int | None = None,
+    chat: bool = False,
 ) -> dict[str, dict[str, Any]]:
     """Run tasks of lm-evaluation-harness.
 
@@ -196,6 +200,7 @@ def run_harness(
         directory: Where tasks of one's own stand, beside the harness's.
         limit: Rows of each task at most.
         shots: Examples before each question, where a task does not fix it.
+        chat: Lay questions out in the tokenizer's chat template.
 
     Returns:
         By task, its metrics under the harness's own names.
@@ -204,19 +209,27 @@ def run_harness(
         InputError: if lm_eval is not installed, or a task is unknown or cannot be loaded.
     """
     manager = _manager(tasks, directory)
+    if limit is not None and limit < 1:
+        raise InputError(f"evaluate: limit must be at least 1, got {limit}")
     loaded = [task for name in tasks for task in _load(manager, name)]
     # It forks to draw its bootstraps, which a process with JAX's threads does not survive for sure.
     os.environ.setdefault("DISABLE_MULTIPROC", "1")
-    with contextlib.redirect_stdout(sys.stderr):  # what it says on the way is no result
-        results = _harness("evaluator").simple_evaluate(
-            lm,
-            tasks=loaded,
-            task_manager=manager,
-            limit=limit,
-            num_fewshot=shots,
-            bootstrap_iters=DRAWS,
-            log_samples=False,
-        )
+    try:
+        with contextlib.redirect_stdout(sys.stderr):  # what it says on the way is no result
+            results = _harness("evaluator").simple_evaluate(
+                lm,
+                tasks=loaded,
+                task_manager=manager,
+                limit=limit,
+                num_fewshot=shots,
+                apply_chat_template=chat,
+                bootstrap_iters=DRAWS,
+                log_samples=False,
+            )
+    except InputError:
+        raise
+    except ValueError as error:  # a task that runs generated code, say, which it asks about first
+        raise InputError(f"evaluate: the harness refuses: {first_line(error)}") from None
     return {
         name: {key: value for key, value in metrics.items() if key not in ("alias", "name")}
         for name, metrics in results["results"].items()
@@ -240,8 +253,8 @@ def _load(manager: Any, name: str) -> list[Any]:
     try:
         found = manager.load([name])
     except Exception as error:  # Tasks are programs, which read files and the network.
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise InputError(f"evaluate: cannot load the task {name!r} ({reason[:300]})") from None
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise InputError(f"evaluate: cannot load the task {name!r} ({reason})") from None
     return [found["groups"][name]] if name in found["groups"] else list(found["tasks"].values())
 
 

@@ -11,7 +11,7 @@ from .._files import atomic_file
 
 
 def open_records(path: Path, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Records that earlier work with the same settings left in `.NAME.part`, made ready to grow.
+    """Records that earlier work with the same settings left in `.NAME.part`, if it was cut short.
 
     Raises:
         InputError: if `path` is there already, or the work had other settings.
@@ -21,7 +21,7 @@ def open_records(path: Path, settings: Mapping[str, Any]) -> list[dict[str, Any]
         >>> with tempfile.TemporaryDirectory() as directory:
         ...     path = Path(directory, "answers.jsonl")
         ...     assert open_records(path, {"seed": 0}) == []
-        ...     add_records(path, [{"row": 1}])
+        ...     add_records(path, {"seed": 0}, [{"row": 1}])
         ...     print(open_records(path, {"seed": 0}), path.exists())
         ...     close_records(path, [{"row": 0}, {"row": 1}])
         ...     print(path.read_text().splitlines())
@@ -30,24 +30,31 @@ def open_records(path: Path, settings: Mapping[str, Any]) -> list[dict[str, Any]
     """
     if path.exists():
         raise InputError(f"{path}: exists already; give another file, or remove it")
-    part, wanted = _part(path), json.loads(json.dumps(settings))
-    begun, *records = _whole_lines(part) or [wanted]
+    part = _part(path)
+    lines = _whole_lines(part)
+    if not lines:
+        part.unlink(missing_ok=True)
+        return []
+    begun, wanted = lines[0], json.loads(json.dumps(settings))
     if begun != wanted:
         other = next(name for name in (*begun, *wanted) if begun.get(name) != wanted.get(name))
         raise InputError(
             f"{part}: was begun with {other} {begun.get(other)!r}, now it is"
             f" {wanted.get(other)!r}; go on with the same settings, remove it, or give another file"
         )
-    _write(part, [begun, *records])  # without a last line that was cut off
-    return records
+    _write(part, lines)  # without a last line that was cut off
+    return lines[1:]
 
 
-def add_records(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
-    """Append records to the file that is being written."""
+def add_records(
+    path: Path, settings: Mapping[str, Any], records: Sequence[Mapping[str, Any]]
+) -> None:
+    """Keep records; the first of them stand below their settings."""
     part = _part(path)
     try:
+        part.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "a", encoding="utf-8") as file:
-            file.write(_lines(records))
+            file.write(_lines(records if file.tell() else [settings, *records]))
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:

@@ -108,6 +108,8 @@ def test_what_cannot_be_answered_is_refused(scripted, text_model, rows, tmp_path
             answer_rows(model, dataclasses.replace(rows, rows=(row,)), output)
     with pytest.raises(InputError, match=r"f:0: a prompt of \d+ tokens, which with 100 new ones"):
         answer_rows(text_model, rows, output, max_new_tokens=100)
+    with pytest.raises(InputError, match="max_new_tokens must be at least 1, got 0"):
+        answer_rows(text_model, rows, output, max_new_tokens=0, template="plain")
     with pytest.raises(InputError, match="only scores"):
         next(continue_texts(dataclasses.replace(model, generate=None), [[1]], max_new_tokens=1))
     assert not asked and not list(tmp_path.iterdir())

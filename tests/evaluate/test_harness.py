@@ -213,6 +213,23 @@ def test_tasks_of_ones_own(lm, text_model, log_p, tasks):
     assert limited["choose_word"]["sample_len"] == 2
 
 
+def test_chats_are_laid_out_by_the_tokenizer(text_model):
+    """A model's template, with the BOS that it writes itself; an answer may be begun."""
+    template = (
+        "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    tokenizer = dataclasses.replace(text_model.tokenizer, chat_template=template, add_bos=True)
+    lm = harness_model(dataclasses.replace(text_model, tokenizer=tokenizer))
+    turns = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
+    assert lm.apply_chat_template(turns[:1]) == "<s>[user]one[assistant]"
+    assert lm.apply_chat_template(turns, False) == "<s>[user]one[assistant]two"
+    assert lm.tok_encode("<s>[user]one").count(tokenizer.bos_id) == 1
+    assert lm.tok_encode("one")[0] == tokenizer.bos_id
+    assert lm.tok_encode("one", add_special_tokens=False) == tokenizer.encode("one")
+    assert lm.chat_template(True) == template
+
+
 def test_the_command_runs_them(base_dir, tasks, capsys):
     directory, _ = tasks
     words = ["evaluate", "--model", str(base_dir), "--harness", "write_word", "--limit", "1"]
@@ -260,6 +277,12 @@ def test_what_cannot_run_is_refused(lm, text_model, tasks):
             lm.generate_until([Request(("one", options))])
     with pytest.raises(InputError, match="a continuation of 129 tokens is longer"):
         lm._loglikelihood_tokens([(None, [1], [2] * 129)])
+    with pytest.raises(InputError, match="limit must be at least 1, got 0"):
+        run_harness(lm, ["choose_word"], directory=directory, limit=0)
+    with pytest.raises(InputError, match="no directory of tasks"):
+        run_harness(lm, ["choose_word"], directory=directory / "none")
+    with pytest.raises(InputError, match="the tokenizer has no chat template"):
+        lm.apply_chat_template([{"role": "user", "content": "one"}])
     nameless = dataclasses.replace(text_model.tokenizer, bos_id=None, eos_id=None)
     with pytest.raises(InputError, match="neither bos_token nor eos_token"):
         harness_model(dataclasses.replace(text_model, tokenizer=nameless))
