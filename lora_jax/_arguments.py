@@ -137,7 +137,7 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
     )
     p.add_argument("--max-new-tokens", type=int, metavar="N", help="of an answer (default 256)")
     p.add_argument("--harness", metavar="TASKS", help="tasks of lm-evaluation-harness, with commas")
-    p.add_argument("--tasks", metavar="DIR", help="where tasks of your own for it stand")
+    p.add_argument("--include-path", metavar="DIR", help="where tasks of your own for it stand")
     p.add_argument("--limit", type=int, metavar="N", help="rows of each of its tasks at most")
     p.add_argument("--shots", type=int, metavar="N", help="examples before each of its questions")
     p.add_argument(

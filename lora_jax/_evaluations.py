@@ -19,7 +19,7 @@ from .evaluate import (
 )
 
 _GSM8K = {"instruction": "question", "output": "answer"}
-_OF_HARNESS, _OF_ANSWERS = ("tasks", "limit", "shots", "chat"), ("max_new_tokens",)
+_OF_HARNESS, _OF_ANSWERS = ("include_path", "limit", "shots", "chat"), ("max_new_tokens",)
 
 
 def evaluate(options: argparse.Namespace, overrides: list[str]) -> tuple[str, Mapping[str, Any]]:
@@ -92,7 +92,7 @@ def _run_tasks(subject: Subject, o: argparse.Namespace) -> tuple[str, Mapping[st
     lm = harness_model(subject.text_model(), batch_size=subject.config.train.batch_size)
     names = o.harness.split(",")
     found = run_harness(
-        lm, names, directory=o.tasks, limit=o.limit, shots=o.shots, chat=bool(o.chat)
+        lm, names, directory=o.include_path, limit=o.limit, shots=o.shots, chat=bool(o.chat)
     )
     lines = [
         f"{task}: {metric} {value:.4f}" if isinstance(value, float) else f"{task}: {metric} {value}"

@@ -233,7 +233,7 @@ def test_chats_are_laid_out_by_the_tokenizer(text_model):
 def test_the_command_runs_them(base_dir, tasks, capsys):
     directory, _ = tasks
     words = ["evaluate", "--model", str(base_dir), "--harness", "write_word", "--limit", "1"]
-    main([*words, "--tasks", str(directory), "--json"])
+    main([*words, "--include-path", str(directory), "--json"])
     assert json.loads(capsys.readouterr().out)["write_word"]["sample_len"] == 1
 
 
