@@ -112,10 +112,10 @@ def _check(config, prompts, max_new_tokens, temperature, top_k, top_p, key) -> N
                 f"generate: prompt {i} holds a token outside of 0..{config.vocab_size - 1};"
                 " is this the model's own tokenizer?"
             )
-        if len(prompt) + max_new_tokens > config.max_position_embeddings:
+        if len(prompt) + max_new_tokens > config.context_length:
             raise InputError(
                 f"generate: prompt {i} has {len(prompt)} tokens, which with {max_new_tokens} new"
-                f" ones exceeds the model's {config.max_position_embeddings} positions; shorten"
+                f" ones exceeds the model's {config.context_length} positions; shorten"
                 " the prompt or lower max_new_tokens"
             )
 

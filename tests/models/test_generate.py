@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from lora_jax import KernelLayout, LoraConfig, combine, init_adapter, lora_linen, merge_adapter
 from lora_jax._errors import InputError
 from lora_jax.models import CausalLM, generate
-from lora_jax.models._decoder import STACKED
 from lora_jax.models._generate import _decode_program, _prefill, truncate
 
 PROMPTS = [[5, 6, 7, 8, 9], [20], [30, 31, 32]]
@@ -103,7 +102,7 @@ def test_truncation_keeps_the_fewest_that_reach_top_p(logits, top_k, top_p):
 
 def test_adapted_model_generates_like_the_merged_one(model, params):
     config = LoraConfig(r=2, lora_alpha=16, target_modules="all-linear", init_lora_weights=False)
-    layouts = {STACKED: KernelLayout(stack=STACKED)}
+    layouts = {"model/layers": KernelLayout(stack="model/layers")}
     adapter = init_adapter(jax.random.key(3), params, config, layouts=layouts)
     merged = merge_adapter(params, adapter, layouts=layouts)
     got = generate(lora_linen(model), combine(params, adapter), PROMPTS, max_new_tokens=12)
