@@ -1,7 +1,6 @@
-"""What the smaller commands do: evaluate, merge, generate, look at rows."""
+"""What the smaller commands do: merge, generate, look at rows."""
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,83 +19,33 @@ from .data import (
     Rows,
     choose_template,
     encode_prompt,
-    eval_batches,
-    read_rows,
     stop_ids,
 )
 from .lora import merge_adapter
 from .models import Pretrained, generate, load_pretrained, save_pretrained
 from .train import (
-    Evaluation,
     ModelSection,
     RunConfig,
     adapter_notes,
-    evaluate,
     examples_of,
     load_base,
-    make_eval_step,
-    run_config,
     stopping_config,
+    training_rows,
+    with_adapter,
     with_length,
     with_tokens_of,
 )
 from .transform import LoraLinen, lora_linen
 
 
-def evaluate_rows(raw: dict[str, Any], overrides: list[str], adapter: str | None) -> Evaluation:
-    """Loss of a model, with or without an adapter, on the rows of `data.train`."""
-    config = run_config(raw, overrides, "evaluate")
-    section = config.model if config.model.add_tokens else with_tokens_of(config.model, adapter)
-    pretrained = load_base(section, config.quant)
-    params = with_adapter(pretrained, adapter)
-    if adapter is not None and config.data.template == "auto":
-        template = adapter_notes(adapter).get("template", "auto")
-        data = dataclasses.replace(config.data, template=template)
-        config = dataclasses.replace(config, data=data)
-    return _measure(config, pretrained)(params)
-
-
-def loss_on(
-    pretrained: Pretrained, data: str, overrides: list[str]
-) -> Callable[[Params], Evaluation]:
-    """A function from parameters of this model to their loss on the rows of a file."""
-    raw = {"data": {"train": data}, "output": "runs/inspect"}
-    return _measure(run_config(raw, overrides, "inspect"), pretrained)
-
-
-def _measure(config: RunConfig, pretrained: Pretrained) -> Callable[[Params], Evaluation]:
-    data = with_length(config.data, pretrained)
-    examples = examples_of(_rows(config), data, pretrained)
-    step = make_eval_step(lora_linen(pretrained.module), chunk=config.train.loss_chunk)
-
-    def measure(params: Params) -> Evaluation:
-        batches = eval_batches(
-            examples,
-            batch_size=config.train.batch_size,
-            seq_length=data.seq_length,
-            packing=data.packing,
-        )
-        return evaluate(step, params, batches)
-
-    return measure
-
-
 def rows_and_examples(config: RunConfig) -> tuple[Rows, Examples, Any]:
     """The rows of `data.train`, their tokens, and the tokenizer; no weights are read."""
     from .train import load_tokenizer
 
-    rows = _rows(config)
+    rows = training_rows(config.data)
     pretrained = load_tokenizer(config.model)
     data = with_length(config.data, pretrained)
     return rows, examples_of(rows, data, pretrained), pretrained.tokenizer
-
-
-def with_adapter(pretrained: Pretrained, adapter: str | None) -> Params:
-    """The base's parameters, with the adapter of a directory laid over them."""
-    if adapter is None:
-        return pretrained.params
-    loaded, _ = load_adapter(adapter, pretrained.params, layouts=pretrained.layouts)
-    return combine(pretrained.params, loaded)
 
 
 def merge_directories(model: str, adapter: str, output: str, dtype: str, quant: str | None) -> str:
@@ -171,14 +120,3 @@ class Speaker:
             **sampling,
         )
         return tokenizer.decode(new[0])
-
-
-def _rows(config: RunConfig) -> Rows:
-    data = config.data
-    return read_rows(
-        data.train,
-        format=data.format,
-        columns=data.columns,
-        limit=data.train_rows,
-        bad_rows=data.bad_rows,
-    )

@@ -96,7 +96,7 @@ def test_evaluate_merge_and_generate_agree(trained: Path, base_dir, rows_file, t
 
     def loss(*words: str) -> float:
         main(["evaluate", "--data", str(rows_file), "--data.max_length", "64", *words])
-        return float(re.findall(r"loss ([\d.]+)", capsys.readouterr().out)[0])
+        return float(re.findall(r"loss ([\d.]+)", capsys.readouterr().out)[-1])
 
     adapted = loss("--model", str(base_dir), "--adapter", adapter)
     assert adapted == pytest.approx(loss("--model", merged), abs=2e-4)

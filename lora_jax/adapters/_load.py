@@ -13,6 +13,7 @@ from flax.core import meta
 from .._config import LoraConfig
 from .._errors import InputError
 from .._files import open_tensors
+from .._hub import local_directory
 from .._names import is_transposed
 from .._tree import leaves_with_path, tree_from_paths
 from .._typing import Params
@@ -69,7 +70,8 @@ def load_adapter(
     """Read an adapter that this library or PEFT wrote, checked against its base.
 
     Args:
-        directory: Holds `adapter_config.json` and `adapter_model.safetensors`.
+        directory: Holds `adapter_config.json` and `adapter_model.safetensors`; or, with the extra
+            `hub`, the name of a repository that does.
         base_params: The base's parameters, or their shapes.
         layouts: Axes of kernels that are not plain matrices, of stacked layers and of experts.
         parameter_order: Names of a module's adapted raw parameters in the order in which PEFT's
@@ -86,7 +88,7 @@ def load_adapter(
 
     Example: see `save_adapter`.
     """
-    directory = Path(directory)
+    directory = local_directory(directory, (CONFIG_FILE, WEIGHTS_FILE))
     config = _fitting(tied_config(base_params, read_config(directory)), base_params)
     targets = matched_targets(base_params, config, layouts=layouts)
     if not targets:

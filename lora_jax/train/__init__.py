@@ -14,11 +14,14 @@ from ._evaluate import make_eval_step as make_eval_step
 from ._job import Job as Job
 from ._job import Setup as Setup
 from ._job import examples_of as examples_of
+from ._job import held_out_rows as held_out_rows
 from ._job import load_base as load_base
 from ._job import load_tokenizer as load_tokenizer
 from ._job import prepare as prepare
 from ._job import prepare_abstract as prepare_abstract
 from ._job import stopping_config as stopping_config
+from ._job import training_rows as training_rows
+from ._job import with_adapter as with_adapter
 from ._job import with_length as with_length
 from ._job import with_tokens_of as with_tokens_of
 from ._loop import Result as Result

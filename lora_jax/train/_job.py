@@ -126,6 +126,14 @@ def _types(section: ModelSection) -> dict[str, Any]:
     return {name: getattr(section, name) for name in ("dtype", "param_dtype", "remat")}
 
 
+def with_adapter(pretrained: Pretrained, adapter: str | Path | None) -> Params:
+    """The base's parameters, with the adapter of a directory laid over them."""
+    if adapter is None:
+        return pretrained.params
+    loaded, _ = load_adapter(adapter, pretrained.params, layouts=pretrained.layouts)
+    return combine(pretrained.params, loaded)
+
+
 def load_tokenizer(section: ModelSection) -> Pretrained:
     """The base of a run without its weights: enough to turn rows into tokens."""
     return add_tokens(load_without_weights(_directory(section)), section.add_tokens)
@@ -245,11 +253,26 @@ def stopping_config(pretrained: Pretrained, template: str) -> ModelConfig:
     return dataclasses.replace(pretrained.config, eos_token_id=(*known, *more))
 
 
-def _rows(section: DataSection) -> tuple[Rows, Rows]:
-    """Rows to train on and held-out rows; those set aside are every n-th of the file."""
-    rows = _read(section, section.train, section.train_rows)
+def training_rows(section: DataSection) -> Rows:
+    """The rows of `data.train`, any held-out ones among them."""
+    return _read(section, section.train, section.train_rows)
+
+
+def held_out_rows(section: DataSection) -> Rows:
+    """The rows of `data.eval`, or those set aside."""
     if section.eval is not None:
-        return rows, _read(section, section.eval, section.eval_rows)
+        return _read(section, section.eval, section.eval_rows)
+    return _split(section, training_rows(section))[1]
+
+
+def _rows(section: DataSection) -> tuple[Rows, Rows]:
+    """Rows to train on, and held-out rows."""
+    rows = training_rows(section)
+    return (rows, held_out_rows(section)) if section.eval is not None else _split(section, rows)
+
+
+def _split(section: DataSection, rows: Rows) -> tuple[Rows, Rows]:
+    """Rows to train on and those set aside, which are every n-th."""
     every = round(1 / section.eval_share)
     aside = rows.rows[every - 1 :: every][: section.eval_rows]
     if not aside:
