@@ -29,9 +29,11 @@ from .train import (
     adapter_notes,
     examples_of,
     load_base,
+    stopping_config,
     training_rows,
     with_adapter,
     with_length,
+    with_tokens_of,
 )
 from .transform import LoraLinen, lora_linen
 
@@ -55,11 +57,13 @@ def merge_directories(model: str, adapter: str, output: str, dtype: str, quant: 
     place = Path(output)
     if place.exists() and (not place.is_dir() or any(place.iterdir())):
         raise InputError(f"{output}: holds something already; give an empty directory")
-    config = QuantConfig(format=quant) if quant else None  # type: ignore[arg-type]
-    base = load_base(ModelSection(path=model), config)
+    own = QuantConfig(format=quant) if quant else None  # type: ignore[arg-type]
+    base = load_base(with_tokens_of(ModelSection(path=model), adapter), own)
     loaded, _ = load_adapter(adapter, base.params, layouts=base.layouts)
     merged = merge_adapter(base.params, loaded, layouts=base.layouts, dtype=jnp.float32)
-    save_pretrained(output, merged, base.config, dtype=dtype, tokenizer=base.tokenizer)
+    template = adapter_notes(adapter).get("template")
+    config = stopping_config(base, template) if template else base.config
+    save_pretrained(output, merged, config, dtype=dtype, tokenizer=base.tokenizer)
     again = load_pretrained(output)
     length = min(64, base.config.max_position_embeddings)
     probe = jnp.asarray(np.arange(length)[None] % base.config.vocab_size)
@@ -85,9 +89,9 @@ class Speaker:
     @classmethod
     def load(cls, model: str, adapter: str | None, template: str | None) -> "Speaker":
         """Read a model; the template is the one given, the adapter's, the tokenizer's, or plain."""
-        pretrained = load_base(ModelSection(path=model))
+        pretrained = load_base(with_tokens_of(ModelSection(path=model), adapter))
         if pretrained.tokenizer is None:
-            raise InputError(f"{model}: no tokenizer.json; generating text needs one")
+            raise InputError(f"{model}: no tokenizer; generating text needs one")
         notes = adapter_notes(adapter) if adapter else {}
         own = "tokenizer" if pretrained.tokenizer.chat_template else "plain"
         chosen = template or notes.get("template") or own

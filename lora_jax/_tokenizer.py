@@ -1,27 +1,30 @@
 """A model's tokenizer, read from its Hugging Face directory without transformers."""
 
 import dataclasses
+import itertools
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, SupportsInt
 
 from ._errors import InputError
-
-_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
+from ._tokenizer_files import (
+    copy_file,
+    open_tokenizer,
+    read_json,
+    read_templates,
+    tokenizer_files,
+    write_tokenizer,
 )
-_NAMED = ("bos_token", "eos_token", "pad_token", "unk_token")
+
 # A text put before a continuation and taken off again, so that no space is made up at its start.
 _ANCHORS = ("\n", ";", "a")
+MARK = re.compile(r"<\|[^<>|\s]{1,40}\|>|</?[a-z_]{1,30}_of_[a-z]{1,20}>|</?s>")
+"""Texts that are written like marks: `<|im_end|>`, `<end_of_turn>`, `</s>`."""
+# What Python reads a byte as that is no part of a character.
+_ESCAPED = re.compile("[\udc80-\udcff]")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,8 +39,12 @@ class Tokenizer:
         bos_id, eos_id, pad_id: Their ids, None where the model has none.
         stop_ids: Every id that ends a generation (`eos_id` among them).
         chat_template: The Jinja source, None without one.
+        tool_template: The one for conversations with tools, where that is another.
         add_bos: Whether sequences of this model begin with `bos_id`.
         files: The tokenizer's files, to be copied when a model is saved.
+        added: Tokens that `backend` has and the files have not.
+        first_space: Whether `backend` takes a space at the beginning of a text for the one that it
+            puts there itself, so that another has to be written.
 
     Example:
         >>> from tokenizers import Tokenizer as Backend, models
@@ -56,27 +63,28 @@ class Tokenizer:
     pad_id: int | None = None
     stop_ids: tuple[int, ...] = ()
     chat_template: str | None = dataclasses.field(default=None, repr=False)
+    tool_template: str | None = dataclasses.field(default=None, repr=False)
     add_bos: bool = False
     files: tuple[Path, ...] = dataclasses.field(default=(), repr=False)
+    added: tuple[str, ...] = ()
+    first_space: bool = dataclasses.field(default=False, repr=False)
 
     @classmethod
     def from_directory(cls, path: str | Path) -> "Tokenizer":
-        """Read `tokenizer.json` and what stands beside it.
+        """Read `tokenizer.json`, `tokenizer.model`, or `vocab.json` with `merges.txt`.
 
         The files may be those of transformers 4 or 5: a token is a string or an object with
         its `content`, the chat template stands in `tokenizer_config.json` or in a file.
 
         Raises:
-            InputError: if there is no `tokenizer.json`, if a file is not JSON, or if a BOS or
-                EOS token is named that the vocabulary does not hold.
+            InputError: if there is none of them, if a file is broken, or if a BOS or EOS token is
+                named that the vocabulary does not hold.
         """
         path = Path(path)
-        backend = _open_backend(path)
-        config = _read_json(path / "tokenizer_config.json")
-        given = {name: token for name, token in config.items() if token is not None}
-        named = {**_read_json(path / "special_tokens_map.json"), **given}
-        special = {n: text for n in _NAMED if (text := _token_text(named.get(n))) is not None}
-        generation = {**_read_json(path / "config.json"), **_only_ids(path)}
+        config = read_json(path / "tokenizer_config.json")
+        backend, named, first_space = open_tokenizer(path, config)
+        special, templates = dict(named), read_templates(path, config)
+        generation = {**read_json(path / "config.json"), **_only_ids(path)}
         ids, stops = {}, set()
         for name in ("bos_token", "eos_token", "pad_token"):
             fallback = _id_list(generation.get(f"{name}_id"))
@@ -97,9 +105,11 @@ class Tokenizer:
             eos_id=ids["eos_token"],
             pad_id=ids["pad_token"],
             stop_ids=tuple(sorted(stops)),
-            chat_template=_chat_template(path, config),
+            chat_template=templates.get("default"),
+            tool_template=templates.get("tool_use"),
             add_bos=_adds_bos(backend, config, ids["bos_token"]),
-            files=tuple(path / name for name in _FILES if (path / name).is_file()),
+            files=tokenizer_files(path),
+            first_space=first_space,
         )
 
     @cached_property
@@ -117,9 +127,55 @@ class Tokenizer:
         return frozenset(marked | named)
 
     @cached_property
+    def added_ids(self) -> frozenset[int]:
+        """Ids of the tokens that a text is searched for before it is cut, marks and others."""
+        return frozenset(self.backend.get_added_tokens_decoder())
+
+    @cached_property
     def special_texts(self) -> tuple[str, ...]:
         """The texts of those marks."""
         return tuple(self.backend.id_to_token(number) for number in sorted(self.special_ids))
+
+    def with_tokens(self, texts: Sequence[str]) -> "Tokenizer":
+        """The tokenizer with a token of its own for each text, under the next ids.
+
+        Texts that `MARK` matches become marks, which decoded text leaves out.
+
+        Raises:
+            InputError: if a text is a token already, is given twice, is empty or begins or ends
+                with a space.
+        """
+        from tokenizers import AddedToken
+        from tokenizers import Tokenizer as Backend
+
+        for n, text in enumerate(texts):
+            known = self.token_id(text)
+            if known is not None or text in texts[:n]:
+                what = "given twice" if known is None else f"a token already (id {known})"
+                raise InputError(f"model.add_tokens: {text!r} is {what}; take it out")
+            if not text or text != text.strip():
+                raise InputError(
+                    f"model.add_tokens: {text!r} cannot be a token; give a text without spaces at"
+                    " its ends"
+                )
+        backend = Backend.from_str(self.backend.to_str())
+        backend.add_tokens(
+            [AddedToken(t, special=bool(MARK.fullmatch(t)), normalized=False) for t in texts]
+        )
+        if any(backend.token_to_id(text) < self.vocab_size for text in texts):
+            raise InputError(
+                "model.add_tokens: the vocabulary has gaps, and a new token would get an id in use;"
+                " give a tokenizer.json without gaps"
+            )
+        return dataclasses.replace(self, backend=backend, added=(*self.added, *texts))
+
+    def save(self, directory: Path) -> None:
+        """Write the tokenizer's files to a directory: copies, unless tokens were added."""
+        if self.added:
+            write_tokenizer(directory, self.backend, self.files, self.special_tokens)
+            return
+        for file in self.files:
+            copy_file(file, self.files[0].parent, directory)
 
     def token_id(self, text: str) -> int | None:
         """The id of one token by its text, None where there is no such token."""
@@ -127,11 +183,16 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text; marks such as `</s>` in it become their one token."""
-        return self.backend.encode(text, add_special_tokens=False).ids
+        return self.backend.encode(self._spaced(text), add_special_tokens=False).ids
 
     def decode(self, ids: Iterable[SupportsInt], *, special: bool = False) -> str:
-        """Text of token ids; marks are left out unless `special` asks for them."""
+        """Text of token ids; marks are left out unless `special` asks for them.
+
+        Bytes that form no character become U+FFFD, the characters beside them do not.
+        """
         kept = [int(i) for i in ids if special or int(i) not in self.special_ids]
+        if self._byte_tokens:
+            kept = _well_formed(kept, self._byte_tokens)
         return self.backend.decode(kept, skip_special_tokens=not special)
 
     def encode_segments(self, texts: Sequence[Sequence[str]]) -> list[list[list[int]]]:
@@ -148,6 +209,7 @@ class Tokenizer:
         """
         anchor = _ANCHORS[0] if self._makes_up_space else ""
         flat = [(anchor if n else "") + text for parts in texts for n, text in enumerate(parts)]
+        flat = [self._spaced(text) for text in flat]
         encoded = iter(self.backend.encode_batch(flat, add_special_tokens=False))
         before = self.encode(anchor)
         result = []
@@ -159,16 +221,26 @@ class Tokenizer:
             result.append(ids)
         return result
 
+    def _spaced(self, text: str) -> str:
+        return " " + text if self.first_space and text.startswith((" ", "▁")) else text
+
     @cached_property
     def _makes_up_space(self) -> bool:
         """Whether the tokenizer puts a space before a text (Llama 2 and its like)."""
-        raw = json.loads(self.backend.to_str())
         return any(
             part.get("type") == "Prepend"
             or part.get("prepend_scheme", "never") != "never"
             or part.get("add_prefix_space") is True
-            for part in [*_parts(raw.get("normalizer")), *_parts(raw.get("pre_tokenizer"))]
+            for part in [*_parts(self.backend.normalizer), *_parts(self.backend.pre_tokenizer)]
         )
+
+    @cached_property
+    def _byte_tokens(self) -> dict[int, int]:
+        """Ids of the tokens `<0x00>` … `<0xFF>`, where the tokenizer spells bytes so."""
+        if not any(part.get("type") == "ByteFallback" for part in _parts(self.backend.decoder)):
+            return {}
+        found = {self.token_id(f"<0x{byte:02X}>"): byte for byte in range(256)}
+        return {} if None in found else {i: byte for i, byte in found.items() if i is not None}
 
     def _encode_continuation(self, text: str) -> list[int]:
         for anchor in _ANCHORS[1:]:
@@ -178,54 +250,17 @@ class Tokenizer:
         return self.encode(text)
 
 
-def _open_backend(directory: Path) -> Any:
-    import tokenizers
-
-    file = directory / "tokenizer.json"
-    if not file.is_file():
-        raise InputError(
-            f"{directory}: no tokenizer.json; give a Hugging Face model directory that holds one"
-        )
-    try:
-        backend = tokenizers.Tokenizer.from_file(str(file))
-    except Exception as error:  # The library raises bare Exception.
-        raise InputError(f"{file}: not a tokenizer ({error})") from None
-    # What the file says about cutting and filling would happen silently on every encode.
-    backend.no_truncation()
-    backend.no_padding()
-    return backend
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """An optional JSON object; empty without the file."""
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text("utf-8-sig"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: must hold a JSON object, got {type(content).__name__}")
-    return content
-
-
 def _only_ids(directory: Path) -> dict[str, Any]:
     """Token ids of `generation_config.json`, without its nulls."""
-    raw = _read_json(directory / "generation_config.json")
+    raw = read_json(directory / "generation_config.json")
     return {k: v for k, v in raw.items() if k.endswith("_token_id") and v is not None}
-
-
-def _token_text(token: Any) -> str | None:
-    if isinstance(token, dict):
-        token = token.get("content")
-    return token if isinstance(token, str) and token else None
 
 
 def _token_id(backend: Any, text: str | None, directory: Path, name: str) -> int | None:
     number = backend.token_to_id(text) if text else None
     if text and number is None and name in ("bos_token", "eos_token"):
         raise InputError(
-            f"{directory}: {name} is {text!r}, which tokenizer.json does not hold; correct"
+            f"{directory}: {name} is {text!r}, which the vocabulary does not hold; correct"
             " tokenizer_config.json"
         )
     return number
@@ -234,20 +269,6 @@ def _token_id(backend: Any, text: str | None, directory: Path, name: str) -> int
 def _id_list(value: Any) -> list[int]:
     values = value if isinstance(value, list) else [value]
     return [v for v in values if isinstance(v, int)]
-
-
-def _chat_template(directory: Path, config: Mapping[str, Any]) -> str | None:
-    file = directory / "chat_template.jinja"
-    if file.is_file():
-        try:
-            return file.read_text("utf-8")
-        except UnicodeDecodeError:
-            raise InputError(f"{file}: not UTF-8; save the file as UTF-8") from None
-    template = config.get("chat_template")
-    if isinstance(template, list):
-        by_name = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
-        template = by_name.get("default")
-    return template if isinstance(template, str) else None
 
 
 def _adds_bos(backend: Any, config: Mapping[str, Any], bos_id: int | None) -> bool:
@@ -259,9 +280,27 @@ def _adds_bos(backend: Any, config: Mapping[str, Any], bos_id: int | None) -> bo
     return backend.encode("a", add_special_tokens=True).ids[:1] == [bos_id]
 
 
-def _parts(node: Any) -> list[dict[str, Any]]:
-    """A normalizer or pre-tokenizer and everything inside its sequences."""
-    if not isinstance(node, dict):
-        return []
-    inner = [*(node.get("normalizers") or []), *(node.get("pretokenizers") or [])]
-    return [node, *(part for child in inner for part in _parts(child))]
+def _parts(component: Any) -> list[dict[str, Any]]:
+    """What a normalizer, pre-tokenizer or decoder consists of, its sequences taken apart."""
+    return [] if component is None else _flat(json.loads(component.__getstate__()))
+
+
+def _flat(node: dict[str, Any]) -> list[dict[str, Any]]:
+    inner = [node.get(name) or [] for name in ("normalizers", "pretokenizers", "decoders")]
+    return [node, *(part for child in itertools.chain(*inner) for part in _flat(child))]
+
+
+def _well_formed(ids: list[int], byte_of: Mapping[int, int]) -> list[int]:
+    """Ids whose byte tokens spell characters; each byte that belongs to none becomes U+FFFD.
+
+    The library would replace a whole run of bytes for one that is wrong, and lose the text before
+    a character that was cut off.  sentencepiece, where these tokenizers come from, does it so.
+    """
+    id_of = {byte: number for number, byte in byte_of.items()}
+    result: list[int] = []
+    for is_bytes, run in itertools.groupby(ids, byte_of.__contains__):
+        if is_bytes:
+            text = bytes(byte_of[number] for number in run).decode("utf-8", "surrogateescape")
+            run = [id_of[byte] for byte in _ESCAPED.sub("\ufffd", text).encode()]
+        result += run
+    return result

@@ -109,6 +109,8 @@ def _train(options: argparse.Namespace, overrides: list[str]) -> None:
     if options.dry_run:
         console.print(describe_job(job), markup=False, highlight=False)
         return
+    for note in job.train.report.notes:
+        console.print(f"note: {note}", markup=False, highlight=False)
     with TrainingProgress(console) as progress:
         result = run(job, resume=options.resume, listener=progress)
     draw_loss(result.directory)

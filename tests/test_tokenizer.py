@@ -111,6 +111,12 @@ def test_vocab_size_counts_added_tokens_and_gaps(directory: Path) -> None:
     assert "<extra>" in after.special_texts
 
 
+def test_no_tokens_are_added_into_gaps() -> None:
+    tokenizer = Tokenizer(Backend(models.WordLevel({"a": 0, "b": 9}, unk_token="a")), {})
+    with pytest.raises(InputError, match="the vocabulary has gaps"):
+        tokenizer.with_tokens(["<tool>"])
+
+
 @pytest.mark.parametrize("said", [True, False])
 def test_add_bos_as_the_config_says(directory: Path, said: bool) -> None:
     write(directory / "tokenizer_config.json", {"bos_token": "<s>", "add_bos_token": said})
@@ -153,6 +159,20 @@ def test_chat_template_from_config_list_and_file(directory: Path) -> None:
     assert [file.name for file in tokenizer.files] == names
 
 
+def test_more_chat_templates(directory: Path) -> None:
+    write(directory / "chat_template.json", {"chat_template": "J"})
+    assert Tokenizer.from_directory(directory).chat_template == "J"
+    named = [{"name": "default", "template": "D"}, {"name": "tool_use", "template": "T"}]
+    write(directory / "tokenizer_config.json", {"chat_template": named})
+    tokenizer = Tokenizer.from_directory(directory)
+    assert (tokenizer.chat_template, tokenizer.tool_template) == ("D", "T")
+    (directory / "additional_chat_templates").mkdir()
+    (directory / "additional_chat_templates/tool_use.jinja").write_text("日本")
+    (directory / "chat_template.jinja").write_text("F")
+    tokenizer = Tokenizer.from_directory(directory)
+    assert (tokenizer.chat_template, tokenizer.tool_template) == ("F", "日本")
+
+
 def test_segments_of_a_tokenizer_that_makes_up_spaces(directory: Path) -> None:
     backend = Backend.from_file(str(directory / "tokenizer.json"))
     backend.normalizer = normalizers.Prepend(" ")
@@ -164,7 +184,7 @@ def test_segments_of_a_tokenizer_that_makes_up_spaces(directory: Path) -> None:
 
 
 def test_no_tokenizer(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"no tokenizer\.json; give a Hugging Face"):
+    with pytest.raises(InputError, match=r"no tokenizer; looked for tokenizer\.json, tokenizer"):
         Tokenizer.from_directory(tmp_path)
 
 
@@ -190,7 +210,7 @@ def test_template_that_is_no_text(directory: Path) -> None:
 
 def test_eos_that_is_not_in_the_vocabulary(directory: Path) -> None:
     write(directory / "tokenizer_config.json", {"eos_token": "<end>"})
-    with pytest.raises(InputError, match="eos_token is '<end>', which tokenizer.json does not"):
+    with pytest.raises(InputError, match="eos_token is '<end>', which the vocabulary does not"):
         Tokenizer.from_directory(directory)
 
 

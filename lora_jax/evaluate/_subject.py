@@ -21,6 +21,7 @@ from ..train import (
     training_rows,
     with_adapter,
     with_length,
+    with_tokens_of,
 )
 from ..transform import lora_linen
 from ._loss import RowLosses, row_losses
@@ -119,7 +120,7 @@ class Subject:
 
     def _trained_whole(self) -> Pretrained:
         assert self.trained is not None
-        return load_base(dataclasses.replace(self.config.model, path=self.trained))
+        return load_base(dataclasses.replace(self.config.model, path=self.trained, add_tokens=[]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,8 +150,12 @@ def measure_on(
 
 
 def _as_trained(config: RunConfig, trained: str | None) -> RunConfig:
-    """The template that an adapter was trained with, where none is given."""
-    if trained is None or config.data.template != "auto":
+    """The template and the tokens that an adapter was trained with, where none are given."""
+    if trained is None:
+        return config
+    if not config.model.add_tokens:
+        config = dataclasses.replace(config, model=with_tokens_of(config.model, trained))
+    if config.data.template != "auto":
         return config
     template = adapter_notes(trained).get("template", "auto")
     return dataclasses.replace(config, data=dataclasses.replace(config.data, template=template))

@@ -11,6 +11,7 @@ from .._errors import InputError
 from .._hub import DESCRIPTION, WEIGHTS, local_directory
 from .._names import hf_keys, is_transposed
 from .._quant_config import QuantConfig
+from .._tokenizer_files import tokenizer_file
 from .._tree import leaves_with_path, tree_from_paths
 from .._typing import Params
 from ..lora import KernelLayout
@@ -35,8 +36,7 @@ NO_FLOAT16 = "JAX has no float16 attention on CPUs; use bfloat16 or float32"
 class Pretrained:
     """A model read from a directory.
 
-    `tokenizer` is a `lora_jax._tokenizer.Tokenizer`, or None when the directory has no
-    `tokenizer.json`.
+    `tokenizer` is a `lora_jax._tokenizer.Tokenizer`, or None when the directory has none.
     """
 
     module: CausalLM
@@ -222,14 +222,15 @@ def _check_tied(embedding: Entry | None, head: Entry) -> None:
 
 
 def _tokenizer(directory: Path, config: ModelConfig) -> Any:
-    if not (directory / "tokenizer.json").exists():
+    file = tokenizer_file(directory)
+    if file is None:
         return None
     from .._tokenizer import Tokenizer  # pulls in `tokenizers`
 
     tokenizer = Tokenizer.from_directory(directory)
     if tokenizer.vocab_size > config.vocab_size:
         raise InputError(
-            f"{directory / 'tokenizer.json'}: {tokenizer.vocab_size} tokens, but the model knows"
+            f"{file}: {tokenizer.vocab_size} tokens, but the model knows"
             f" {config.vocab_size} (vocab_size); give the tokenizer the model was trained with"
         )
     return tokenizer

@@ -19,9 +19,11 @@ from ._job import load_base as load_base
 from ._job import load_tokenizer as load_tokenizer
 from ._job import prepare as prepare
 from ._job import prepare_abstract as prepare_abstract
+from ._job import stopping_config as stopping_config
 from ._job import training_rows as training_rows
 from ._job import with_adapter as with_adapter
 from ._job import with_length as with_length
+from ._job import with_tokens_of as with_tokens_of
 from ._loop import Result as Result
 from ._loop import job_batches as job_batches
 from ._loop import run as run

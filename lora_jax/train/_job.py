@@ -14,7 +14,7 @@ from .._quant_config import QuantConfig
 from .._tree import combine, leaves_with_path, map_with_path, tree_bytes
 from .._typing import Params
 from ..adapters import load_adapter
-from ..data import Examples, Rows, build_examples, read_rows
+from ..data import Examples, Rows, build_examples, read_rows, stop_ids
 from ..lora import (
     TRAINED,
     Layouts,
@@ -22,19 +22,25 @@ from ..lora import (
     find_targets,
     init_with_base,
     is_embedding,
+    is_within,
     matched_targets,
+    target_name,
     trainable_mask,
 )
 from ..models import (
+    ModelConfig,
     Pretrained,
+    add_tokens,
     bundled_model,
     load_pretrained,
     load_without_weights,
     quantize_params,
+    vocabulary_tables,
 )
 from ..optim._lora_fa import without_lora_a
 from ..transform import LoraLinen, lora_linen
 from ._config import DataSection, ModelSection, RunConfig
+from ._notes import adapter_notes
 from ._start import plain_start, start_from_data
 
 DEFAULT_LENGTH = 512
@@ -112,7 +118,8 @@ class Job(Setup):
 
 def load_base(section: ModelSection, quant: Any = None) -> Pretrained:
     """The base of a run, quantized as it is read if `quant` says so."""
-    return load_pretrained(_directory(section), quant=quant, **_types(section))
+    pretrained = load_pretrained(_directory(section), quant=quant, **_types(section))
+    return add_tokens(pretrained, section.add_tokens)
 
 
 def _types(section: ModelSection) -> dict[str, Any]:
@@ -129,7 +136,7 @@ def with_adapter(pretrained: Pretrained, adapter: str | Path | None) -> Params:
 
 def load_tokenizer(section: ModelSection) -> Pretrained:
     """The base of a run without its weights: enough to turn rows into tokens."""
-    return load_without_weights(_directory(section))
+    return add_tokens(load_without_weights(_directory(section)), section.add_tokens)
 
 
 def _directory(section: ModelSection) -> Path:
@@ -167,6 +174,7 @@ def prepare_abstract(config: RunConfig) -> Setup:
     _check_start(config)
     section, quant = _model_section(config), _quant_as_read(config)
     pretrained = load_without_weights(_directory(section), quant=quant, **_types(section))
+    pretrained = add_tokens(pretrained, section.add_tokens)
     return _set_up(config, pretrained, make=jax.eval_shape)
 
 
@@ -189,7 +197,7 @@ def _set_up(
     examples: Examples | None = None,
     make: Callable[..., Any] = lambda f, *x: f(*x),
 ) -> Setup:
-    config = _with_targets(config, pretrained)
+    config = _with_new_rows(_with_targets(config, pretrained), pretrained)
     config = dataclasses.replace(config, data=with_length(config.data, pretrained))
     if config.train.method == "full":
         base, trainable, targets, lora = {}, pretrained.params, (), config.lora
@@ -219,7 +227,10 @@ def with_length(section: DataSection, pretrained: Pretrained) -> DataSection:
 def examples_of(rows: Rows, section: DataSection, pretrained: Pretrained) -> Examples:
     """Rows as token ids and masks, by the settings of a data section."""
     if pretrained.tokenizer is None:
-        raise InputError(f"{pretrained.directory}: no tokenizer.json; training needs one")
+        raise InputError(
+            f"{pretrained.directory}: no tokenizer; training needs tokenizer.json, tokenizer.model"
+            " or vocab.json with merges.txt"
+        )
     return build_examples(
         rows,
         pretrained.tokenizer,
@@ -227,6 +238,19 @@ def examples_of(rows: Rows, section: DataSection, pretrained: Pretrained) -> Exa
         train_on=section.train_on,
         max_length=section.max_length,
     )
+
+
+def stopping_config(pretrained: Pretrained, template: str) -> ModelConfig:
+    """The model's config with every id that ends an answer laid out by `template`.
+
+    Whoever generates from a saved model by its files alone then stops there too.
+    """
+    known = pretrained.config.eos_token_ids
+    ends = stop_ids(template, pretrained.tokenizer) if pretrained.tokenizer else ()
+    more = tuple(i for i in ends if i not in known)
+    if not more:
+        return pretrained.config
+    return dataclasses.replace(pretrained.config, eos_token_id=(*known, *more))
 
 
 def training_rows(section: DataSection) -> Rows:
@@ -271,9 +295,17 @@ def _read(section: DataSection, source: str | list[str], limit: int | None) -> R
     )
 
 
+def with_tokens_of(section: ModelSection, adapter: str | None) -> ModelSection:
+    """The section with the tokens that an adapter was trained with, for a base without them."""
+    tokens = adapter_notes(adapter).get("add_tokens", []) if adapter else []
+    return dataclasses.replace(section, add_tokens=tokens)
+
+
 def _model_section(config: RunConfig) -> ModelSection:
     """Weights that are all trained take float32: small updates to 16 bits round away."""
     section = config.model
+    if config.train.adapter is not None and not section.add_tokens:
+        section = with_tokens_of(section, config.train.adapter)
     if config.train.method == "full" and section.param_dtype is None:
         return dataclasses.replace(section, param_dtype="float32")
     return section
@@ -286,6 +318,28 @@ def _with_targets(config: RunConfig, pretrained: Pretrained) -> RunConfig:
     return dataclasses.replace(
         config, lora=dataclasses.replace(config.lora, target_modules=targets)
     )
+
+
+def _with_new_rows(config: RunConfig, pretrained: Pretrained) -> RunConfig:
+    """Rows of added tokens are trained: nothing has ever been learnt for them."""
+    tokenizer, lora = pretrained.tokenizer, config.lora
+    added = [] if tokenizer is None else [tokenizer.token_id(text) for text in tokenizer.added]
+    if not added or config.train.method == "full" or config.train.adapter is not None:
+        return config
+    whole = lora.modules_to_save or []
+    tables = [target_name(path) for path in vocabulary_tables(pretrained)]
+    names = [t.rpartition("/")[2] for t in tables if not any(is_within(t, n) for n in whole)]
+    wanted = lora.trainable_token_indices
+    if wanted is None and names:
+        rows = dataclasses.replace(lora, trainable_token_indices=dict.fromkeys(names, added))
+        return dataclasses.replace(config, lora=rows)
+    given = [wanted] if isinstance(wanted, list) else list((wanted or {}).values())
+    if any(not set(added) <= set(ids) for ids in given):
+        raise InputError(
+            f"lora: trainable_token_indices lacks ids of model.add_tokens {added}; add them, or"
+            " leave it out"
+        )
+    return config
 
 
 def _moves_base(config: RunConfig) -> bool:

@@ -24,7 +24,7 @@ from ._checkpoint import Checkpoints
 from ._config import RunConfig
 from ._evaluate import Evaluation, evaluate, make_eval_step
 from ._interrupt import stop_signals
-from ._job import Job, prepare
+from ._job import Job, prepare, stopping_config
 from ._metrics import Listener, MetricsLog, peak_memory
 from ._notes import write_notes
 from ._optimizer import learning_rate
@@ -321,14 +321,17 @@ def _save_adapter(job: Job, directory: Path, adapter: dict[str, Any]) -> None:
             layouts=job.layouts,
             base_model=job.config.model.path,
         )
-        write_notes(temporary, template=job.train.template)
+        tokenizer = job.pretrained.tokenizer
+        write_notes(temporary, template=job.train.template, add_tokens=tokenizer.added)
+        if tokenizer.added:  # Another base would need them to know which texts the rows are of.
+            tokenizer.save(temporary)
 
 
 def _save_model(job: Job, directory: Path, params: dict[str, Any]) -> None:
     save_pretrained(
         directory / "model",
         params,
-        job.pretrained.config,
+        stopping_config(job.pretrained, job.train.template),
         dtype=str(jax.tree.leaves(params)[0].dtype),
         tokenizer=job.pretrained.tokenizer,
     )
