@@ -176,11 +176,23 @@ class LoraConfig:
 
     def rank(self, path: str) -> int:
         """Rank at a module path (`/` or `.` between names), after `rank_pattern`."""
+    @property
+    def start_can_be_repeated(self) -> bool:
+        """Whether the weights alone tell what the start took: PEFT takes it again as it reads."""
+        return not self.moves_base or self.init_lora_weights in ("pissa", "olora")
+
         return _first_match(self.rank_pattern, path, self.r)
 
     def alpha(self, path: str) -> float:
         """Alpha at a module path, after `alpha_pattern`."""
         return _first_match(self.alpha_pattern, path, self.lora_alpha)
+    def with_usual_start(self) -> "LoraConfig":
+        """The config of an adapter that no longer is what a start by name has made of it."""
+        if isinstance(self.init_lora_weights, bool):
+            return self
+        options = dict.fromkeys(f"{name}_config" for name in STARTS_FROM_DATA)
+        return dataclasses.replace(self, init_lora_weights=True, loftq_config={}, **options)
+
 
     def scaling(self, path: str) -> float:
         """`alpha / rank`, or `alpha / sqrt(rank)` under rsLoRA, at a module path.

@@ -138,7 +138,7 @@ def _over_unmoved(
     directory: Path, base: Params, adapter: Params, config: LoraConfig, layouts: Layouts | None
 ) -> tuple[dict[str, Any], LoraConfig]:
     """An adapter over this base, of one that was trained over a base which its start had moved."""
-    if config.init_lora_weights not in ("pissa", "olora"):
+    if not config.start_can_be_repeated:
         raise InputError(
             f"{directory / CONFIG_FILE}: init_lora_weights={config.init_lora_weights!r} changed the"
             " base in a way that cannot be found again; convert the adapter where it was trained"

@@ -84,7 +84,8 @@ def save_adapter(
     Raises:
         InputError: if the adapter is not the config's (its modules, ranks, scaling), if a
             part of it cannot be written (a layer without a name, an embedding whose start
-            moved the base), or if the disk is full.
+            moved the base), if its start moved the base as no reader can again, or if the disk is
+            full.
 
     Example:
         >>> import jax, tempfile
@@ -100,6 +101,7 @@ def save_adapter(
         True
     """
     directory, config = Path(directory), tied_config(adapter, config)
+    _check_start(config)
     _check_saved_modules(adapter, config)
     tensors: dict[str, np.ndarray] = {}
     for key, tensor in _tensors(adapter, config, layouts):
@@ -254,6 +256,19 @@ def _vectors(
 def _used_rank(a: np.ndarray, b: np.ndarray) -> int:
     used = np.flatnonzero(a.any(axis=(0, 1)) | b.any(axis=(0, 2)))
     return int(used[-1]) + 1 if len(used) else a.shape[-1]
+
+
+def _check_start(config: LoraConfig) -> None:
+    """Refuse an adapter of a base that no file describes: PEFT would read it for another one."""
+    if config.start_can_be_repeated:
+        return
+    init, way = config.init_lora_weights, "what without_start makes of adapter and config"
+    if init == "loftq":
+        way = "it by config.with_usual_start(), as an adapter of the quantized base"
+    raise InputError(
+        f"save_adapter: init_lora_weights={init!r} moved the base in a way that no file tells; save"
+        f" {way}"
+    )
 
 
 def _check_saved_modules(adapter: Params, config: LoraConfig) -> None:
