@@ -54,7 +54,8 @@ class LoraConfig:
         layers_pattern: Name of the list that the numbers count, or several, each a regular
             expression: `"layers"` for `model.layers.0`.  By default any list that lies below
             another module, and of several the first.
-        modules_to_save: Modules trained in full and saved with the adapter.
+        modules_to_save: Modules trained in full and saved with the adapter, by the ends of their
+            names, letter by letter as in PEFT: "norm" is "input_layernorm" too.
         trainable_token_indices: Ids of tokens whose rows of the embedding are trained, or a
             mapping from module names to ids.  A head that shares the embedding follows it.
         ensure_weight_tying: Where the output head shares the embedding, whatever adapts or trains

@@ -30,7 +30,7 @@ from ..lora import (
     init_with_base,
     is_embedding,
     is_parameter,
-    is_within,
+    is_saved,
     leaf_shape,
     magnitude_name,
     matched_targets,
@@ -151,7 +151,7 @@ def _over_unmoved(
 def _fitting(config: LoraConfig, base_params: Params) -> LoraConfig:
     """Without the `modules_to_save` this base lacks: PEFT lists every name a head may have."""
     paths = [path.rpartition("/")[0] for path, _ in leaves_with_path(base_params)]
-    kept = [n for n in config.modules_to_save or [] if any(is_within(p, n) for p in paths)]
+    kept = [n for n in config.modules_to_save or [] if any(is_saved(p, n) for p in paths)]
     return dataclasses.replace(config, modules_to_save=kept or None)
 
 

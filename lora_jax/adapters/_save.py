@@ -32,8 +32,8 @@ from ..lora import (
     adapter_names,
     is_embedding,
     is_parameter,
+    is_saved,
     is_target,
-    is_within,
     paths_of_layers,
     pattern_name,
     rule_for,
@@ -278,7 +278,8 @@ def _check_saved_modules(adapter: Params, config: LoraConfig) -> None:
     factors = [p for p in paths if p.rpartition("/")[2] == "lora_A"]
     kernels = [p.removesuffix("lora_A") + "kernel" for p in factors]
     biases = trained_biases(whole, config.bias, kernels)
-    found = {p: [n for n in config.modules_to_save or [] if is_within(p, n)] for p in whole}
+    named = config.modules_to_save or []
+    found = {p: [n for n in named if is_saved(p.rpartition("/")[0], n)] for p in whole}
     for path, names in found.items():
         if not names and path not in biases:
             raise InputError(
@@ -286,8 +287,7 @@ def _check_saved_modules(adapter: Params, config: LoraConfig) -> None:
                 f" {config.modules_to_save} and bias={config.bias!r} do not name it; pass the"
                 " config it was made with"
             )
-    named = {name for names in found.values() for name in names}
-    if missing := set(config.modules_to_save or []) - named:
+    if missing := set(named) - {name for names in found.values() for name in names}:
         raise InputError(
             f"save_adapter: modules_to_save {min(missing)!r} is not in the adapter; pass the config"
             " it was made with"

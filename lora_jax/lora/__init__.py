@@ -58,6 +58,7 @@ from ._target import Target as Target
 from ._target import entry_of as entry_of
 from ._target import is_parameter as is_parameter
 from ._target import is_within as is_within
+from ._target import is_saved as is_saved
 from ._target import pattern_name as pattern_name
 from ._targets import TRAINED as TRAINED
 from ._targets import adapter_names as adapter_names
