@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from flax.core import meta
 
-from .._config import LoraConfig, ends_with_pattern
+from .._config import LoraConfig, ends_with_pattern, layer_number
 from .._errors import InputError, nearest
 from .._tree import leaves_with_path, map_with_path
 from .._typing import Params
@@ -252,9 +252,11 @@ class _Matcher:
             found = re.match(r".*?\.[^.]*\.(?P<number>\d+)\.", dotted)
             return int(found["number"]) if found else None
         for pattern in patterns:
-            if found := re.match(rf"(?:^|.*?\.){pattern}\.(?P<number>\d+)\.", dotted):
-                self.counts["layers_pattern", pattern] += 1
-                return int(found["number"])
+            if found := re.match(layer_number(pattern), dotted):
+                # Of "a|b" one side has no number, and matches nothing in PEFT either.
+                number = found["number"]
+                self.counts["layers_pattern", pattern] += number is not None
+                return None if number is None else int(number)
         return None
 
     def _matches(self, field: str, dotted: str) -> bool:
