@@ -41,7 +41,7 @@ from ..optim._lora_fa import without_lora_a
 from ..transform import LoraLinen, lora_linen
 from ._config import DataSection, ModelSection, RunConfig
 from ._notes import adapter_notes
-from ._start import plain_start, start_from_data
+from ._start import start_from_data
 
 DEFAULT_LENGTH = 512
 DEFAULT_TARGETS = {"llama": ["q_proj", "v_proj"]}
@@ -383,7 +383,7 @@ def _adapter(
     if lora.starts_from_data and examples is not None:
         return config, *start_from_data(config, pretrained, examples)
     if lora.starts_from_data:  # of which the shapes are those of any start
-        lora = plain_start(lora)
+        lora = lora.with_usual_start()
 
     def start(key: Any, params: Params) -> tuple[Params, dict[str, Any]]:
         if quant is None or not lora.moves_base:
