@@ -29,7 +29,7 @@ from ..lora import (
     init_with_base,
     is_embedding,
     is_parameter,
-    is_within,
+    is_saved,
     leaf_shape,
     magnitude_name,
     matched_targets,
@@ -139,7 +139,7 @@ def _over_unmoved(
     directory: Path, base: Params, adapter: Params, config: LoraConfig, layouts: Layouts | None
 ) -> tuple[dict[str, Any], LoraConfig]:
     """An adapter over this base, of one that was trained over a base which its start had moved."""
-    if config.init_lora_weights not in ("pissa", "olora"):
+    if not config.start_can_be_repeated:
         raise InputError(
             f"{directory / CONFIG_FILE}: init_lora_weights={config.init_lora_weights!r} changed the"
             " base in a way that cannot be found again; convert the adapter where it was trained"
@@ -152,7 +152,7 @@ def _over_unmoved(
 def _fitting(config: LoraConfig, base_params: Params) -> LoraConfig:
     """Without the `modules_to_save` this base lacks: PEFT lists every name a head may have."""
     paths = [path.rpartition("/")[0] for path, _ in leaves_with_path(base_params)]
-    kept = [n for n in config.modules_to_save or [] if any(is_within(p, n) for p in paths)]
+    kept = [n for n in config.modules_to_save or [] if any(is_saved(p, n) for p in paths)]
     return dataclasses.replace(config, modules_to_save=kept or None)
 
 

@@ -102,15 +102,33 @@ def delta_spectra(directory: str | Path) -> list[DeltaSpectrum]:
                 module = key.removesuffix(end_a).removeprefix(PREFIX)
                 if module in OUTPUT_HEADS and config.ensure_weight_tying and _has_embedding(keys):
                     continue  # the same factors once more
-                a, b = (file.get_tensor(name).astype(np.float64) for name in (key, other))
-                # Of a convolution A has the kernel's axes, and B ones of size 1.
-                a, b = a.reshape(len(a), -1), b.reshape(len(b), -1)
+                a, b = (_matrix(file.get_tensor(name)) for name in (key, other))
+                _check_pair(f"{directory}: {module}", a, b)
                 for name, scaling, own_a, own_b in _matrices(module, a, b, config):
                     values = scaling * _singular_values(own_a, own_b)
                     spectra.append(DeltaSpectrum(name, len(own_a), values))
     if not spectra:
         raise InputError(f"{directory}: its file holds no pair of lora_A and lora_B")
     return spectra
+
+
+def _matrix(tensor: np.ndarray) -> np.ndarray:
+    """Of a convolution A has the kernel's axes, and B ones of size 1."""
+    return tensor.astype(np.float64).reshape(len(tensor), -1)
+
+
+def _check_pair(where: str, a: np.ndarray, b: np.ndarray) -> None:
+    """Refuse factors whose product there is not."""
+    if len(a) != b.shape[1]:
+        raise InputError(
+            f"{where}: lora_A {a.shape} and lora_B {b.shape} have no rank in common; the file is"
+            " damaged"
+        )
+    if not (np.isfinite(a).all() and np.isfinite(b).all()):
+        raise InputError(
+            f"{where}: its numbers are not all finite; its training diverged, or the file is"
+            " damaged"
+        )
 
 
 def _has_embedding(keys: set[str]) -> bool:
@@ -128,6 +146,11 @@ def _matrices(
         if f".{owner}.".endswith(f".{entry.rpartition('.')[0]}.".replace("..", "."))
     ]
     if not parameters or (module == owner and len(a) == config.rank(module)):
+        if len(a) != config.rank(module):
+            raise InputError(
+                f"{module} has rank {len(a)} in the file, and {config.rank(module)} by the config"
+                " beside it; take the two from one adapter"
+            )
         yield module, config.scaling(module), a, b
         return
     own = {(config.rank(name), config.scaling(name)) for name in parameters}

@@ -36,7 +36,7 @@ from ..models import (
 from ..optim._lora_fa import without_lora_a
 from ..transform import LoraLinen, lora_linen
 from ._config import DataSection, ModelSection, RunConfig
-from ._start import plain_start, start_from_data
+from ._start import start_from_data
 from ._tokens import with_new_rows, with_tokens_of
 
 DEFAULT_LENGTH = 512
@@ -338,7 +338,7 @@ def _adapter(
     if lora.starts_from_data and examples is not None:
         return config, *start_from_data(config, pretrained, examples)
     if lora.starts_from_data:  # of which the shapes are those of any start
-        lora = plain_start(lora)
+        lora = lora.with_usual_start()
 
     def start(key: Any, params: Params) -> tuple[Params, dict[str, Any]]:
         if quant is None or not lora.moves_base:

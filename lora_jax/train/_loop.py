@@ -311,7 +311,7 @@ def _save_adapter(job: Job, directory: Path, adapter: dict[str, Any]) -> None:
     lora = job.lora
     if lora.init_lora_weights == "loftq":
         # Over the base as `quant` gives it, which the first iteration leaves as it is.
-        lora = dataclasses.replace(lora, init_lora_weights=True, loftq_config={})
+        lora = lora.with_usual_start()
     elif lora.moves_base:
         adapter, lora = without_start(adapter, job.trainable, lora)
     with atomic_directory(directory / "adapter") as temporary:
