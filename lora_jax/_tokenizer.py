@@ -162,7 +162,8 @@ class Tokenizer:
         backend.add_tokens(
             [AddedToken(t, special=bool(MARK.fullmatch(t)), normalized=False) for t in texts]
         )
-        if any(backend.token_to_id(text) < self.vocab_size for text in texts):
+        ids = [backend.token_to_id(text) for text in texts]
+        if any(number is None or number < self.vocab_size for number in ids):
             raise InputError(
                 "model.add_tokens: the vocabulary has gaps, and a new token would get an id in use;"
                 " give a tokenizer.json without gaps"

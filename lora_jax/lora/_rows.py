@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax.core import meta
+from jax.core import Tracer
 from jaxtyping import Float, Int
 
 from .._errors import InputError
@@ -51,7 +52,7 @@ def choose_rows(slots: Params, rows: Int[Array, " batch"]) -> dict[str, Any]:
 
 def _check_rows(rows: Array, slots: int) -> None:
     """Refuse slots that are not there, where the numbers are known yet."""
-    if isinstance(rows, jax.core.Tracer) or not rows.size:
+    if isinstance(rows, Tracer) or not rows.size:
         return
     if int(rows.min()) < PLAIN or int(rows.max()) >= slots:
         raise InputError(

@@ -14,7 +14,7 @@ from .._quant_config import QuantConfig
 from .._tree import combine, leaves_with_path, map_with_path, tree_bytes
 from .._typing import Params
 from ..adapters import load_adapter
-from ..data import Examples, Rows, build_examples, read_rows
+from ..data import Examples
 from ..lora import (
     TRAINED,
     Layouts,
@@ -35,13 +35,10 @@ from ..models import (
 )
 from ..optim._lora_fa import without_lora_a
 from ..transform import LoraLinen, lora_linen
-from ._config import DataSection, ModelSection, RunConfig
+from ._config import ModelSection, RunConfig
+from ._run_rows import examples_of, rows_of, with_length
 from ._start import start_from_data
 from ._tokens import with_new_rows, with_tokens_of
-
-DEFAULT_LENGTH = 512
-DEFAULT_TARGETS = {"llama": ["q_proj", "v_proj"]}
-"""What `target_modules: null` means for a model family, as in PEFT."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,7 +142,7 @@ def prepare(config: RunConfig) -> Job:
     Raises:
         InputError: for whatever in the config does not fit the files it names.
     """
-    rows, held_out = _rows(config.data)  # first, since it fails fast
+    rows, held_out = rows_of(config.data)  # first, since it fails fast
     _check_start(config)
     pretrained = load_base(_model_section(config), _quant_as_read(config))
     data = with_length(config.data, pretrained)
@@ -205,79 +202,6 @@ def _set_up(
     return Setup(config, pretrained, model, base, trainable, targets, lora)
 
 
-def with_length(section: DataSection, pretrained: Pretrained) -> DataSection:
-    """The section with a `max_length` that the model has positions for.
-
-    Raises:
-        InputError: if the one given is larger.
-    """
-    limit = pretrained.config.max_position_embeddings
-    length = min(DEFAULT_LENGTH, limit) if section.max_length is None else section.max_length
-    if length > limit:
-        raise InputError(
-            f"data.max_length: {length} exceeds the model's max_position_embeddings {limit}"
-        )
-    return dataclasses.replace(section, max_length=length)
-
-
-def examples_of(rows: Rows, section: DataSection, pretrained: Pretrained) -> Examples:
-    """Rows as token ids and masks, by the settings of a data section."""
-    if pretrained.tokenizer is None:
-        raise InputError(
-            f"{pretrained.directory}: no tokenizer; training needs tokenizer.json, tokenizer.model"
-            " or vocab.json with merges.txt"
-        )
-    return build_examples(
-        rows,
-        pretrained.tokenizer,
-        template=section.template,
-        train_on=section.train_on,
-        max_length=section.max_length,
-    )
-
-
-def training_rows(section: DataSection) -> Rows:
-    """The rows of `data.train`, any held-out ones among them."""
-    return _read(section, section.train, section.train_rows)
-
-
-def held_out_rows(section: DataSection) -> Rows:
-    """The rows of `data.eval`, or those set aside."""
-    if section.eval is not None:
-        return _read(section, section.eval, section.eval_rows)
-    return _split(section, training_rows(section))[1]
-
-
-def _rows(section: DataSection) -> tuple[Rows, Rows]:
-    """Rows to train on, and held-out rows."""
-    rows = training_rows(section)
-    return (rows, held_out_rows(section)) if section.eval is not None else _split(section, rows)
-
-
-def _split(section: DataSection, rows: Rows) -> tuple[Rows, Rows]:
-    """Rows to train on and those set aside, which are every n-th."""
-    every = round(1 / section.eval_share)
-    aside = rows.rows[every - 1 :: every][: section.eval_rows]
-    if not aside:
-        raise InputError(
-            f"data.eval_share: {section.eval_share} of {len(rows)} rows leaves none to measure"
-            " on; give data.eval, or a larger share"
-        )
-    chosen = {row.index for row in aside}
-    kept = tuple(row for row in rows if row.index not in chosen)
-    return dataclasses.replace(rows, rows=kept), dataclasses.replace(rows, rows=aside)
-
-
-def _read(section: DataSection, source: str | list[str], limit: int | None) -> Rows:
-    return read_rows(
-        source,
-        format=section.format,
-        columns=section.columns,
-        limit=limit,
-        bad_rows=section.bad_rows,
-    )
-
-
 def _model_section(config: RunConfig) -> ModelSection:
     """Weights that are all trained take float32: small updates to 16 bits round away."""
     section = config.model
@@ -291,7 +215,7 @@ def _model_section(config: RunConfig) -> ModelSection:
 def _with_targets(config: RunConfig, pretrained: Pretrained) -> RunConfig:
     if config.train.method == "full" or config.lora.target_modules is not None:
         return config
-    targets = DEFAULT_TARGETS[pretrained.config.model_type]
+    targets = pretrained.config.family.default_targets
     return dataclasses.replace(
         config, lora=dataclasses.replace(config.lora, target_modules=targets)
     )
