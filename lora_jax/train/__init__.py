@@ -17,9 +17,7 @@ from ._job import load_base as load_base
 from ._job import load_tokenizer as load_tokenizer
 from ._job import prepare as prepare
 from ._job import prepare_abstract as prepare_abstract
-from ._job import stopping_config as stopping_config
 from ._job import with_adapter as with_adapter
-from ._job import with_tokens_of as with_tokens_of
 from ._loop import Result as Result
 from ._loop import job_batches as job_batches
 from ._loop import run as run
@@ -47,3 +45,5 @@ from ._together import init_joint_state as init_joint_state
 from ._together import make_joint_step as make_joint_step
 from ._together import scale_by_own_rate as scale_by_own_rate
 from ._together import train_together as train_together
+from ._tokens import stopping_config as stopping_config
+from ._tokens import with_tokens_of as with_tokens_of

@@ -14,7 +14,7 @@ from .._quant_config import QuantConfig
 from .._tree import combine, leaves_with_path, map_with_path, tree_bytes
 from .._typing import Params
 from ..adapters import load_adapter
-from ..data import Examples, stop_ids
+from ..data import Examples
 from ..lora import (
     TRAINED,
     Layouts,
@@ -22,27 +22,23 @@ from ..lora import (
     find_targets,
     init_with_base,
     is_embedding,
-    is_within,
     matched_targets,
-    target_name,
     trainable_mask,
 )
 from ..models import (
-    ModelConfig,
     Pretrained,
     add_tokens,
     bundled_model,
     load_pretrained,
     load_without_weights,
     quantize_params,
-    vocabulary_tables,
 )
 from ..optim._lora_fa import without_lora_a
 from ..transform import LoraLinen, lora_linen
 from ._config import ModelSection, RunConfig
-from ._notes import adapter_notes
 from ._run_rows import examples_of, rows_of, with_length
 from ._start import start_from_data
+from ._tokens import with_new_rows, with_tokens_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,7 +190,7 @@ def _set_up(
     examples: Examples | None = None,
     make: Callable[..., Any] = lambda f, *x: f(*x),
 ) -> Setup:
-    config = _with_new_rows(_with_targets(config, pretrained), pretrained)
+    config = with_new_rows(_with_targets(config, pretrained), pretrained)
     config = dataclasses.replace(config, data=with_length(config.data, pretrained))
     if config.train.method == "full":
         base, trainable, targets, lora = {}, pretrained.params, (), config.lora
@@ -204,25 +200,6 @@ def _set_up(
         targets = matched_targets(base, lora, layouts=pretrained.layouts)
     model = lora_linen(pretrained.module)
     return Setup(config, pretrained, model, base, trainable, targets, lora)
-
-
-def stopping_config(pretrained: Pretrained, template: str) -> ModelConfig:
-    """The model's config with every id that ends an answer laid out by `template`.
-
-    Whoever generates from a saved model by its files alone then stops there too.
-    """
-    known = pretrained.config.eos_token_ids
-    ends = stop_ids(template, pretrained.tokenizer) if pretrained.tokenizer else ()
-    more = tuple(i for i in ends if i not in known)
-    if not more:
-        return pretrained.config
-    return dataclasses.replace(pretrained.config, eos_token_id=(*known, *more))
-
-
-def with_tokens_of(section: ModelSection, adapter: str | None) -> ModelSection:
-    """The section with the tokens that an adapter was trained with, for a base without them."""
-    tokens = adapter_notes(adapter).get("add_tokens", []) if adapter else []
-    return dataclasses.replace(section, add_tokens=tokens)
 
 
 def _model_section(config: RunConfig) -> ModelSection:
@@ -242,28 +219,6 @@ def _with_targets(config: RunConfig, pretrained: Pretrained) -> RunConfig:
     return dataclasses.replace(
         config, lora=dataclasses.replace(config.lora, target_modules=targets)
     )
-
-
-def _with_new_rows(config: RunConfig, pretrained: Pretrained) -> RunConfig:
-    """Rows of added tokens are trained: nothing has ever been learnt for them."""
-    tokenizer, lora = pretrained.tokenizer, config.lora
-    added = [] if tokenizer is None else [tokenizer.token_id(text) for text in tokenizer.added]
-    if not added or config.train.method == "full" or config.train.adapter is not None:
-        return config
-    whole = lora.modules_to_save or []
-    tables = [target_name(path) for path in vocabulary_tables(pretrained)]
-    names = [t.rpartition("/")[2] for t in tables if not any(is_within(t, n) for n in whole)]
-    wanted = lora.trainable_token_indices
-    if wanted is None and names:
-        rows = dataclasses.replace(lora, trainable_token_indices=dict.fromkeys(names, added))
-        return dataclasses.replace(config, lora=rows)
-    given = [wanted] if isinstance(wanted, list) else list((wanted or {}).values())
-    if any(not set(added) <= set(ids) for ids in given):
-        raise InputError(
-            f"lora: trainable_token_indices lacks ids of model.add_tokens {added}; add them, or"
-            " leave it out"
-        )
-    return config
 
 
 def _moves_base(config: RunConfig) -> bool:

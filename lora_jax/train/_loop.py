@@ -24,7 +24,7 @@ from ._checkpoint import Checkpoints
 from ._config import RunConfig
 from ._evaluate import Evaluation, evaluate, make_eval_step
 from ._interrupt import stop_signals
-from ._job import Job, prepare, stopping_config
+from ._job import Job, prepare
 from ._metrics import Listener, MetricsLog, peak_memory
 from ._notes import write_notes
 from ._optimizer import learning_rate
@@ -32,6 +32,7 @@ from ._program import make_program
 from ._rundir import claim_directory, reopen_directory
 from ._start import training_batches
 from ._step import LOWEST_SCALE
+from ._tokens import stopping_config
 
 
 @dataclasses.dataclass(frozen=True)
