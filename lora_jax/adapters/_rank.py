@@ -11,7 +11,7 @@ from .._config import LoraConfig
 from .._errors import InputError
 from .._files import open_tensors
 from ..lora import OUTPUT_HEADS
-from ._experts import unpack
+from ._experts import NESTING, unpack
 from ._peft import PREFIX, read_config, weights_file
 
 ENERGY = 0.99
@@ -94,6 +94,7 @@ def delta_spectra(directory: str | Path) -> list[DeltaSpectrum]:
     spectra = []
     with open_tensors(weights_file(directory)) as file:
         keys = set(file.keys())
+        as_listed = NESTING.items() <= (file.metadata() or {}).items()
         for key in sorted(keys, key=_natural):
             for end_a, end_b in _PAIRS:
                 other = key.removesuffix(end_a) + end_b
@@ -104,7 +105,7 @@ def delta_spectra(directory: str | Path) -> list[DeltaSpectrum]:
                     continue  # the same factors once more
                 a, b = (_matrix(file.get_tensor(name)) for name in (key, other))
                 _check_pair(f"{directory}: {module}", a, b)
-                for name, scaling, own_a, own_b in _matrices(module, a, b, config):
+                for name, scaling, own_a, own_b in _matrices(module, a, b, config, as_listed):
                     values = scaling * _singular_values(own_a, own_b)
                     spectra.append(DeltaSpectrum(name, len(own_a), values))
     if not spectra:
@@ -136,16 +137,22 @@ def _has_embedding(keys: set[str]) -> bool:
 
 
 def _matrices(
-    module: str, a: np.ndarray, b: np.ndarray, config: LoraConfig
+    module: str, a: np.ndarray, b: np.ndarray, config: LoraConfig, as_listed: bool
 ) -> Iterator[tuple[str, float, np.ndarray, np.ndarray]]:
-    """Name, scaling and factors of a module, or of each expert of a parameter of it."""
+    """Name, scaling and factors of a module, or of each expert of a parameter of it.
+
+    Args:
+        as_listed: Whether parameters are nested as the config lists them: the last is outermost.
+    """
     owner = module.split(".base_layer")[0]
     parameters = [
         f"{owner}.{entry.rpartition('.')[2]}"
         for entry in config.target_parameters or []
         if f".{owner}.".endswith(f".{entry.rpartition('.')[0]}.".replace("..", "."))
     ]
-    if not parameters or (module == owner and len(a) == config.rank(module)):
+    if as_listed and parameters:
+        parameters = [parameters[-1 - module.count(".base_layer")]]
+    elif not parameters or (module == owner and len(a) == config.rank(module)):
         if len(a) != config.rank(module):
             raise InputError(
                 f"{module} has rank {len(a)} in the file, and {config.rank(module)} by the config"
@@ -162,8 +169,9 @@ def _matrices(
     (rank, scaling), *_ = own
     experts = len(a) // rank
     factors = zip(*unpack(a, b, experts), strict=True)
+    name = parameters[0] if len(parameters) == 1 else module
     for i, (own_a, own_b) in enumerate(factors):
-        yield module if experts == 1 else f"{module}.{i}", scaling, own_a.T, own_b.T
+        yield module if experts == 1 else f"{name}.{i}", scaling, own_a.T, own_b.T
 
 
 def _singular_values(a: np.ndarray, b: np.ndarray) -> np.ndarray:
