@@ -92,10 +92,11 @@ def load_adapter(
     config = _fitting(tied_config(base_params, read_config(directory)), base_params)
     targets = matched_targets(base_params, config, layouts=layouts)
     if not targets:
+        fields = ("target_modules", "target_parameters")
+        given = [f"{field} {own}" for field in fields if (own := getattr(config, field))]
         raise InputError(
-            f"{directory / CONFIG_FILE}: target_modules {config.target_modules} and"
-            f" target_parameters {config.target_parameters} match nothing in"
-            f" this base; the adapter was made for another base"
+            f"{directory / CONFIG_FILE}: {' and '.join(given) or 'no target_modules'} matches"
+            " nothing in this base; the adapter was made for another base"
         )
     params = dict(leaves_with_path(base_params))
     biases = trained_biases(params, config.bias, [target.path for target in targets])
