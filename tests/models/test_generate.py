@@ -11,7 +11,8 @@ from lora_jax import KernelLayout, LoraConfig, combine, init_adapter, lora_linen
 from lora_jax._errors import InputError
 from lora_jax.models import CausalLM, generate
 from lora_jax.models._decoder import STACKED
-from lora_jax.models._generate import _decode_program, _prefill, truncate
+from lora_jax.models._decoding import _decode_program, _first, _prefill
+from lora_jax.models._sampling import truncate
 
 PROMPTS = [[5, 6, 7, 8, 9], [20], [30, 31, 32]]
 
@@ -50,19 +51,29 @@ def test_text_ends_with_its_eos(model, params):
         assert text == whole[: ends[0] if ends else None]
 
 
-def test_similar_calls_share_one_program(model, params):
-    def sizes():
-        return _prefill._cache_size(), _decode_program(False)._cache_size()
+def test_a_whole_session_takes_five_programs(model, params):
+    programs = (_prefill, _first, _decode_program(False))
 
-    generate(model, params, PROMPTS, max_new_tokens=9)
+    def sizes():
+        return np.array([program._cache_size() for program in programs])
+
     before = sizes()
-    generate(CausalLM(model.config), params, [[1] * 14, [2], [3], [4]], max_new_tokens=16)
-    assert sizes() == before
-    options = dict(key=jax.random.key(1), max_new_tokens=9)
-    generate(model, params, PROMPTS, temperature=0.5, **options)
-    before = sizes()
-    generate(model, params, PROMPTS, temperature=0.9, top_k=3, top_p=0.7, **options)
-    assert sizes() == before
+    for length, new in [(3, 9), (14, 16), (16, 2), (7, 40)]:
+        options = dict(max_new_tokens=new, eos_ids=range(length % 5))
+        prompts = [[1] * length, [2], [3] * (length // 2 + 1)]
+        generate(CausalLM(model.config), params, prompts, **options)
+        for i in range(3):
+            generate(
+                model, params, [*prompts, [4]][i % 2 :], seed=i, temperature=[0.5 * i, 1.0, 0.1][:3],
+                top_k=i, top_p=1 - i / 8, min_p=i / 8, **options,
+            ) if i % 2 else generate(model, params, prompts, seed=i, temperature=0.1 + i, **options)
+    assert (sizes() - before).tolist() == [1, 2, 2]
+    for i in range(2):
+        generate(
+            model, params, PROMPTS, max_new_tokens=9, repetition_penalty=1 + i,
+            presence_penalty=i + 0.5, frequency_penalty=0.1,
+        )  # fmt: skip
+    assert (sizes() - before).tolist() == [1, 3, 3]
 
 
 def test_sampling_depends_on_the_key_alone(model, params):
@@ -83,6 +94,9 @@ def test_sampling_narrowed_to_one_token_is_greedy(model, params):
     assert generate(model, params, PROMPTS, top_p=1e-6, **options) == greedy
 
 
+jitted_truncate = jax.jit(truncate)
+
+
 @settings(max_examples=20, deadline=None)
 @given(
     logits=st.lists(st.floats(-8, 8, width=32), min_size=12, max_size=12),
@@ -91,13 +105,17 @@ def test_sampling_narrowed_to_one_token_is_greedy(model, params):
 )
 def test_truncation_keeps_the_fewest_that_reach_top_p(logits, top_k, top_p):
     ranked = np.sort(np.array(logits, np.float32))[::-1]
-    kept = np.isfinite(np.asarray(truncate(jnp.asarray(ranked[None]), top_k, top_p))[0])
+    row = [np.array([value]) for value in (top_k, np.float32(top_p), np.float32(0))]
+    kept = np.isfinite(np.asarray(jitted_truncate(ranked[None], *row))[0])
     count = kept.sum()
-    assert kept[:count].all() and 1 <= count <= (top_k or 12)
-    allowed = np.exp(ranked.astype(np.float64))[: top_k or 12]
+    assert kept[:count].all() and count >= 1
+    # Those that tie with the last one stay with it.
+    among = int((ranked >= ranked[(top_k or 12) - 1]).sum())
+    allowed = np.exp(ranked.astype(np.float64))[:among]
     share = np.cumsum(allowed / allowed.sum())
-    # One token fewer would not reach top_p; these do, or top_k stopped them.
-    assert count == 1 or share[count - 2] < top_p + 1e-5
+    fewer = int((ranked > ranked[count - 1]).sum())
+    # The next smaller set would not reach top_p; this one does, or top_k stopped it.
+    assert count <= among and (fewer == 0 or share[fewer - 1] < top_p + 1e-5)
     assert share[count - 1] >= top_p - 1e-5
 
 
@@ -130,8 +148,8 @@ def test_no_prompts_no_texts(model, params):
         ([[1] * 61], {}, r"has 61 tokens, which with 4 new ones exceeds the model's 64 positions"),
         ([[1]], dict(max_new_tokens=0), "max_new_tokens must be at least 1"),
         ([[1]], dict(temperature=0.7), "sampling needs a key"),
-        ([[1]], dict(temperature=-1.0), "temperature and top_k must be at least 0"),
-        ([[1]], dict(top_p=0.0), r"top_p in \(0, 1\]"),
+        ([[1]], dict(temperature=-1.0), "temperature must be finite and at least 0"),
+        ([[1]], dict(top_p=0.0), r"top_p must be in \(0, 1\]"),
     ],
     ids=str,
 )
