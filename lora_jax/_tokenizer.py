@@ -10,18 +10,8 @@ from pathlib import Path
 from typing import Any, SupportsInt
 
 from ._errors import InputError
+from ._tokenizer_files import FILES, open_tokenizer, read_json
 
-_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-)
-_NAMED = ("bos_token", "eos_token", "pad_token", "unk_token")
 # A text put before a continuation and taken off again, so that no space is made up at its start.
 _ANCHORS = ("\n", ";", "a")
 # What Python reads a byte as that is no part of a character.
@@ -42,6 +32,8 @@ class Tokenizer:
         chat_template: The Jinja source, None without one.
         add_bos: Whether sequences of this model begin with `bos_id`.
         files: The tokenizer's files, to be copied when a model is saved.
+        first_space: Whether `backend` takes a space at the beginning of a text for the one that it
+            puts there itself, so that another has to be written.
 
     Example:
         >>> from tokenizers import Tokenizer as Backend, models
@@ -62,25 +54,24 @@ class Tokenizer:
     chat_template: str | None = dataclasses.field(default=None, repr=False)
     add_bos: bool = False
     files: tuple[Path, ...] = dataclasses.field(default=(), repr=False)
+    first_space: bool = dataclasses.field(default=False, repr=False)
 
     @classmethod
     def from_directory(cls, path: str | Path) -> "Tokenizer":
-        """Read `tokenizer.json` and what stands beside it.
+        """Read `tokenizer.json`, SentencePiece's `tokenizer.model`, or `vocab.json` and `merges.txt`.
 
         The files may be those of transformers 4 or 5: a token is a string or an object with
         its `content`, the chat template stands in `tokenizer_config.json` or in a file.
 
         Raises:
-            InputError: if there is no `tokenizer.json`, if a file is not JSON, or if a BOS or
-                EOS token is named that the vocabulary does not hold.
+            InputError: if there is none of them, if a file is broken, or if a BOS or EOS token is
+                named that the vocabulary does not hold.
         """
         path = Path(path)
-        backend = _open_backend(path)
-        config = _read_json(path / "tokenizer_config.json")
-        given = {name: token for name, token in config.items() if token is not None}
-        named = {**_read_json(path / "special_tokens_map.json"), **given}
-        special = {n: text for n in _NAMED if (text := _token_text(named.get(n))) is not None}
-        generation = {**_read_json(path / "config.json"), **_only_ids(path)}
+        config = read_json(path / "tokenizer_config.json")
+        backend, named, first_space = open_tokenizer(path, config)
+        special = dict(named)
+        generation = {**read_json(path / "config.json"), **_only_ids(path)}
         ids, stops = {}, set()
         for name in ("bos_token", "eos_token", "pad_token"):
             fallback = _id_list(generation.get(f"{name}_id"))
@@ -103,7 +94,8 @@ class Tokenizer:
             stop_ids=tuple(sorted(stops)),
             chat_template=_chat_template(path, config),
             add_bos=_adds_bos(backend, config, ids["bos_token"]),
-            files=tuple(path / name for name in _FILES if (path / name).is_file()),
+            files=tuple(path / name for name in FILES if (path / name).is_file()),
+            first_space=first_space,
         )
 
     @cached_property
@@ -131,7 +123,7 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text; marks such as `</s>` in it become their one token."""
-        return self.backend.encode(text, add_special_tokens=False).ids
+        return self.backend.encode(self._spaced(text), add_special_tokens=False).ids
 
     def decode(self, ids: Iterable[SupportsInt], *, special: bool = False) -> str:
         """Text of token ids; marks are left out unless `special` asks for them.
@@ -157,6 +149,7 @@ class Tokenizer:
         """
         anchor = _ANCHORS[0] if self._makes_up_space else ""
         flat = [(anchor if n else "") + text for parts in texts for n, text in enumerate(parts)]
+        flat = [self._spaced(text) for text in flat]
         encoded = iter(self.backend.encode_batch(flat, add_special_tokens=False))
         before = self.encode(anchor)
         result = []
@@ -167,6 +160,9 @@ class Tokenizer:
                 ids[n] = whole[len(before) :] if held else self._encode_continuation(segments[n])
             result.append(ids)
         return result
+
+    def _spaced(self, text: str) -> str:
+        return " " + text if self.first_space and text.startswith((" ", "▁")) else text
 
     @cached_property
     def _makes_up_space(self) -> bool:
@@ -194,54 +190,17 @@ class Tokenizer:
         return self.encode(text)
 
 
-def _open_backend(directory: Path) -> Any:
-    import tokenizers
-
-    file = directory / "tokenizer.json"
-    if not file.is_file():
-        raise InputError(
-            f"{directory}: no tokenizer.json; give a Hugging Face model directory that holds one"
-        )
-    try:
-        backend = tokenizers.Tokenizer.from_file(str(file))
-    except Exception as error:  # The library raises bare Exception.
-        raise InputError(f"{file}: not a tokenizer ({error})") from None
-    # What the file says about cutting and filling would happen silently on every encode.
-    backend.no_truncation()
-    backend.no_padding()
-    return backend
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """An optional JSON object; empty without the file."""
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text("utf-8-sig"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: must hold a JSON object, got {type(content).__name__}")
-    return content
-
-
 def _only_ids(directory: Path) -> dict[str, Any]:
     """Token ids of `generation_config.json`, without its nulls."""
-    raw = _read_json(directory / "generation_config.json")
+    raw = read_json(directory / "generation_config.json")
     return {k: v for k, v in raw.items() if k.endswith("_token_id") and v is not None}
-
-
-def _token_text(token: Any) -> str | None:
-    if isinstance(token, dict):
-        token = token.get("content")
-    return token if isinstance(token, str) and token else None
 
 
 def _token_id(backend: Any, text: str | None, directory: Path, name: str) -> int | None:
     number = backend.token_to_id(text) if text else None
     if text and number is None and name in ("bos_token", "eos_token"):
         raise InputError(
-            f"{directory}: {name} is {text!r}, which tokenizer.json does not hold; correct"
+            f"{directory}: {name} is {text!r}, which the vocabulary does not hold; correct"
             " tokenizer_config.json"
         )
     return number

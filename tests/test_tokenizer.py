@@ -164,7 +164,7 @@ def test_segments_of_a_tokenizer_that_makes_up_spaces(directory: Path) -> None:
 
 
 def test_no_tokenizer(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"no tokenizer\.json; give a Hugging Face"):
+    with pytest.raises(InputError, match=r"no tokenizer; looked for tokenizer\.json, tokenizer"):
         Tokenizer.from_directory(tmp_path)
 
 
@@ -190,7 +190,7 @@ def test_template_that_is_no_text(directory: Path) -> None:
 
 def test_eos_that_is_not_in_the_vocabulary(directory: Path) -> None:
     write(directory / "tokenizer_config.json", {"eos_token": "<end>"})
-    with pytest.raises(InputError, match="eos_token is '<end>', which tokenizer.json does not"):
+    with pytest.raises(InputError, match="eos_token is '<end>', which the vocabulary does not"):
         Tokenizer.from_directory(directory)
 
 

@@ -1,0 +1,209 @@
+"""The files in which Hugging Face directories keep a tokenizer, in all their spellings."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ._errors import InputError
+from ._sentencepiece import read_sentencepiece, to_backend
+
+FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+)
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
+"""Files of which one makes a directory hold a tokenizer, the first that is there."""
+NAMED = ("bos_token", "eos_token", "pad_token", "unk_token")
+_ENDOFTEXT = "<|endoftext|>"
+# Where Qwen 2 and 3 cut a text before they merge bytes; GPT-2's own places are the library's.
+_QWEN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_QWEN_CLASSES = ("Qwen2Tokenizer", "Qwen2TokenizerFast")
+_GPT2_CLASSES = ("GPT2Tokenizer", "GPT2TokenizerFast", "GPTNeoXTokenizer", "GPTNeoXTokenizerFast")
+
+
+class Opened(NamedTuple):
+    """A `tokenizers.Tokenizer`, and what its files say of its special tokens.
+
+    `first_space` tells that a space at the beginning of a text is taken for the one that the
+    tokenizer puts there, where the model's own tokenizer knows both.
+    """
+
+    backend: Any
+    special: Mapping[str, str]
+    first_space: bool = False
+
+
+def holds_tokenizer(directory: Path) -> bool:
+    """Whether there is a file that `open_tokenizer` would begin with."""
+    return any((directory / name).is_file() for name in TOKENIZERS)
+
+
+def open_tokenizer(directory: Path, config: Mapping[str, Any]) -> Opened:
+    """The tokenizer of a directory, from the first of `TOKENIZERS` that is there.
+
+    Args:
+        directory: A Hugging Face model directory.
+        config: What its `tokenizer_config.json` says.
+
+    Raises:
+        InputError: if none of the files is there, one is broken, or their tokens contradict.
+    """
+    named = _named(directory, config)
+    if (file := directory / "tokenizer.json").is_file():
+        return Opened(_from_json(file), named)
+    if (file := directory / "tokenizer.model").is_file():
+        opened = _from_sentencepiece(file, config, named)
+    elif (file := directory / "vocab.json").is_file():
+        opened = _from_vocabulary(file, config, named)
+    else:
+        raise InputError(
+            f"{directory}: no tokenizer; looked for tokenizer.json, tokenizer.model (SentencePiece)"
+            " and vocab.json with merges.txt; copy the model's tokenizer files there"
+        )
+    _add_tokens(opened.backend, directory, config, opened.special)
+    return opened
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """An optional JSON object; empty without the file."""
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text("utf-8-sig"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: must hold a JSON object, got {type(content).__name__}")
+    return content
+
+
+def _named(directory: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    given = {name: token for name, token in config.items() if token is not None}
+    named = {**read_json(directory / "special_tokens_map.json"), **given}
+    return {n: text for n in NAMED if (text := _text(named.get(n))) is not None}
+
+
+def _text(token: Any) -> str | None:
+    if isinstance(token, dict):
+        token = token.get("content")
+    return token if isinstance(token, str) and token else None
+
+
+def _from_json(file: Path) -> Any:
+    import tokenizers
+
+    try:
+        backend = tokenizers.Tokenizer.from_file(str(file))
+    except Exception as error:  # The library raises bare Exception.
+        raise InputError(f"{file}: not a tokenizer ({error})") from None
+    # What the file says about cutting and filling would happen silently on every encode.
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
+
+
+def _from_sentencepiece(file: Path, config: Mapping[str, Any], named: Mapping[str, str]) -> Opened:
+    from tokenizers import processors
+
+    model = read_sentencepiece(file)
+    own = config.get("add_prefix_space")
+    prefix = own if isinstance(own, bool) else model.dummy_prefix
+    legacy = config.get("legacy") is True
+    backend = to_backend(model, prefix=prefix, every_stretch=legacy)
+    special = {**model.special, **named}
+    bos = special.get("bos_token")
+    number = backend.token_to_id(bos) if bos else None
+    if number is not None and config.get("add_bos_token") is not False:
+        backend.post_processor = processors.TemplateProcessing(
+            single=[bos, "$A"], pair=[bos, "$A", bos, "$B:1"], special_tokens=[(bos, number)]
+        )
+    return Opened(backend, special, prefix and not legacy and not model.trims)
+
+
+def _from_vocabulary(file: Path, config: Mapping[str, Any], named: Mapping[str, str]) -> Opened:
+    """Byte-level BPE: GPT-2's files, which Qwen 2 and 3 have too."""
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+    merges, kind = file.with_name("merges.txt"), config.get("tokenizer_class", _GPT2_CLASSES[0])
+    if not merges.is_file():
+        raise InputError(f"{merges}: not there, but vocab.json is; copy it, or a tokenizer.json")
+    if kind not in (*_QWEN_CLASSES, *_GPT2_CLASSES):
+        raise InputError(
+            f"{file}: how {kind} cuts a text is not known here; give the model's tokenizer.json"
+        )
+    try:
+        backend = Tokenizer(models.BPE.from_file(str(file), str(merges)))
+    except Exception as error:  # The library raises bare Exception.
+        raise InputError(f"{file}: no vocabulary to {merges.name} ({error})") from None
+    space = config.get("add_prefix_space") is True
+    backend.decoder = decoders.ByteLevel()
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=space)
+    if kind in _QWEN_CLASSES:
+        backend.normalizer = normalizers.NFC()
+        backend.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(_QWEN), "isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=space, use_regex=False),
+            ]
+        )
+    if not named and backend.token_to_id(_ENDOFTEXT) is not None:
+        named = {"bos_token": _ENDOFTEXT, "eos_token": _ENDOFTEXT, "unk_token": _ENDOFTEXT}
+    return Opened(backend, named)
+
+
+def _add_tokens(
+    backend: Any, directory: Path, config: Mapping[str, Any], special: Mapping[str, str]
+) -> None:
+    """Add what the vocabulary lacks, each under the id that the files give it."""
+    from tokenizers import AddedToken
+
+    listed: dict[int, Any] = {}
+    for text, number in read_json(directory / "added_tokens.json").items():
+        mark = text in special.values()
+        listed[_id(number, directory)] = AddedToken(text, special=mark, normalized=not mark)
+    for number, token in (config.get("added_tokens_decoder") or {}).items():
+        listed[_id(number, directory)] = _added(token)
+    for number, token in sorted(listed.items()):
+        backend.add_tokens([token])
+        if backend.token_to_id(token.content) != number:
+            raise InputError(
+                f"{directory}: added token {token.content!r} has the id {number}, but would get"
+                f" {backend.token_to_id(token.content)}; give a tokenizer.json, which tells the ids"
+            )
+    marks = [*special.values(), *_additional(directory, config)]
+    known = [text for text in dict.fromkeys(marks) if backend.token_to_id(text) is not None]
+    mine = {token.content for token in listed.values()}
+    backend.add_special_tokens(
+        [AddedToken(text, special=True, normalized=False) for text in known if text not in mine]
+    )
+
+
+def _additional(directory: Path, config: Mapping[str, Any]) -> list[str]:
+    both = (config, read_json(directory / "special_tokens_map.json"))
+    tokens = [token for part in both for token in part.get("additional_special_tokens") or []]
+    return [text for token in tokens if (text := _text(token)) is not None]
+
+
+def _id(number: Any, directory: Path) -> int:
+    if str(number).isdecimal():
+        return int(number)
+    raise InputError(f"{directory}: an added token has the id {number!r}; it must be a number")
+
+
+def _added(token: Any) -> Any:
+    from tokenizers import AddedToken
+
+    flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
+    given = token if isinstance(token, dict) else {"content": token, "normalized": False}
+    return AddedToken(str(given.get("content", "")), **{f: given[f] for f in flags if f in given})
