@@ -10,7 +10,7 @@ from jaxtyping import Bool, Int32
 from .._errors import InputError, nearest
 from .._tokenizer import Tokenizer
 from ._rows import Message, Row, Rows
-from ._template import Segment, choose_template, segments, text_segments, with_bos
+from ._template import Segment, choose_template, segments, text_segments
 
 TRAIN_ON = ("answer", "last", "all")
 _CHUNK = 1024
@@ -216,7 +216,7 @@ def _example(
 ) -> Example:
     flat = [i for piece in ids for i in piece]
     mask = [part.trained for part, piece in zip(parts, ids, strict=True) for _ in piece]
-    whole = with_bos(flat, tokenizer)
+    whole = tokenizer.with_bos(flat)
     mask = [False] * (len(whole) - len(flat)) + mask
     # Nothing comes before the first token, so nothing can predict it.
     mask[:1] = [False]

@@ -13,4 +13,10 @@ from ._load import abstract_params as abstract_params
 from ._load import load_pretrained as load_pretrained
 from ._load import load_without_weights as load_without_weights
 from ._load import quantize_params as quantize_params
+from ._sampling import SamplingParams as SamplingParams
 from ._save import save_pretrained as save_pretrained
+from ._text import Completion as Completion
+from ._text import StreamedText as StreamedText
+from ._text import TokenLogprobs as TokenLogprobs
+from ._text import generate_text as generate_text
+from ._text import stream_text as stream_text

@@ -167,9 +167,7 @@ class Decoding:
     def _begin(self) -> Chosen:
         """The first token, which takes the prompt and no step."""
         ids, segments, capacity = self._inputs
-        logits, self._cache = _prefill(
-            self._module, self._params, ids, segments, capacity=capacity
-        )
+        logits, self._cache = _prefill(self._module, self._params, ids, segments, capacity=capacity)
         self._progress, chosen = _first(logits, self._request, kind=self._kind)
         return jax.tree.map(lambda x: x[:, None], jax.device_get(chosen))
 

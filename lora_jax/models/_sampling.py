@@ -157,7 +157,7 @@ class RowParams:
 def choose(
     logits: Float[Array, "batch vocab"], params: RowParams, step: Array, *, sampled: bool
 ) -> Int[Array, " batch"]:
-    """The next token of each row: the most likely one, or one drawn where its temperature is set."""
+    """The next token of each row: the most likely one, or one drawn where it is not greedy."""
     best = first_of_largest(logits)
     if not sampled:
         return best

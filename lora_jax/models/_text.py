@@ -174,7 +174,7 @@ def _decoding(
     max_new_tokens: int | Sequence[int],
     sampling: SamplingParams | None,
 ) -> Decoding:
-    ids = [tokenizer.prompt(p) if isinstance(p, str) else p for p in prompts]
+    ids = [tokenizer.with_bos(tokenizer.encode(p)) if isinstance(p, str) else p for p in prompts]
     decoding = Decoding(
         module,
         params,
@@ -234,8 +234,12 @@ class _Row:
         if self.alternatives is not None:
             own = float(chosen.logprob[row, at])
             top = slice(0, self.alternatives)
-            pairs = zip(chosen.top_token[row, at, top], chosen.top_logprob[row, at, top], strict=True)
-            self._logprobs.append(TokenLogprobs(token, own, tuple((int(i), float(p)) for i, p in pairs)))
+            pairs = zip(
+                chosen.top_token[row, at, top], chosen.top_logprob[row, at, top], strict=True
+            )
+            self._logprobs.append(
+                TokenLogprobs(token, own, tuple((int(i), float(p)) for i, p in pairs))
+            )
         ended = token in self.ends
         self._add("" if ended else self._stream.push(token))
         if self.finish_reason is None and (ended or len(self.tokens) == self.limit):
