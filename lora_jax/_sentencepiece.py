@@ -147,7 +147,7 @@ def _unigram(model: SentencePieces, models: Any) -> Any:
     return models.Unigram(
         # What is no word must never be the best reading of a text that spells it out.
         [
-            (p.text, p.score if p.kind in (_NORMAL, _USER_DEFINED) else lowest * len(p.text))
+            (p.text, p.score if p.kind in (_NORMAL, _USER_DEFINED) else lowest * len(p.text) - 1)
             for p in model.pieces
         ],
         next((n for n, p in enumerate(model.pieces) if p.kind == _UNKNOWN), None),

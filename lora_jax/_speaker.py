@@ -26,7 +26,7 @@ class Speaker:
         """Read a model; the template is the one given, the adapter's, the tokenizer's, or plain."""
         pretrained = load_base(ModelSection(path=model))
         if pretrained.tokenizer is None:
-            raise InputError(f"{model}: no tokenizer.json; generating text needs one")
+            raise InputError(f"{model}: no tokenizer; generating text needs one")
         plain = cls(pretrained, lora_linen(pretrained.module), pretrained.params, "plain")
         return plain.adapted(adapter, template)
 

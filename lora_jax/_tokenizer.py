@@ -58,7 +58,7 @@ class Tokenizer:
 
     @classmethod
     def from_directory(cls, path: str | Path) -> "Tokenizer":
-        """Read `tokenizer.json`, SentencePiece's `tokenizer.model`, or `vocab.json` and `merges.txt`.
+        """Read `tokenizer.json`, `tokenizer.model`, or `vocab.json` with `merges.txt`.
 
         The files may be those of transformers 4 or 5: a token is a string or an object with
         its `content`, the chat template stands in `tokenizer_config.json` or in a file.

@@ -19,8 +19,7 @@ FILES = (
     "merges.txt",
     "tokenizer.model",
 )
-TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
-"""Files of which one makes a directory hold a tokenizer, the first that is there."""
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 NAMED = ("bos_token", "eos_token", "pad_token", "unk_token")
 _ENDOFTEXT = "<|endoftext|>"
 # Where Qwen 2 and 3 cut a text before they merge bytes; GPT-2's own places are the library's.
@@ -44,13 +43,13 @@ class Opened(NamedTuple):
     first_space: bool = False
 
 
-def holds_tokenizer(directory: Path) -> bool:
-    """Whether there is a file that `open_tokenizer` would begin with."""
-    return any((directory / name).is_file() for name in TOKENIZERS)
+def tokenizer_file(directory: Path) -> Path | None:
+    """The file of a directory that holds the vocabulary, None without one."""
+    return next((directory / n for n in _TOKENIZERS if (directory / n).is_file()), None)
 
 
 def open_tokenizer(directory: Path, config: Mapping[str, Any]) -> Opened:
-    """The tokenizer of a directory, from the first of `TOKENIZERS` that is there.
+    """The tokenizer of a directory: what `tokenizer_file` names, and the files that complete it.
 
     Args:
         directory: A Hugging Face model directory.
@@ -59,18 +58,16 @@ def open_tokenizer(directory: Path, config: Mapping[str, Any]) -> Opened:
     Raises:
         InputError: if none of the files is there, one is broken, or their tokens contradict.
     """
-    named = _named(directory, config)
-    if (file := directory / "tokenizer.json").is_file():
-        return Opened(_from_json(file), named)
-    if (file := directory / "tokenizer.model").is_file():
-        opened = _from_sentencepiece(file, config, named)
-    elif (file := directory / "vocab.json").is_file():
-        opened = _from_vocabulary(file, config, named)
-    else:
+    file, named = tokenizer_file(directory), _named(directory, config)
+    if file is None:
         raise InputError(
             f"{directory}: no tokenizer; looked for tokenizer.json, tokenizer.model (SentencePiece)"
             " and vocab.json with merges.txt; copy the model's tokenizer files there"
         )
+    if file.name == "tokenizer.json":
+        return Opened(_from_json(file), named)
+    read = _from_sentencepiece if file.name == "tokenizer.model" else _from_vocabulary
+    opened = read(file, config, named)
     _add_tokens(opened.backend, directory, config, opened.special)
     return opened
 
@@ -168,9 +165,10 @@ def _add_tokens(
     """Add what the vocabulary lacks, each under the id that the files give it."""
     from tokenizers import AddedToken
 
+    marks = [*special.values(), *_additional(directory, config)]
     listed: dict[int, Any] = {}
     for text, number in read_json(directory / "added_tokens.json").items():
-        mark = text in special.values()
+        mark = text in marks
         listed[_id(number, directory)] = AddedToken(text, special=mark, normalized=not mark)
     for number, token in (config.get("added_tokens_decoder") or {}).items():
         listed[_id(number, directory)] = _added(token)
@@ -181,7 +179,6 @@ def _add_tokens(
                 f"{directory}: added token {token.content!r} has the id {number}, but would get"
                 f" {backend.token_to_id(token.content)}; give a tokenizer.json, which tells the ids"
             )
-    marks = [*special.values(), *_additional(directory, config)]
     known = [text for text in dict.fromkeys(marks) if backend.token_to_id(text) is not None]
     mine = {token.content for token in listed.values()}
     backend.add_special_tokens(

@@ -12,6 +12,7 @@ import numpy as np
 from .._errors import InputError
 from .._names import hf_keys, is_kernel, stack_of
 from .._quant_config import QuantConfig
+from .._tokenizer_files import tokenizer_file
 from .._tree import leaves_with_path, map_with_path, tree_from_paths
 from .._typing import Params
 from ..lora import KernelLayout
@@ -38,8 +39,8 @@ _TABLE, _HEAD_KERNEL = "model/embed_tokens/embedding", "lm_head/kernel"
 class Pretrained:
     """A model read from a directory.
 
-    `tokenizer` is a `lora_jax._tokenizer.Tokenizer`, or None when the directory has no
-    `tokenizer.json`.  `stacked` names the paths whose leaves carry a leading layer axis.
+    `tokenizer` is a `lora_jax._tokenizer.Tokenizer`, or None when the directory has
+    none.  `stacked` names the paths whose leaves carry a leading layer axis.
     """
 
     module: CausalLM
@@ -264,14 +265,15 @@ def _check_tied(embedding: Entry | None, head: Entry) -> None:
 
 
 def _tokenizer(directory: Path, config: ModelConfig) -> Any:
-    if not (directory / "tokenizer.json").exists():
+    file = tokenizer_file(directory)
+    if file is None:
         return None
     from .._tokenizer import Tokenizer  # pulls in `tokenizers`
 
     tokenizer = Tokenizer.from_directory(directory)
     if tokenizer.vocab_size > config.vocab_size:
         raise InputError(
-            f"{directory / 'tokenizer.json'}: {tokenizer.vocab_size} tokens, but the model knows"
+            f"{file}: {tokenizer.vocab_size} tokens, but the model knows"
             f" {config.vocab_size} (vocab_size); give the tokenizer the model was trained with"
         )
     return tokenizer

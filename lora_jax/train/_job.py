@@ -211,7 +211,10 @@ def with_length(section: DataSection, pretrained: Pretrained) -> DataSection:
 def examples_of(rows: Rows, section: DataSection, pretrained: Pretrained) -> Examples:
     """Rows as token ids and masks, by the settings of a data section."""
     if pretrained.tokenizer is None:
-        raise InputError(f"{pretrained.directory}: no tokenizer.json; training needs one")
+        raise InputError(
+            f"{pretrained.directory}: no tokenizer; training needs tokenizer.json, tokenizer.model"
+            " or vocab.json with merges.txt"
+        )
     return build_examples(
         rows,
         pretrained.tokenizer,

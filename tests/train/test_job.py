@@ -137,7 +137,7 @@ def test_tokenizer_of_another_model(refused, base_dir, tmp_path):
     (copy / "tokenizer.json").write_text(json.dumps(tokenizer))
     assert "325 tokens, but the model knows 320 (vocab_size)" in refused(model={"path": str(copy)})
     (copy / "tokenizer.json").unlink()
-    assert "no tokenizer.json; training needs one" in refused(model={"path": str(copy)})
+    assert "no tokenizer; training needs tokenizer.json" in refused(model={"path": str(copy)})
 
 
 def test_truncated_weights(refused, base_dir, tmp_path):
