@@ -4,8 +4,10 @@ from collections.abc import Sequence
 
 from ._tree import is_below, layer_paths
 
-# Leaf names that differ; a linear kernel is also the transpose of its `weight`.
+# Leaf names that differ; most linear kernels are also the transpose of their `weight`.
 _HF_LEAF = {"kernel": "weight", "embedding": "weight"}
+_CONV1D = ("c_attn", "c_fc", "c_proj")
+"""GPT-2's linear layers, whose `weight` is (d_in, d_out)."""
 
 
 def hf_keys(path: str, stacked: Sequence[str], layers: int) -> list[str]:
@@ -34,5 +36,15 @@ def stack_of(path: str, stacked: Sequence[str]) -> str | None:
 
 
 def is_kernel(path: str) -> bool:
-    """Whether the leaf is a linear kernel, which files hold as its transpose."""
+    """Whether the leaf is a linear kernel."""
     return path.rpartition("/")[2] == "kernel"
+
+
+def is_transposed(path: str) -> bool:
+    """Whether files hold a leaf as its transpose: a linear kernel, but of GPT-2's `Conv1D`.
+
+    Example:
+        >>> [is_transposed(f"{name}/kernel") for name in ("self_attn/q_proj", "attn/c_attn")]
+        [True, False]
+    """
+    return is_kernel(path) and path.split("/")[-2:-1] not in [[name] for name in _CONV1D]

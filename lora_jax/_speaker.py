@@ -42,7 +42,7 @@ class Speaker:
     @property
     def positions(self) -> int:
         """Tokens that a prompt and its answer may have together."""
-        return self.pretrained.config.max_position_embeddings
+        return self.pretrained.config.context_length
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of a conversation up to where the answer begins."""

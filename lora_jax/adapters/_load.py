@@ -13,14 +13,12 @@ from flax.core import meta
 from .._config import LoraConfig
 from .._errors import InputError
 from .._files import open_tensors
-from .._names import is_kernel
+from .._names import is_transposed
 from .._tree import leaves_with_path, tree_from_paths
 from .._typing import Params
 from ..lora import (
-    HEAD,
-    TABLE,
-    TIED,
     Layouts,
+    SharedTable,
     Target,
     adapter_names,
     bias_name,
@@ -35,9 +33,10 @@ from ..lora import (
     magnitude_name,
     matched_targets,
     saved_modules,
-    shares_head,
+    shared_table,
     target_name,
     tied_config,
+    tied_table,
     token_leaves,
     token_tables,
     trained_biases,
@@ -117,8 +116,8 @@ def load_adapter(
             shape = (len(ids), leaf_shape(params[path])[0][int(is_embedding(path))])
             leaves |= token_leaves(path, take(tokens_key(target_name(path)), shape), ids)
         leaves |= head_mark(base_params, config, leaves)
-        if TIED in leaves:
-            _check_tied_head(leaves, take)
+        if tied := tied_table(tree_from_paths(leaves)):
+            _check_tied_head(tied, leaves, take)
         _drop_copies(take, params, layouts, config)
     take.check(directory / WEIGHTS_FILE)
     dtype = str(leaves[adapter_names(targets[0].path)[0]].dtype)
@@ -206,13 +205,14 @@ def _read_target(
         yield path, jnp.asarray(value.reshape((*target.lead, *value.shape[1:])))
 
 
-def _check_tied_head(leaves: dict[str, Any], take: Reader) -> None:
+def _check_tied_head(tied: SharedTable, leaves: dict[str, Any], take: Reader) -> None:
     """Read what the file says of the head, which must be what the embedding has."""
-    if TABLE in leaves:
-        pairs = [(f"{PREFIX}{HEAD}.weight", leaves[TABLE])]
+    table, head = tied.table, tied.head
+    if table in leaves:
+        pairs = [(f"{PREFIX}{head}.weight", leaves[table])]
     else:
-        a, b = (leaves[name] for name in adapter_names(TABLE)[:2])
-        pairs = list(zip(factor_keys(module_key(HEAD), f"{HEAD}/kernel"), (b, a), strict=True))
+        a, b = (leaves[name] for name in adapter_names(table)[:2])
+        pairs = list(zip(factor_keys(module_key(head), f"{head}/kernel"), (b, a), strict=True))
     for key, value in pairs:
         fits = take.shape(key) == value.shape
         if not np.array_equal(take(key, value.shape), value) and fits:
@@ -237,15 +237,16 @@ def _drop_copies(
         key.replace(".base_layer.", ".").replace(".original_module.", "."): key
         for key in take.unread
     }
-    shared = [f"{PREFIX}{HEAD}.weight"] if shares_head(tree_from_paths(params)) else []
+    shared = shared_table(tree_from_paths(params))
     for path, leaf in params.items():
         keys, stacked = whole_keys(path, leaf_shape(leaf)[0], layouts)
-        keys += shared if path == TABLE else []
+        if shared and path == shared.table:
+            keys.append(f"{PREFIX}{shared.head}.weight")
         for i, key in enumerate(keys):
             if key not in bare:
                 continue
             value = take.file.get_tensor(bare[key])
-            if not _equals(value.T if is_kernel(path) else value, leaf, i if stacked else None):
+            if not _equals(value.T if is_transposed(path) else value, leaf, i if stacked else None):
                 take.foreign.append(
                     f"{bare[key]} {value.shape} is a weight of the base, and not this base's {path}"
                 )
@@ -275,6 +276,6 @@ def _read_whole(path: str, leaf: Any, layouts: Layouts | None, take: Reader) -> 
     own = shape[1:] if stacked else shape
     # An adapted layer's bias lies below PEFT's wrapper.
     keys = [below_wrapper(key) if below_wrapper(key) in take.unread else key for key in keys]
-    values = [take(key, own[::-1] if is_kernel(path) else own) for key in keys]
-    values = [v.T if is_kernel(path) else v for v in values]
+    values = [take(key, own[::-1] if is_transposed(path) else own) for key in keys]
+    values = [v.T if is_transposed(path) else v for v in values]
     return jnp.asarray(np.stack(values) if stacked else values[0])

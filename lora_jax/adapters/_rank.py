@@ -10,7 +10,7 @@ import numpy as np
 from .._config import LoraConfig
 from .._errors import InputError
 from .._files import open_tensors
-from ..lora import HEAD
+from ..lora import OUTPUT_HEADS
 from ._experts import unpack
 from ._peft import PREFIX, read_config, weights_file
 
@@ -100,7 +100,7 @@ def delta_spectra(directory: str | Path) -> list[DeltaSpectrum]:
                 if not key.endswith(end_a) or other not in keys:
                     continue
                 module = key.removesuffix(end_a).removeprefix(PREFIX)
-                if module == HEAD and config.ensure_weight_tying and _has_embedding(keys):
+                if module in OUTPUT_HEADS and config.ensure_weight_tying and _has_embedding(keys):
                     continue  # the same factors once more
                 a, b = (file.get_tensor(name).astype(np.float64) for name in (key, other))
                 # Of a convolution A has the kernel's axes, and B ones of size 1.

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from .._errors import InputError, some_of
-from ..lora import HEAD
+from ..lora import OUTPUT_HEADS
 from ._peft import PREFIX
 
 
@@ -50,9 +50,11 @@ class Reader:
             raise InputError(f"{path}: {some_of(wrong)}; {self._cause()}")
 
     def _cause(self) -> str:
-        if any(key.startswith(f"{PREFIX}{HEAD}.") for key in self.unread):
+        heads = [h for h in OUTPUT_HEADS for key in self.unread if key.startswith(f"{PREFIX}{h}.")]
+        if heads:
+            head = heads[0]
             return (
-                f"it adapts {HEAD}, which config and base do not: of its own base and this one, one"
-                f" shares {HEAD} with the embedding (tie_word_embeddings) and one does not"
+                f"it adapts {head}, which config and base do not: of its own base and this one, one"
+                f" shares {head} with the embedding (tie_word_embeddings) and one does not"
             )
         return "the adapter was made for another base, or one that was changed (new tokens, say)"

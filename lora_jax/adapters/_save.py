@@ -20,13 +20,10 @@ import numpy as np
 from .._config import LoraConfig
 from .._errors import InputError
 from .._files import atomic_directory, atomic_file, write_tensors
-from .._names import is_kernel
-from .._tree import leaves_with_path
+from .._names import is_transposed
+from .._tree import leaves_with_path, tree_from_paths
 from .._typing import Params
 from ..lora import (
-    HEAD,
-    TABLE,
-    TIED,
     Layouts,
     adapted_param,
     adapter_names,
@@ -39,6 +36,7 @@ from ..lora import (
     rule_for,
     target_name,
     tied_config,
+    tied_table,
     trained_biases,
 )
 from ._experts import NESTING, Parameter, keys_as_listed, pack
@@ -141,8 +139,9 @@ def _tensors(
             yield from _pair_tensors(path, leaves, config, layouts, keys)
     for module, rows in saved_tokens(leaves, config).items():
         yield tokens_key(module), rows
-    if TIED in leaves and TABLE in leaves:
-        yield f"{PREFIX}{HEAD}.weight", np.asarray(leaves[TABLE])
+    tied = tied_table(adapter)
+    if tied and tied.table in leaves:
+        yield f"{PREFIX}{tied.head}.weight", np.asarray(leaves[tied.table])
 
 
 def _parameter_keys(
@@ -230,8 +229,9 @@ def _pair_tensors(
             yield f"{key}.lora_magnitude_vector", lengths[i]
         if biases is not None:
             yield f"{key}.lora_B.bias", biases[i]
-        if param == TABLE and TIED in leaves:
-            key_a, key_b = factor_keys(module_key(HEAD), f"{HEAD}/kernel")
+        tied = tied_table(tree_from_paths(leaves))
+        if tied and param == tied.table:
+            key_a, key_b = factor_keys(module_key(tied.head), f"{tied.head}/kernel")
             yield key_a, one_b.T
             yield key_b, one_a.T
 
@@ -293,4 +293,4 @@ def _whole_tensors(
     scaling = leaves.get(adapter_names(f"{path.rpartition('/')[0]}/kernel")[2], 0)
     adapted = np.broadcast_to(np.asarray(scaling) != 0, len(keys))
     for key, value, inside in zip(keys, values, adapted, strict=True):
-        yield below_wrapper(key) if inside else key, value.T if is_kernel(path) else value
+        yield below_wrapper(key) if inside else key, value.T if is_transposed(path) else value

@@ -7,7 +7,7 @@ import numpy as np
 
 from .._config import LoraConfig
 from .._errors import InputError
-from ..lora import HEAD, is_embedding, is_within, target_name, token_names
+from ..lora import OUTPUT_HEADS, is_embedding, is_within, target_name, token_names
 
 
 def saved_tokens(leaves: Mapping[str, Any], config: LoraConfig) -> dict[str, np.ndarray]:
@@ -54,7 +54,7 @@ def _ids_of(tables: list[str], config: LoraConfig) -> dict[str, list[int]]:
     for name, own in wanted.items():
         named = [table for table in tables if is_within(target_name(table), name)]
         # The head is left out where it shares the embedding, whose ids are then the same.
-        if not named and not (name == HEAD and own in ids.values()):
+        if not named and not (name in OUTPUT_HEADS and own in ids.values()):
             _missing(repr(name))
         ids |= dict.fromkeys(named, own)
     return ids

@@ -13,16 +13,17 @@ from .._errors import InputError
 from .._tree import combine, leaves_with_path, tree_from_paths
 from .._typing import Array, Key, Params
 from ..lora import (
-    TIED,
-    UNTIED,
+    DECODERS,
     AdaptedLayer,
     Layouts,
     adapter_from_layers,
     dense_delta,
     fold_in_name,
     is_parameter,
+    mark_names,
     nearest_factors,
     single_layers,
+    tied_table,
     unit_scaled,
     whole_parameters,
 )
@@ -109,7 +110,9 @@ def weighted_adapter(
     config = unit_scaled(dataclasses.replace(configs[0], **own), rank)
     marks = _marks(adapters)
     config = dataclasses.replace(
-        config, ensure_weight_tying=config.ensure_weight_tying or TIED in marks
+        config,
+        ensure_weight_tying=config.ensure_weight_tying
+        or tied_table(tree_from_paths(marks)) is not None,
     )
     made = adapter_from_layers(layers, rank, layouts, config.adapter_dtype)
     return combine(made, tree_from_paths(marks)), config
@@ -118,7 +121,8 @@ def weighted_adapter(
 def _marks(adapters: Sequence[Pair]) -> dict[str, Any]:
     """Whether the adapters of an embedding are those of the head that shares it: all or none."""
     trees = [dict(leaves_with_path(adapter)) for adapter, _ in adapters]
-    marks = {name: tree[name] for tree in trees for name in (TIED, UNTIED) if name in tree}
+    known = [mark for shared in DECODERS for mark in mark_names(shared.table)]
+    marks = {name: tree[name] for tree in trees for name in known if name in tree}
     if len(marks) > 1:
         raise InputError(
             "weighted_adapter: some adapters of the embedding act on the head that shares it"

@@ -18,7 +18,7 @@ from ._layout import Layouts, contracting_axes, matrix_shape
 from ._linear import dense_delta, drop, look_up_delta, lora_delta, lora_linear
 from ._rows import ROWS, RowParam
 from ._targets import adapter_names, is_embedding, known_contracting, leaf_shape
-from ._tied import TABLE, TIED, UNTIED
+from ._tied import DECODERS, mark_names
 from ._tokens import token_param
 
 _NEED_BASE = ("lora_A", "lora_B", "lora_B_bias", "lora_tokens")
@@ -181,7 +181,7 @@ def box_adapters(params: Params, layouts: Layouts | None = None) -> dict[str, An
     """
     leaves = dict(leaves_with_path(params))
     boxed: dict[str, Any] = {}
-    used: set[str] = {TIED, UNTIED}
+    used: set[str] = {mark for known in DECODERS for mark in mark_names(known.table)}
     for path, base in leaves.items():
         tokens, names = token_param(path, base, leaves)
         if tokens is not None:
@@ -197,13 +197,14 @@ def box_adapters(params: Params, layouts: Layouts | None = None) -> dict[str, An
             raise InputError(f"{path}: the adapter lacks {', '.join(missing)}")
         factors: list[Any] = [leaves[part] for part in parts[:3]]
         # A look-up has no input to drop, and PEFT drops none; a head tied to it has.
-        drops = not is_embedding(path) or (path == TABLE and TIED in leaves)
+        tied, untied = mark_names(path)
+        drops = not is_embedding(path) or tied in leaves
         dropout = map(leaves.get, parts[4:6]) if drops else (None, None)
         contracting = known_contracting(layouts, path, base)
         factors.append(leaves.get(parts[3]))
         param = LoraParam(
             base, *factors, *dropout, path=path, contracting=contracting,
-            untied=path == TABLE and UNTIED in leaves, lora_B_bias=leaves.get(parts[6]),
+            untied=untied in leaves, lora_B_bias=leaves.get(parts[6]),
         )  # fmt: skip
         if parts[7] in leaves:
             param = row_param(param, leaves[parts[7]])

@@ -16,7 +16,7 @@ from ._init import init_adapter
 from ._init_svd import low_rank
 from ._layout import Layouts
 from ._targets import adapter_names, find_targets, leaf_shape
-from ._tied import TABLE, UNTIED
+from ._tied import untied_table
 
 
 def extract_adapter(
@@ -70,9 +70,9 @@ def extract_adapter(
         factors |= {name_a: a, name_b: b}
     # Scalings, and whole modules as they are after tuning; the factors in it are replaced.
     fresh = init_adapter(jax.random.key(0), tuned, config, layouts=layouts)
-    if UNTIED in dict(leaves_with_path(fresh)):
+    if untied := untied_table(fresh):
         raise InputError(
-            f"extract_adapter: the output heads share {TABLE} and changed with it; set"
+            f"extract_adapter: the output heads share {untied.table} and changed with it; set"
             " ensure_weight_tying: true, since without it an adapter leaves the head as it was"
         )
     return combine(fresh, tree_from_paths(factors))

@@ -14,7 +14,7 @@ from ._box import LoraParam, box_adapters
 from ._layout import Layouts
 from ._single_layers import whole_parameters
 from ._targets import leaf_shape
-from ._tied import UNTIED, untied_head
+from ._tied import untied_head, untied_table
 from ._tokens import TokenParam
 
 
@@ -60,7 +60,7 @@ def merge_adapter(
     merged = _merge(base_params, adapter, 1.0, layouts, dtype)
     if safe:
         _check_finite(merged, dict(leaves_with_path(base_params)))
-    return untied_head(merged, base_params, dtype) if _is_untied(adapter) else merged
+    return untied_head(merged, base_params, dtype) if untied_table(adapter) else merged
 
 
 def unmerge_adapter(
@@ -86,7 +86,7 @@ def unmerge_adapter(
     if whole := whole_parameters(adapter):
         paths = ", ".join(whole)
         raise InputError(f"unmerge_adapter: {paths} replaced the base's; keep the base instead")
-    if _is_untied(adapter):
+    if untied_table(adapter):
         raise InputError(
             "unmerge_adapter: merging gave this model an output head apart from its embedding;"
             " keep the base instead"
@@ -134,10 +134,6 @@ def _merge(
 
 def _has_bias(leaf: Any) -> bool:
     return isinstance(leaf, LoraParam) and leaf.lora_B_bias is not None
-
-
-def _is_untied(adapter: Params) -> bool:
-    return any(path == UNTIED for path, _ in leaves_with_path(adapter))
 
 
 def _whole(path: str, value: Any, old: Any, dtype: Any) -> Array:

@@ -1,7 +1,7 @@
 """An embedding that the output head shares, and what PEFT's `ensure_weight_tying` makes of it.
 
-Only of the decoder's own tree is it known that the head is either there or shared.  An adapter on
-its shared table carries a mark, which is never trained and whose presence alone counts:
+Only of the decoder's own trees is it known that the head is either there or shared.  An adapter on
+a shared table carries a mark, which is never trained and whose presence alone counts:
 `embedding_lora_untied` where it acts on the look-up only, as PEFT's does by default, and
 `embedding_lora_tied` where it acts on the head too.  An adapter without a mark acts wherever the
 table is read.
@@ -20,32 +20,77 @@ from .._errors import InputError
 from .._tree import combine, leaves_with_path
 from .._typing import Params
 
-TABLE = "model/embed_tokens/embedding"
-HEAD = "lm_head"
-OUTPUT_HEADS = (HEAD,)
+
+@dataclasses.dataclass(frozen=True)
+class SharedTable:
+    """An embedding by the path of its table, and the head that may share it."""
+
+    table: str
+    head: str
+
+    @property
+    def module(self) -> str:
+        """The embedding's dotted name."""
+        return self.table.rpartition("/")[0].replace("/", ".")
+
+
+DECODERS = (
+    SharedTable("model/embed_tokens/embedding", "lm_head"),
+    SharedTable("transformer/wte/embedding", "lm_head"),
+    SharedTable("gpt_neox/embed_in/embedding", "embed_out"),
+)
+"""The embedding and the head of every family of decoders."""
+OUTPUT_HEADS = tuple({known.head for known in DECODERS})
 """Left out of "all-linear", as PEFT leaves out the output layer."""
-TIED, UNTIED = f"{TABLE}_lora_tied", f"{TABLE}_lora_untied"
-_TABLE_NAME = "model.embed_tokens"
+_TIED, _UNTIED = "_lora_tied", "_lora_untied"
 _WAY_OUT = (
     "set ensure_weight_tying: true to train both as one, or give the base as a checkpoint with"
     " tie_word_embeddings false and an lm_head.weight"
 )
 
 
-def shares_head(params: Params) -> bool:
-    """Whether the output head of these parameters is their embedding.
+def shared_table(params: Params) -> SharedTable | None:
+    """The embedding that is the output head of these parameters too; None without such.
 
     Example:
-        >>> shares_head({"model": {"embed_tokens": {"embedding": 1}}})
-        True
+        >>> shared_table({"model": {"embed_tokens": {"embedding": 1}}}).head
+        'lm_head'
     """
+    own, paths = embedding_of(params), {path for path, _ in leaves_with_path(params)}
+    if own is None or any(path.split("/")[0] == own.head for path in paths):
+        return None
+    return own
+
+
+def embedding_of(params: Params) -> SharedTable | None:
+    """The embedding of a decoder, whether it is shared or not; None of any other tree."""
     paths = {path for path, _ in leaves_with_path(params)}
-    return TABLE in paths and not any(path.split("/")[0] == HEAD for path in paths)
+    return next((known for known in DECODERS if known.table in paths), None)
 
 
-def is_tied(adapter: Params) -> bool:
-    """Whether an adapter acts on an embedding and, as one, on the head that shares it."""
-    return any(path == TIED for path, _ in leaves_with_path(adapter))
+def tied_table(adapter: Params) -> SharedTable | None:
+    """The embedding on which an adapter acts, as one with the head that shares it."""
+    return _marked(adapter, _TIED)
+
+
+def untied_table(adapter: Params) -> SharedTable | None:
+    """The embedding on whose look-up alone an adapter acts, while the head shares it."""
+    return _marked(adapter, _UNTIED)
+
+
+def _marked(adapter: Params, end: str) -> SharedTable | None:
+    paths = {path for path, _ in leaves_with_path(adapter)}
+    return next((known for known in DECODERS if known.table + end in paths), None)
+
+
+def mark_names(path: str) -> tuple[str, str]:
+    """The marks beside an embedding: of an adapter that acts on the head too, and not.
+
+    Example:
+        >>> mark_names("wte/embedding")
+        ('wte/embedding_lora_tied', 'wte/embedding_lora_untied')
+    """
+    return path + _TIED, path + _UNTIED
 
 
 def head_mark(base_params: Params, config: LoraConfig, adapted: Collection[str]) -> dict[str, Any]:
@@ -54,34 +99,39 @@ def head_mark(base_params: Params, config: LoraConfig, adapted: Collection[str])
     Raises:
         InputError: for what the two uses of one table cannot have in common.
     """
-    low_rank = f"{TABLE}_lora_A" in adapted
-    if not shares_head(base_params) or not (low_rank or TABLE in adapted):
+    shared = shared_table(base_params)
+    if shared is None:
         return {}
+    table, head = shared.table, shared.head
+    low_rank = f"{table}_lora_A" in adapted
+    if not (low_rank or table in adapted):
+        return {}
+    tied, untied = mark_names(table)
     if not config.ensure_weight_tying:
-        if TABLE in adapted:
+        if table in adapted:
             raise InputError(
-                f"lora: modules_to_save: this base has no {HEAD}, so its output head shares"
-                f" {TABLE}, and PEFT would train a copy beside it; {_WAY_OUT}"
+                f"lora: modules_to_save: this base has no {head}, so its output head shares"
+                f" {table}, and PEFT would train a copy beside it; {_WAY_OUT}"
             )
         if config.moves_base:
             raise InputError(
-                f"lora: init_lora_weights={config.init_lora_weights!r} would move {TABLE} under"
+                f"lora: init_lora_weights={config.init_lora_weights!r} would move {table} under"
                 f" the output head that shares it; {_WAY_OUT}"
             )
-        return {UNTIED: jnp.ones((), jnp.float32)}
+        return {untied: jnp.ones((), jnp.float32)}
     if low_rank and config.use_dora:
         raise InputError(
-            f"lora: use_dora with ensure_weight_tying: the magnitudes of {TABLE} and of the head"
+            f"lora: use_dora with ensure_weight_tying: the magnitudes of {table} and of the head"
             " that shares it belong to different axes, and PEFT trains two models of them; leave"
             " one of the two options out"
         )
-    own, heads = (config.scaling(name) for name in (TABLE.rpartition("/")[0], HEAD))
+    own, heads = (config.scaling(name) for name in (table.rpartition("/")[0], head))
     if low_rank and own != heads:
         raise InputError(
-            f"lora: rank_pattern and alpha_pattern give {TABLE} the scaling {own:g} and {HEAD},"
+            f"lora: rank_pattern and alpha_pattern give {table} the scaling {own:g} and {head},"
             f" which shares it under ensure_weight_tying, {heads:g}; give both the same"
         )
-    return {TIED: jnp.ones((), jnp.float32)}
+    return {tied: jnp.ones((), jnp.float32)}
 
 
 def tied_config(tree: Params, config: LoraConfig) -> LoraConfig:
@@ -100,30 +150,34 @@ def tied_config(tree: Params, config: LoraConfig) -> LoraConfig:
         >>> tied_config(tree, config).target_modules
         ['model.embed_tokens']
     """
-    if not (shares_head(tree) or is_tied(tree)):
+    shared = shared_table(tree) or tied_table(tree)
+    if shared is None:
         return config
     names = {name: getattr(config, name) for name in ("target_modules", "modules_to_save")}
     if config.ensure_weight_tying:
-        return dataclasses.replace(config, **{k: _renamed(v) for k, v in names.items()})
+        return dataclasses.replace(config, **{k: _renamed(v, shared) for k, v in names.items()})
     for field, given in names.items():
-        if isinstance(given, list) and HEAD in given:
+        if isinstance(given, list) and shared.head in given:
             raise InputError(
-                f"lora: {field} names {HEAD}, but the output head of this base is its embedding;"
-                f" {_WAY_OUT}"
+                f"lora: {field} names {shared.head}, but the output head of this base is its"
+                f" embedding; {_WAY_OUT}"
             )
     return config
 
 
 def untied_head(merged: Params, base_params: Params, dtype: Any) -> Params:
     """A merged tree with the head that its base shared, as a kernel of its own."""
-    table = dict(leaves_with_path(base_params))[TABLE]
+    own = embedding_of(base_params)
+    assert own is not None
+    table = dict(leaves_with_path(base_params))[own.table]
     dense = jnp.asarray(meta.unbox(table))
-    return combine(merged, {HEAD: {"kernel": dense.T.astype(dtype or dense.dtype)}})
+    return combine(merged, {own.head: {"kernel": dense.T.astype(dtype or dense.dtype)}})
 
 
-def _renamed(names: list[str] | str | None) -> list[str] | str | None:
+def _renamed(names: list[str] | str | None, shared: SharedTable) -> list[str] | str | None:
+    module, head = shared.module, shared.head
     if isinstance(names, list):
-        return list(dict.fromkeys(_TABLE_NAME if name == HEAD else name for name in names))
-    if isinstance(names, str) and names != "all-linear" and re.fullmatch(names, HEAD):
-        return rf"(?:{names}|{re.escape(_TABLE_NAME)})"
+        return list(dict.fromkeys(module if name == head else name for name in names))
+    if isinstance(names, str) and names != "all-linear" and re.fullmatch(names, head):
+        return rf"(?:{names}|{re.escape(module)})"
     return names

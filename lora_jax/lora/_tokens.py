@@ -17,7 +17,7 @@ from ..quant import QuantizedTensor, dequantize, look_up
 from ._layout import Layouts, rule_for
 from ._target import LAYER_PARAMS, is_within, target_name
 from ._targets import adapter_names, is_embedding, leaf_shape, token_names
-from ._tied import HEAD, TABLE, shares_head
+from ._tied import embedding_of, shared_table
 
 
 @jax.tree_util.register_dataclass
@@ -164,7 +164,9 @@ def token_tables(
         return {}
     shapes = {path: leaf for path, leaf in leaves_with_path(params) if _is_table(path, layouts)}
     if isinstance(wanted, list):
-        found = dict.fromkeys((path for path in shapes if is_embedding(path)), wanted)
+        known = embedding_of(params)
+        tables = [known.table] if known else [path for path in shapes if is_embedding(path)]
+        found = dict.fromkeys(tables, wanted)
         if len(found) != 1:
             raise InputError(
                 "lora: trainable_token_indices: a list is for the one embedding of a model, and"
@@ -227,14 +229,16 @@ def _sizes(path: str, leaf: Any) -> tuple[int, int]:
 
 def _without_shared_head(params: Params, wanted: Mapping[str, list[int]]) -> dict[str, list[int]]:
     """The mapping without a head that shares the embedding and has the same ids."""
-    if not shares_head(params) or HEAD not in wanted:
+    shared = shared_table(params)
+    if shared is None or shared.head not in wanted:
         return dict(wanted)
-    rest = {name: ids for name, ids in wanted.items() if name != HEAD}
-    table = target_name(TABLE)
-    if [ids for name, ids in rest.items() if is_within(table, name)] != [wanted[HEAD]]:
+    rest = {name: ids for name, ids in wanted.items() if name != shared.head}
+    table = target_name(shared.table)
+    if [ids for name, ids in rest.items() if is_within(table, name)] != [wanted[shared.head]]:
+        name = shared.module.rpartition(".")[2]
         raise InputError(
-            f"lora: trainable_token_indices: the output head of this base shares {TABLE}; give"
-            f" {HEAD} and embed_tokens the same ids, or give the base as a checkpoint with"
+            f"lora: trainable_token_indices: the output head of this base shares {shared.table};"
+            f" give {shared.head} and {name} the same ids, or give the base as a checkpoint with"
             " tie_word_embeddings false"
         )
     return rest

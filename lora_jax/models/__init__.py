@@ -6,13 +6,13 @@ from ._checkpoint import weight_norms as weight_norms
 from ._config import ModelConfig as ModelConfig
 from ._decoder import CausalLM as CausalLM
 from ._decoder import init_cache as init_cache
+from ._formats import abstract_params as abstract_params
+from ._formats import quantize_params as quantize_params
 from ._generate import generate as generate
 from ._load import NO_FLOAT16 as NO_FLOAT16
 from ._load import Pretrained as Pretrained
-from ._load import abstract_params as abstract_params
 from ._load import load_pretrained as load_pretrained
 from ._load import load_without_weights as load_without_weights
-from ._load import quantize_params as quantize_params
 from ._sampling import SamplingParams as SamplingParams
 from ._save import save_pretrained as save_pretrained
 from ._text import Completion as Completion

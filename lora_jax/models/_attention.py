@@ -1,5 +1,6 @@
 """Causal attention that keeps no scores, and computes few of those that nobody sees."""
 
+import dataclasses
 import functools
 from collections.abc import Iterator
 from typing import Any
@@ -20,7 +21,7 @@ STAGES = 4
 """Stages into which a causal sequence's queries are cut, each with the keys up to its own end:
 5/8 of the work of all pairs, where twice as many stages would still do 9/16."""
 _SHORTEST_STAGE = 32
-_HIDDEN = 1e30
+_LOW = 1e30
 
 
 def attend(
@@ -29,10 +30,12 @@ def attend(
     value: Float[Array, "batch keys kv_heads d"],
     mask: Bool[Array, "batch 1 seq keys"] | None = None,
     *,
+    scale: float | None = None,
+    cap: float | None = None,
     score_bytes: int = SCORE_BYTES,
     fused: bool = True,
 ) -> Float[Array, "batch seq heads d"]:
-    """softmax(q·kᵀ/√d over what is seen)·v, grouped heads sharing keys and values.
+    """softmax(scale·q·kᵀ over what is seen)·v, grouped heads sharing keys and values.
 
     Scores are float32 and live in one pass only: the backward pass computes them again from what
     it keeps, which is the arguments, the output and each query's log-sum-exp. Reverse mode only.
@@ -43,6 +46,8 @@ def attend(
         query, key, value: Of one type; heads are a multiple of kv_heads.
         mask: True where a query sees a key; None is plain causal. Every query must see a key,
             and with as many keys as queries none after its own position.
+        scale: Of the scores; 1/√d by default.
+        cap: c of c·tanh(score / c), which keeps scores within ±c; none by default.
         score_bytes: Bytes of scores at one time (at least one query of each row and head);
             queries take turns where there would be more.
         fused: Whether cuDNN may do it; under `jax.vmap` it cannot, since the rule that JAX has
@@ -61,9 +66,10 @@ def attend(
     """
     batch, seq, heads, d = query.shape
     keys, kv_heads = key.shape[1:3]
+    how = _How(d**-0.5 if scale is None else scale, cap, score_bytes)
     fused = fused and seq == keys and seq > 1
-    if fused and attention_path(query.dtype, heads // kv_heads, d) == "cudnn":
-        return checkpoint_name(fused_attend(query, key, value, mask), NAME)
+    if fused and attention_path(query.dtype, heads // kv_heads, d, cap) == "cudnn":
+        return checkpoint_name(fused_attend(query, key, value, mask, how.scale), NAME)
     seen: Array = jnp.tril(jnp.ones((1, 1, seq, keys), bool)) if mask is None else mask
     grouped = query.reshape(batch, seq, kv_heads, heads // kv_heads, d)
     by_head = (
@@ -73,47 +79,65 @@ def attend(
     )
     # XLA on CPUs multiplies twice as fast what lies head by head in memory.
     by_head = jax.lax.optimization_barrier(by_head)
-    out = jax.lax.optimization_barrier(_attend(score_bytes, *by_head, seen[:, :, None]))
+    out = jax.lax.optimization_barrier(_attend(how, *by_head, seen[:, :, None]))
     return out.transpose(0, 3, 1, 2, 4).reshape(batch, seq, heads, d)
 
 
-def attention_path(dtype: Any, group: int, d: int) -> str:
+def attention_path(dtype: Any, group: int, d: int, cap: float | None = None) -> str:
     """How `attend` computes here: `cudnn`, or `xla` and why; tried once in a process.
 
     Args:
         dtype: Type of the activations.
         group: Query heads that share a key.
         d: Width of a head.
+        cap: Of the scores, which cuDNN does not know.
 
     Example:
         >>> attention_path(jnp.float32, 4, 128)
         'xla: float32 has more than 16 bits'
     """
-    refusal = why_not(jnp.dtype(dtype).name, group, d)
+    refusal = why_not(jnp.dtype(dtype).name, group, d) if cap is None else "scores are capped"
     return "cudnn" if refusal is None else f"xla: {refusal}"
+
+
+@dataclasses.dataclass(frozen=True)
+class _How:
+    """What is known while tracing: how scores are made, and how many at one time."""
+
+    scale: float
+    cap: float | None
+    score_bytes: int
+
+    def scores(self, query: Array, key: Array) -> Array:
+        scores = _product("bkgqd,bksd->bkgqs", query, key) * self.scale
+        return scores if self.cap is None else self.cap * jnp.tanh(scores / self.cap)
+
+    def backward(self, d_scores: Array, scores: Array) -> Array:
+        """The gradient by the product of query and key."""
+        if self.cap is not None:
+            d_scores = d_scores * (1 - jnp.square(scores / self.cap))
+        return d_scores * self.scale
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(
-    score_bytes: int,
+    how: _How,
     query: Float[Array, "batch kv_heads group seq d"],
     key: Float[Array, "batch kv_heads keys d"],
     value: Float[Array, "batch kv_heads keys d"],
     mask: Bool[Array, "batch_or_1 1 1 seq keys"],
 ) -> Float[Array, "batch kv_heads group seq d"]:
-    return _forward(score_bytes, query, key, value, mask)[0]
+    return _forward(how, query, key, value, mask)[0]
 
 
-def _forward(
-    score_bytes: int, query: Array, key: Array, value: Array, mask: Array
-) -> tuple[Array, Any]:
+def _forward(how: _How, query: Array, key: Array, value: Array, mask: Array) -> tuple[Array, Any]:
     query, seen = _together(query, mask)
     outs, sums = [], []
-    for queries, keys, parts in _stages(query.shape, key.shape[2], score_bytes):
+    for queries, keys, parts in _stages(query.shape, key.shape[2], how.score_bytes):
         k, v = key[:, :, keys], value[:, :, keys]
 
         def part(_: None, xs: tuple[Array, Array], k: Array = k, v: Array = v) -> Any:
-            scores = _scores(xs[0], k, xs[1])
+            scores = _hidden(how.scores(xs[0], k), xs[1])
             top = jnp.max(scores, axis=-1, keepdims=True)
             weights = jnp.exp(scores - top)
             total = jnp.sum(weights, axis=-1, keepdims=True)
@@ -129,22 +153,22 @@ def _forward(
     return out, (query, key, value, mask, out, lse)
 
 
-def _backward(score_bytes: int, residuals: Any, gradient: Any) -> tuple[Any, ...]:
+def _backward(how: _How, residuals: Any, gradient: Any) -> tuple[Any, ...]:
     query, key, value, mask, out, lse = residuals
     gradient, seen = _together(jnp.asarray(gradient), mask)
-    scale = query.shape[-1] ** -0.5
     mean = jnp.sum(gradient.astype(jnp.float32) * out, axis=-1, keepdims=True)
     # A key's gradient is a sum over the queries' parts: in 32 bits, whatever the type.
     d_key, d_value = jnp.zeros(key.shape, jnp.float32), jnp.zeros(value.shape, jnp.float32)
     d_query = []
-    for queries, keys, parts in _stages(query.shape, key.shape[2], score_bytes):
+    for queries, keys, parts in _stages(query.shape, key.shape[2], how.score_bytes):
         k, v = key[:, :, keys], value[:, :, keys]
 
         def part(sums: tuple[Array, Array], xs: Any, k: Array = k, v: Array = v) -> Any:
             q, shown, g, of_lse, of_mean = xs
-            weights = jnp.exp(_scores(q, k, shown) - of_lse)
+            scores = how.scores(q, k)
+            weights = jnp.exp(_hidden(scores, shown) - of_lse)
             d_weights = _product("bkgqd,bksd->bkgqs", g, v)
-            d_scores = (weights * (d_weights - of_mean) * scale).astype(q.dtype)
+            d_scores = how.backward(weights * (d_weights - of_mean), scores).astype(q.dtype)
             dk = _product("bkgqs,bkgqd->bksd", d_scores, q)
             dv = _product("bkgqs,bkgqd->bksd", weights.astype(g.dtype), g)
             dq = _product("bkgqs,bksd->bkgqd", d_scores, k).astype(q.dtype)
@@ -208,11 +232,10 @@ def _in_parts(part: Any, carry: Any, xs: Any, parts: int) -> tuple[Any, Any]:
     return carry, jax.tree.map(join, out)
 
 
-def _scores(query: Array, key: Array, mask: Array) -> Array:
+def _hidden(scores: Array, mask: Array) -> Array:
     # Sums and products with a scalar rather than a select, whose constant would be as large as
     # the scores. A hidden score is so low that the true one vanishes beside it.
-    scores = _product("bkgqd,bksd->bkgqs", query, key) * query.shape[-1] ** -0.5
-    return scores + (mask.astype(jnp.float32) - 1) * _HIDDEN
+    return scores + (mask.astype(jnp.float32) - 1) * _LOW
 
 
 def _product(equation: str, x: Array, y: Array) -> Array:

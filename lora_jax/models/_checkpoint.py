@@ -13,12 +13,12 @@ from .._errors import InputError
 from .._files import open_tensors
 from .._quant_config import QuantConfig
 from ..quant import QuantizedTensor, read_bitsandbytes, read_description, split_state
-from ._config import ModelConfig, config_from_hf, read_eos
+from ._config import ModelConfig
+from ._config_json import config_from_hf, read_eos
+from ._families import Family
 
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 """Types a checkpoint may hold: safetensors' name and numpy's."""
-
-HEAD = "lm_head.weight"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,8 +129,8 @@ def _weight_files(directory: Path) -> list[Path]:
     return [directory / name for name in names]
 
 
-def checkpoint_entries(directory: Path) -> dict[str, Entry]:
-    """Every tensor of the checkpoint by its full name."""
+def checkpoint_entries(directory: Path, family: Family) -> dict[str, Entry]:
+    """Every parameter of the checkpoint by its full name."""
     entries = {}
     for file in _weight_files(directory):
         with open_tensors(file) as tensors:
@@ -139,9 +139,10 @@ def checkpoint_entries(directory: Path) -> dict[str, Entry]:
                 view = tensors.get_slice(key)
                 entries[key] = Entry(file, key, tuple(view.get_shape()), view.get_dtype())
     # Saved from the bare decoder, the names lack their first part.
-    if not any(key.startswith("model.") for key in entries):
-        entries = {k if k == HEAD else f"model.{k}": entry for k, entry in entries.items()}
-    entries = {k: entry for k, entry in entries.items() if not k.endswith("rotary_emb.inv_freq")}
+    body, head = f"{family.body}.", f"{family.head}."
+    if not any(key.startswith(body) for key in entries):
+        entries = {k if k.startswith(head) else body + k: entry for k, entry in entries.items()}
+    entries = {k: entry for k, entry in entries.items() if not k.endswith(family.buffers)}
     return _with_states(entries)
 
 
@@ -155,7 +156,8 @@ def weight_norms(directory: str | Path, modules: Sequence[str]) -> dict[str, flo
     Raises:
         InputError: if the directory holds no such model, or no weight of one of the modules.
     """
-    entries, norms = checkpoint_entries(Path(directory)), {}
+    family = read_config(directory).family
+    entries, norms = checkpoint_entries(Path(directory), family), {}
     for module in modules:
         entry = entries.get(f"{module}.weight")
         if entry is None:

@@ -1,19 +1,18 @@
-"""The shape of a decoder, read from a Hugging Face `config.json`."""
+"""The shape of a decoder."""
 
 import dataclasses
 import math
-from collections.abc import Mapping
-from typing import Any
 
-from .._errors import InputError, nearest
-from ._rope import Llama3Rope, read_rope
-
-KNOWN_MODEL_TYPES = ("llama",)
+from .._errors import InputError
+from ._families import FAMILIES, FULL, SLIDING, Family
+from ._rope import RopeScaling
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """A Llama-family decoder; the fields carry the names of `config.json`.
+    """A decoder's shape; the fields carry Llama's names of `config.json` in every family.
+
+    What they say is completed by the family that `model_type` names (`FAMILIES`).
 
     Example:
         >>> config = ModelConfig(vocab_size=64, hidden_size=32, intermediate_size=64,
@@ -31,12 +30,31 @@ class ModelConfig:
     """Heads of keys and values; 0 means one for each query head."""
     head_dim: int = 0
     """Width of a head; 0 means `hidden_size // num_attention_heads`."""
+    hidden_act: str = "silu"
     max_position_embeddings: int = 2048
     rms_norm_eps: float = 1e-6
+    """What norms add to a mean square, LayerNorms to a variance."""
     rope_theta: float = 10000.0
-    rope_scaling: Llama3Rope | None = None
+    rope_scaling: RopeScaling | None = None
+    rope_local_theta: float | None = None
+    """The base of layers that see a window, whose positions are never stretched."""
+    partial_rotary_factor: float = 1.0
+    """Share of a head that turns."""
+    no_rope_layers: tuple[int, ...] = ()
+    """1 for each layer with rotary positions and 0 for those without; () means all have them."""
     attention_bias: bool = False
     mlp_bias: bool = False
+    sliding_window: int | None = None
+    """How many tokens layers with a window see, the own one included."""
+    layer_types: tuple[str, ...] = ()
+    """`full_attention` or `sliding_attention` for each layer; () means that all see everything."""
+    query_pre_attn_scalar: float | None = None
+    """Scores are divided by its root; None means `head_dim`."""
+    attn_logit_softcapping: float | None = None
+    """c of c·tanh(score / c)."""
+    final_logit_softcapping: float | None = None
+    use_parallel_residual: bool = False
+    """Whether the MLP reads what attention reads, and not attention's sum."""
     tie_word_embeddings: bool = False
     model_type: str = "llama"
     bos_token_id: int | None = None
@@ -46,10 +64,16 @@ class ModelConfig:
     def __post_init__(self) -> None:
         derived = ("num_key_value_heads", "head_dim")
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-                     "num_attention_heads", *derived, "rms_norm_eps", "rope_theta"):  # fmt: skip
+                     "num_attention_heads", *derived, "rms_norm_eps", "rope_theta",
+                     "partial_rotary_factor"):  # fmt: skip
             value = getattr(self, name)
             if not (value > 0 or (name in derived and value == 0)) or value == math.inf:
                 raise InputError(f"model config: {name} must be above 0, got {value!r}")
+        for name in ("sliding_window", "rope_local_theta", "query_pre_attn_scalar",
+                     "attn_logit_softcapping", "final_logit_softcapping"):  # fmt: skip
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise InputError(f"model config: {name} must be above 0 or none, got {value!r}")
         if not self.num_key_value_heads:
             object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
         if not self.head_dim:
@@ -59,8 +83,32 @@ class ModelConfig:
                 f"model config: num_attention_heads ({self.num_attention_heads}) must be a"
                 f" multiple of num_key_value_heads ({self.num_key_value_heads})"
             )
-        if self.head_dim < 2 or self.head_dim % 2:
-            raise InputError(f"model config: head_dim must be even for RoPE, got {self.head_dim}")
+        if not self.family.positions:
+            _check_rotary(self)
+        _check_layers(self)
+
+    @property
+    def family(self) -> Family:
+        """What is particular to its kind of decoder."""
+        return FAMILIES[self.model_type]
+
+    @property
+    def rotary_width(self) -> int:
+        """Entries of a head that turn with the position."""
+        return int(self.head_dim * self.partial_rotary_factor)
+
+    @property
+    def context_length(self) -> int:
+        """Tokens of the longest text, as far as a stretch of its positions reaches."""
+        own = self.max_position_embeddings
+        return self.rope_scaling.reach(own) if self.rope_scaling else own
+
+    @property
+    def windows(self) -> tuple[int | None, ...] | None:
+        """How many tokens each layer sees, None for all; None if all layers see all."""
+        if self.sliding_window is None or SLIDING not in self.layer_types:
+            return None
+        return tuple(self.sliding_window if t == SLIDING else None for t in self.layer_types)
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
@@ -69,97 +117,25 @@ class ModelConfig:
         return () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
 
 
-def config_from_hf(raw: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
-    """Read the content of a Hugging Face `config.json`, of transformers 4 or 5.
-
-    Args:
-        raw: The parsed JSON object.
-        where: The file's name, for errors.
-
-    Raises:
-        InputError: for an unknown `model_type`, a missing field, or a feature that would
-            change the numbers and is not supported.
-
-    Example:
-        >>> raw = dict(model_type="llama", vocab_size=64, hidden_size=32, intermediate_size=64,
-        ...            num_hidden_layers=2, num_attention_heads=4, rope_theta=5e5)
-        >>> config_from_hf(raw).rope_theta
-        500000.0
-    """
-    model_type = raw.get("model_type")
-    if model_type not in KNOWN_MODEL_TYPES:
+def _check_rotary(config: ModelConfig) -> None:
+    width = config.rotary_width
+    if width < 2 or width % 2 or width > config.head_dim:
+        share = config.partial_rotary_factor
+        of = "" if share == 1 else f" times partial_rotary_factor ({share:g})"
         raise InputError(
-            f"{where}: model_type {model_type!r} is not supported"
-            f"{nearest(str(model_type), KNOWN_MODEL_TYPES)}; known: {', '.join(KNOWN_MODEL_TYPES)}"
+            f"model config: head_dim{of} must be even for RoPE, got {config.head_dim * share:g}"
         )
-    # transformers 5 writes rope_parameters, transformers 4 rope_theta and rope_scaling.
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    if not isinstance(rope, Mapping):
-        raise InputError(f"{where}: rope_parameters must be an object, got {rope!r}")
-    if raw.get("hidden_act", "silu") != "silu":
-        raise InputError(f"{where}: hidden_act must be 'silu', got {raw['hidden_act']!r}")
-    quantized = raw.get("quantization_config")
-    if quantized and not (isinstance(quantized, Mapping) and _is_four_bits(quantized)):
-        raise InputError(
-            f"{where}: the checkpoint is already quantized ({quantized}), and not by bitsandbytes"
-            " to 4 bits; give the float checkpoint and set quant instead"
-        )
-    fields = {f.name: f for f in dataclasses.fields(ModelConfig)}
-    own = ("rope_scaling", "eos_token_id")  # read by functions of their own
-    values = {k: v for k, v in raw.items() if k in fields and k not in own and v is not None}
-    if rope.get("rope_theta") is not None:
-        values["rope_theta"] = rope["rope_theta"]
-    missing = [n for n, f in fields.items() if f.default is dataclasses.MISSING and n not in values]
-    if missing:
-        raise InputError(f"{where}: missing {', '.join(missing)}")
-    for name in values:
-        default = fields[name].default
-        kind = int if default in (None, dataclasses.MISSING) else type(default)
-        if type(values[name]) is not kind and not (kind is float and type(values[name]) is int):
+
+
+def _check_layers(config: ModelConfig) -> None:
+    for name, known in (("layer_types", (FULL, SLIDING)), ("no_rope_layers", (0, 1))):
+        given = getattr(config, name)
+        if given and len(given) != config.num_hidden_layers:
             raise InputError(
-                f"{where}: {name} must be of type {kind.__name__}, got {values[name]!r}"
+                f"model config: {name} is a list of {len(given)}, but there are"
+                f" {config.num_hidden_layers} layers"
             )
-    values["rope_theta"] = float(values.get("rope_theta", 10000.0))
-    if raw.get("eos_token_id") is not None:
-        values["eos_token_id"] = read_eos(raw["eos_token_id"], where)
-    try:
-        return ModelConfig(**values, rope_scaling=read_rope(rope, where))
-    except InputError as error:
-        raise InputError(str(error).replace("model config", where, 1)) from None
-
-
-def _is_four_bits(quantized: Mapping[str, Any]) -> bool:
-    by_bitsandbytes = quantized.get("quant_method", "bitsandbytes") == "bitsandbytes"
-    return by_bitsandbytes and bool(quantized.get("load_in_4bit"))
-
-
-def read_eos(value: Any, where: str) -> int | tuple[int, ...]:
-    """The id or ids that end a text.
-
-    Raises:
-        InputError: if it is neither a whole number nor a list of them.
-
-    Example:
-        >>> read_eos([1, 2], "config.json")
-        (1, 2)
-    """
-    several = isinstance(value, list | tuple)
-    ids = tuple(value) if several else (value,)
-    if not all(type(number) is int for number in ids):
-        raise InputError(
-            f"{where}: eos_token_id must be a token id or a list of them, got {value!r}"
-        )
-    return ids if several else ids[0]
-
-
-def config_to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
-    """The `config.json` that transformers 4 and 5 read back; `dtype` names the weights' type."""
-    raw = dataclasses.asdict(config)
-    scaling = raw.pop("rope_scaling")
-    return raw | {
-        "architectures": ["LlamaForCausalLM"],
-        "hidden_act": "silu",
-        "rope_scaling": scaling and {"rope_type": "llama3", **scaling},
-        "torch_dtype": dtype,
-        "initializer_range": 0.02,
-    }
+        if unknown := [x for x in given if x not in known]:
+            raise InputError(
+                f"model config: {name} holds {unknown[0]!r}; known: {', '.join(map(str, known))}"
+            )

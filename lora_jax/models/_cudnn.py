@@ -42,14 +42,23 @@ def why_not(dtype: str, group: int, d: int) -> str | None:
     return None if off <= TOLERANCE else f"cuDNN's results were {off:.2g} off"
 
 
-def fused_attend(query: Array, key: Array, value: Array, mask: Array | None) -> Array:
+def fused_attend(
+    query: Array, key: Array, value: Array, mask: Array | None, scale: float | None = None
+) -> Array:
     """Causal attention `(batch, seq, heads, d)` by cuDNN; `mask` hides more."""
-    return _attention(query, key, value, mask, "cudnn")
+    return _attention(query, key, value, mask, "cudnn", scale)
 
 
-def _attention(query: Array, key: Array, value: Array, mask: Array | None, by: Any) -> Array:
+def _attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    mask: Array | None,
+    by: Any,
+    scale: float | None = None,
+) -> Array:
     return jax.nn.dot_product_attention(
-        query, key, value, mask=mask, is_causal=True, implementation=by
+        query, key, value, mask=mask, is_causal=True, implementation=by, scale=scale
     )
 
 

@@ -1,7 +1,9 @@
-"""One decoder for the Llama family: an ordinary Linen module, its layers under `nn.scan`.
+"""One decoder for all families: an ordinary Linen module, its layers under one `nn.scan`.
 
 Parameter paths are Hugging Face's module names (`model/layers/self_attn/q_proj`), with
-the layers stacked along a leading axis.
+the layers stacked along a leading axis.  Layers that differ by their window or their positions
+have parameters of one shape: what differs is a number that the scan brings, so that one layer is
+compiled whatever their pattern.
 """
 
 from typing import Any
@@ -16,11 +18,8 @@ from .._errors import InputError, nearest
 from .._typing import Array
 from ._attention import NAME as ATTENTION
 from ._config import ModelConfig
-from ._layers import MLP, PRODUCT, RESIDUAL, Attention, KVCache, RMSNorm
-from ._rope import rope_angles
-
-STACKED = "model/layers"
-"""The path whose parameters carry a leading layer axis."""
+from ._layers import MLP, PRODUCT, RESIDUAL, Attention, KVCache, Layer, Norm, Places
+from ._rope import rope_rotations
 
 INPUT_NAME = "layer_input"
 
@@ -47,25 +46,33 @@ REMAT_POLICIES = {
 
 
 class Block(nn.Module):
-    """One layer: x + attention(norm(x)), then x + mlp(norm(x))."""
+    """One layer: x + attention(norm(x)), then x + mlp(norm(x)), with norms where the family's are.
+
+    With `use_parallel_residual` both read the layer's input.
+    """
 
     config: ModelConfig
     dtype: Any = jnp.float32
     fused_attention: bool = True
 
     @nn.compact
-    def __call__(self, carry, layer, angles, mask, start):
-        c = self.config
+    def __call__(self, carry, layer: Layer, places: Places):
+        c, family = self.config, self.config.family
+        norms = family.norms
+
+        def norm(name: str | None, x: Array) -> Array:
+            return x if name is None else Norm(c.rms_norm_eps, family.norm, name=name)(x)
+
         x, cache = carry
         # Named inside the scanned body: a stack of carries cannot be sent to the host.
         x = checkpoint_name(x, INPUT_NAME)
-        norm = RMSNorm(c.rms_norm_eps, name="input_layernorm")
-        attended, cache = Attention(c, self.dtype, self.fused_attention, name="self_attn")(
-            norm(x), angles, mask, cache, (layer, start)
-        )
-        x = checkpoint_name(x + attended, "residual")
-        norm = RMSNorm(c.rms_norm_eps, name="post_attention_layernorm")
-        return (x + MLP(c, self.dtype, name="mlp")(norm(x)), cache), None
+        attention = Attention(c, self.dtype, self.fused_attention, name=family.attention)
+        mlp = MLP(c, self.dtype, name=family.mlp)
+        attended, cache = attention(norm(norms.before_attention, x), places, layer, cache)
+        joined = x + norm(norms.after_attention, attended)
+        joined = checkpoint_name(joined, RESIDUAL)
+        source = x if c.use_parallel_residual else joined
+        return (joined + norm(norms.after_mlp, mlp(norm(norms.before_mlp, source))), cache), None
 
 
 class Decoder(nn.Module):
@@ -77,38 +84,81 @@ class Decoder(nn.Module):
     fused_attention: bool = True
 
     def setup(self) -> None:
-        c = self.config
+        c, family = self.config, self.config.family
         if self.remat not in REMAT_POLICIES:
             raise InputError(
                 f"remat: unknown policy {self.remat!r}{nearest(self.remat, REMAT_POLICIES)};"
                 f" known: {', '.join(REMAT_POLICIES)}"
             )
-        self.embed_tokens = nn.Embed(c.vocab_size, c.hidden_size, dtype=self.dtype)
+
+        def table(rows: int, name: str) -> nn.Embed:
+            return nn.Embed(rows, c.hidden_size, dtype=self.dtype, name=name)
+
+        self.embedding = table(c.vocab_size, family.embedding)
+        if family.positions:
+            self.learned = table(c.max_position_embeddings, family.positions)
         block = Block
         if self.remat != "everything":
             # Inside scan XLA cannot merge the recomputation away, so prevent_cse only costs.
             block = nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
-        axes: Any = (0, nn.broadcast, nn.broadcast, nn.broadcast)
-        self.layers = nn.scan(
+        axes: Any = (0, nn.broadcast)
+        self.blocks = nn.scan(
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=axes,
             length=c.num_hidden_layers,
-        )(c, self.dtype, self.fused_attention)
-        self.norm = RMSNorm(c.rms_norm_eps)
+        )(c, self.dtype, self.fused_attention, name=family.layers)
+        self.last_norm = Norm(c.rms_norm_eps, family.norm, name=family.last_norm)
 
     def __call__(self, input_ids, positions, mask, cache: KVCache | None) -> tuple[Array, Any]:
         c = self.config
-        angles = rope_angles(positions, c.head_dim, c.rope_theta, c.rope_scaling)
+        layers, rotations = _layers(c), _rotations(c, positions)
         # The cache is carried whole and written to in place; as an input of each layer and its
         # output, every layer's part would be copied twice for each token.
         filled = None if cache is None else (cache.key, cache.value)
-        start = None if cache is None else cache.length
-        layers = jnp.arange(c.num_hidden_layers)
-        carry = (self.embed_tokens(input_ids), filled)
-        (x, filled), _ = self.layers(carry, layers, angles, mask, start)
-        return self.norm(x), filled
+        places = Places(rotations, mask, None if cache is None else cache.length)
+        x = self.embedding(input_ids)
+        if c.family.scaled_embedding:
+            x = x * jnp.asarray(c.hidden_size**0.5, x.dtype)
+        if c.family.positions:
+            x = x + self.learned(positions)
+        (x, filled), _ = self.blocks((x, filled), layers, places)
+        return self.last_norm(x), filled
+
+
+def _layers(config: ModelConfig) -> Layer:
+    """What each layer has of its own, along a leading axis."""
+    everything, kinds = 2**30, _rotation_kinds(config)
+    windows = config.windows
+    return Layer(
+        number=jnp.arange(config.num_hidden_layers),
+        window=windows and jnp.asarray([w or everything for w in windows]),
+        rotation=jnp.asarray(kinds) if len(set(kinds)) > 1 else None,
+    )
+
+
+def _rotation_kinds(config: ModelConfig) -> list[int]:
+    """For each layer 0 if it turns as all do, 1 by the base of windows, 2 not at all."""
+    layers = config.num_hidden_layers
+    local = config.windows if config.rope_local_theta is not None else None
+    kinds = [int(w is not None) for w in local] if local else [0] * layers
+    rotary = config.no_rope_layers or (1,) * layers
+    return [kind if turns else 2 for kind, turns in zip(kinds, rotary, strict=True)]
+
+
+def _rotations(config: ModelConfig, positions: Array) -> Array | None:
+    """Cosines and sines of the positions, (kinds, 2, batch, seq, half) where layers differ."""
+    if config.family.positions:
+        return None
+    width, kinds = config.rotary_width, set(_rotation_kinds(config))
+    usual = rope_rotations(positions, width, config.rope_theta, config.rope_scaling)
+    if kinds == {0}:
+        return usual
+    local = rope_rotations(positions, width, config.rope_local_theta or config.rope_theta)
+    none = rope_rotations(jnp.zeros_like(positions), width, config.rope_theta)
+    every = jnp.stack([usual, local, none])
+    return every if len(kinds) > 1 else every[kinds.pop()]
 
 
 class CausalLM(nn.Module):
@@ -137,9 +187,10 @@ class CausalLM(nn.Module):
     fused_attention: bool = True
 
     def setup(self) -> None:
-        self.model = Decoder(self.config, self.dtype, self.remat, self.fused_attention)
-        if not self.config.tie_word_embeddings:
-            self.lm_head = nn.Dense(self.config.vocab_size, use_bias=False, dtype=self.dtype)
+        c, family = self.config, self.config.family
+        self.body = Decoder(c, self.dtype, self.remat, self.fused_attention, name=family.body)
+        if not c.tie_word_embeddings:
+            self.head = nn.Dense(c.vocab_size, use_bias=False, dtype=self.dtype, name=family.head)
 
     def __call__(
         self,
@@ -170,22 +221,25 @@ class CausalLM(nn.Module):
             start = 0 if cache is None else cache.length
             positions = jnp.broadcast_to(start + jnp.arange(seq), (batch, seq))
         if cache is None:
-            mask = None if segment_ids is None else causal_mask(segment_ids, segment_ids, 0)
-            return self.model(input_ids, positions, mask, None)[0], None
+            if segment_ids is None and self.config.windows is None:
+                return self.body(input_ids, positions, None, None)[0], None
+            segments = jnp.ones((batch, seq), jnp.int32) if segment_ids is None else segment_ids
+            mask = causal_mask(segments, segments, 0)
+            return self.body(input_ids, positions, mask, None)[0], None
         if segment_ids is None:
             segment_ids = jnp.ones((batch, seq), jnp.int32)
         segments = jax.lax.dynamic_update_slice_in_dim(
             cache.segment_ids, segment_ids.astype(jnp.int32), cache.length, axis=1
         )
         mask = causal_mask(segment_ids, segments, cache.length)
-        hidden, layers = self.model(input_ids, positions, mask, cache)
+        hidden, layers = self.body(input_ids, positions, mask, cache)
         return hidden, KVCache(layers[0], layers[1], segments, cache.length + seq)
 
     def logits(self, hidden: Float[Array, "*lead d"]) -> Float[Array, "*lead vocab"]:
         """The head applied to hidden states."""
-        if self.config.tie_word_embeddings:
-            return self.model.embed_tokens.attend(hidden)
-        return self.lm_head(hidden)
+        tied, cap = self.config.tie_word_embeddings, self.config.final_logit_softcapping
+        logits = self.body.embedding.attend(hidden) if tied else self.head(hidden)
+        return logits if cap is None else cap * jnp.tanh(logits / cap)
 
 
 def causal_mask(

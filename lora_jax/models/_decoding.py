@@ -208,10 +208,10 @@ def _check(config, prompts, limits, sampling: SamplingParams, key: Key | None) -
                 f"generate: prompt {i} holds a token outside of 0..{config.vocab_size - 1};"
                 " is this the model's own tokenizer?"
             )
-        if len(prompt) + limit > config.max_position_embeddings:
+        if len(prompt) + limit > config.context_length:
             raise InputError(
                 f"generate: prompt {i} has {len(prompt)} tokens, which with {limit} new ones"
-                f" exceeds the model's {config.max_position_embeddings} positions; shorten the"
+                f" exceeds the model's {config.context_length} positions; shorten the"
                 " prompt or lower max_new_tokens"
             )
 

@@ -12,14 +12,14 @@ import numpy as np
 
 from .._errors import InputError, nearest
 from .._files import atomic_directory, write_tensors
-from .._names import hf_keys, is_kernel, stack_of
+from .._names import hf_keys, is_transposed, stack_of
 from .._tree import leaves_with_path
 from .._typing import Params
 from ..quant import QuantizedTensor, dequantize
 from ._checkpoint import float_dtype
-from ._config import ModelConfig, config_to_hf
-from ._decoder import STACKED
-from ._load import abstract_params
+from ._config import ModelConfig
+from ._config_json import config_to_hf
+from ._formats import abstract_params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,13 +42,13 @@ def save_pretrained(
 ) -> None:
     """Write a model in Hugging Face layout, whole or not at all.
 
-    Kernels are transposed back to the file's `weight` (d_out, d_in), stacks are cut into
+    Kernels are transposed back to the file's `weight`, stacks are cut into
     layers, quantized kernels are dequantized a layer at a time.
 
     Args:
         directory: A directory that does not exist yet or is empty.
         params: The tree of a `CausalLM`, dense or quantized, without adapter leaves.
-        config: The model's shape.  With an `lm_head` in `params`, as a merge may add one, the file
+        config: The model's shape.  With a head in `params`, as a merge may add one, the file
             says `tie_word_embeddings: false`.
         dtype: Type of the tensors in the file.
         tokenizer: A tokenizer whose files are copied.
@@ -63,10 +63,11 @@ def save_pretrained(
         See `load_pretrained`.
     """
     save_as = float_dtype(dtype, "dtype")
-    if "lm_head" in params:
+    if config.family.head in params:
         config = dataclasses.replace(config, tie_word_embeddings=False)
     _check_tree(params, config)
-    tensors = [t for path, x in leaves_with_path(params) for t in _tensors(path, x, save_as)]
+    stack = config.family.stack
+    tensors = [t for path, x in leaves_with_path(params) for t in _tensors(path, x, save_as, stack)]
     with atomic_directory(Path(directory)) as out:
         _write_shards(out, tensors, max_shard_bytes)
         _write_json(out / "config.json", config_to_hf(config, dtype))
@@ -98,9 +99,9 @@ def _check_tree(params: Params, config: ModelConfig) -> None:
             )
 
 
-def _tensors(path: str, leaf: Any, dtype: Any) -> list[_Tensor]:
+def _tensors(path: str, leaf: Any, dtype: Any, stack: str) -> list[_Tensor]:
     """The file's tensors behind one leaf."""
-    stacked = stack_of(path, (STACKED,)) is not None
+    stacked = stack_of(path, (stack,)) is not None
     layers = leaf.shape[0] if stacked else 1
 
     def make(i: int) -> np.ndarray:
@@ -116,12 +117,12 @@ def _tensors(path: str, leaf: Any, dtype: Any) -> list[_Tensor]:
                 f"params: {path} holds values that are not finite in {dtype}; save as bfloat16 or"
                 " float32, or look at the weights"
             )
-        return np.ascontiguousarray(array.T if is_kernel(path) else array)
+        return np.ascontiguousarray(array.T if is_transposed(path) else array)
 
     nbytes = int(np.prod(leaf.shape)) // layers * np.dtype(dtype).itemsize
     return [
         _Tensor(key, nbytes, lambda i=i: make(i))
-        for i, key in enumerate(hf_keys(path, (STACKED,), layers))
+        for i, key in enumerate(hf_keys(path, (stack,), layers))
     ]
 
 

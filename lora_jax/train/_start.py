@@ -12,7 +12,7 @@ from .._config import LoraConfig
 from .._typing import Array, Params
 from ..adapters import init_corda, init_eva, init_lora_ga
 from ..data import BatchIterator, Examples, batch_iterator
-from ..lora import find_targets
+from ..lora import OUTPUT_HEADS, find_targets
 from ..models import Pretrained
 from ..transform import LoraLinen, lora_linen
 from ._config import RunConfig
@@ -51,7 +51,8 @@ def start_from_data(
         loss = _mean_loss(model, config.train.loss_chunk)
         return *init_lora_ga(loss, params, lora, batches, key=key, layouts=layouts), lora
     with_head = any(
-        target.path.startswith("lm_head/") for target in find_targets(params, lora, layouts=layouts)
+        target.path.split("/")[0] in OUTPUT_HEADS
+        for target in find_targets(params, lora, layouts=layouts)
     )
     forward = _forward(model, with_head)
     if lora.init_lora_weights == "corda":

@@ -131,7 +131,7 @@ def test_which_list_the_numbers_count(fields):
 def test_all_linear_leaves_out_the_output_layer():
     transformers = pytest.importorskip("transformers")
     from lora_jax.models import ModelConfig
-    from lora_jax.models._load import abstract_params
+    from lora_jax.models._formats import abstract_params
 
     shape = dict(
         vocab_size=16,

@@ -116,3 +116,20 @@ def test_scores_do_not_exist_at_once():
     scores = 4 * heads * seq**2
     assert temporaries(scores) > scores
     assert temporaries(scores // 16) < 0.6 * scores
+
+
+@pytest.mark.parametrize("score_bytes", [2**20, 4 * BATCH * HEADS * 64 * 7])
+def test_capped_and_scaled_scores(score_bytes):
+    """c·tanh(s/c), with its gradients, against the same in plain JAX."""
+    arrays, scale, cap = draw(64, seq=64), 0.7, 1.5
+
+    def plain(query, key, value):
+        key, value = (jnp.repeat(x, HEADS // KV_HEADS, axis=2) for x in (key, value))
+        scores = cap * jnp.tanh(jnp.einsum("bqhd,bkhd->bhqk", query, key) * scale / cap)
+        weights = jax.nn.softmax(jnp.where(jnp.tril(jnp.ones((64, 64), bool)), scores, -jnp.inf))
+        return jnp.einsum("bhqk,bkhd->bqhd", weights, value)
+
+    found = value_and_gradients(
+        lambda *x: attend(*x, scale=scale, cap=cap, score_bytes=score_bytes), arrays
+    )
+    assert_close(found, value_and_gradients(plain, arrays), 1e-6)

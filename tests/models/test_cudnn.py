@@ -19,7 +19,9 @@ def gpu(monkeypatch):
     """A process that believes it has a GPU, whose cuDNN is the function that is set here."""
 
     def use(attention):
-        def fused(query, key, value, mask, by):
+        def fused(query, key, value, mask, by, scale=None):
+            if scale is not None:  # queries carry what theirs would multiply scores by
+                query = query * (scale * query.shape[-1] ** 0.5)
             function = attention if by == "cudnn" else by_xla
             return function(query, key, value, mask)
 
@@ -54,7 +56,12 @@ def test_what_works_is_used(gpu):
     np.testing.assert_allclose(found.astype(jnp.float32), expected, atol=0.03)
     _attention.attend(*draw(jnp.float32))
     _attention.attend(arrays[0][:, :3], *arrays[1:])
-    assert len(calls) == tried + 1, "32 bits and a cache go the other way"
+    _attention.attend(*arrays, cap=5.0)
+    assert len(calls) == tried + 1, "32 bits, a cache and capped scores go the other way"
+    found = _attention.attend(*arrays, scale=0.1)
+    exact = [x.astype(jnp.float32) for x in arrays]
+    expected = by_xla(exact[0] * 0.1 * 16**0.5, *exact[1:], None)
+    np.testing.assert_allclose(found.astype(jnp.float32), expected, atol=0.03)
 
 
 def test_it_is_tried_while_a_step_is_traced(gpu):

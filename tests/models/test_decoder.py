@@ -9,7 +9,9 @@ import pytest
 
 from lora_jax import QuantConfig
 from lora_jax._tree import map_with_path
-from lora_jax.models import CausalLM, init_cache
+from lora_jax.lora import DECODERS
+from lora_jax.models import CausalLM, ModelConfig, init_cache
+from lora_jax.models._families import FAMILIES
 from lora_jax.quant import QuantizedTensor, dequantize, quantize
 
 apply = jax.jit(
@@ -117,3 +119,29 @@ def test_quantized_leaf_works_in_plain_apply(config, params, remat):
     expected = apply(model, jax.jit(lambda tree: map_with_path(dense, tree))(quantized), ids)
     np.testing.assert_allclose(got, expected, atol=1e-5 * np.abs(expected).max())
     assert np.any(got != apply(model, params, ids))
+
+
+def test_the_tables_of_embeddings_agree():
+    """`lora` stands below `models` and knows the names of embeddings and heads by itself."""
+    known = {(own.table, own.head) for own in DECODERS}
+    assert known == {(family.table, family.head) for family in FAMILIES.values()}
+
+
+def test_layers_that_differ_compile_one_body():
+    """A pattern of windows and two rope bases add numbers to the scan, and no second layer."""
+    shape = dict(vocab_size=32, hidden_size=16, intermediate_size=16, num_attention_heads=2)
+    alike, patterned = (
+        ModelConfig(
+            **shape, num_hidden_layers=6, head_dim=8, model_type="gemma3_text",
+            tie_word_embeddings=True, **options,
+        )
+        for options in ({}, {"sliding_window": 4, "rope_local_theta": 1e4,
+                             "layer_types": ("sliding_attention",) * 5 + ("full_attention",)})
+    )  # fmt: skip
+    assert patterned.windows == (4, 4, 4, 4, 4, None)
+    ids, dots = jnp.ones((1, 8), jnp.int32), []
+    for model in (CausalLM(alike), CausalLM(patterned)):
+        params = jax.eval_shape(model.init, jax.random.key(0), ids)["params"]
+        traced = jax.make_jaxpr(lambda p, m=model: m.apply({"params": p}, ids))(params)
+        dots.append(str(traced).count("dot_general"))
+    assert dots[0] == dots[1]

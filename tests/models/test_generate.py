@@ -20,7 +20,6 @@ from lora_jax import (
 )
 from lora_jax._errors import InputError
 from lora_jax.models import CausalLM, generate, quantize_params
-from lora_jax.models._decoder import STACKED
 from lora_jax.models._decoding import _first
 from lora_jax.models._sampling import draw, truncate
 
@@ -160,7 +159,7 @@ def test_draws_follow_the_probabilities():
 def test_an_adapted_quantized_base_generates_like_the_merged_one(model, params):
     base = quantize_params(params, QuantConfig(block_size=32))
     config = LoraConfig(r=2, lora_alpha=16, target_modules="all-linear", init_lora_weights=False)
-    layouts = {STACKED: KernelLayout(stack=STACKED)}
+    layouts = {"model/layers": KernelLayout(stack="model/layers")}
     adapter = init_adapter(jax.random.key(3), base, config, layouts=layouts)
     merged = merge_adapter(base, adapter, layouts=layouts, dtype=jnp.float32)
     got = generate(lora_linen(model), combine(base, adapter), PROMPTS, max_new_tokens=12)
@@ -202,7 +201,7 @@ def test_truncation_keeps_the_fewest_that_reach_top_p(logits, top_k, top_p):
 
 def test_adapted_model_generates_like_the_merged_one(model, params):
     config = LoraConfig(r=2, lora_alpha=16, target_modules="all-linear", init_lora_weights=False)
-    layouts = {STACKED: KernelLayout(stack=STACKED)}
+    layouts = {"model/layers": KernelLayout(stack="model/layers")}
     adapter = init_adapter(jax.random.key(3), params, config, layouts=layouts)
     merged = merge_adapter(params, adapter, layouts=layouts)
     got = generate(lora_linen(model), combine(params, adapter), PROMPTS, max_new_tokens=12)

@@ -15,7 +15,7 @@ from lora_jax._errors import InputError
 from lora_jax._names import hf_keys
 from lora_jax._tree import leaves_with_path, map_with_path
 from lora_jax.models import CausalLM, abstract_params, load_pretrained, save_pretrained
-from lora_jax.models._config import config_from_hf, config_to_hf
+from lora_jax.models._config_json import config_from_hf, config_to_hf
 from lora_jax.quant import QuantizedTensor, dequantize, quantize
 
 BIASED = dict(attention_bias=True, mlp_bias=True)
@@ -204,7 +204,7 @@ def no_vocab(directory):
 
 
 def odd_rope(directory):
-    edit_json(directory / "config.json", rope_scaling={"rope_type": "yarn", "factor": 2.0})
+    edit_json(directory / "config.json", rope_scaling={"rope_type": "spiral", "factor": 2.0})
 
 
 def rope_in_words(directory):
@@ -293,7 +293,7 @@ def empty_index(directory):
         (json_list, r"config\.json: expected a JSON object, got list"),
         (other_model, r"model_type 'lama' is not supported \(did you mean 'llama'\?\)"),
         (no_vocab, r"config\.json: missing vocab_size"),
-        (odd_rope, r"rope type 'yarn' is not supported"),
+        (odd_rope, r"rope type 'spiral' is not supported; known: 'default', 'linear'"),
         (rope_in_words, r"config\.json: rope_parameters must be an object, got 'default'"),
         (heads_in_words, r"config\.json: num_key_value_heads must be of type int, got '2'"),
         (negative_heads, r"config\.json: num_key_value_heads must be above 0, got -2"),

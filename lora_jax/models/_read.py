@@ -1,0 +1,122 @@
+"""Tensors of a checkpoint made into leaves, one at a time, quantized on the way."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .._errors import InputError
+from .._names import is_kernel, is_transposed
+from .._quant_config import QuantConfig
+from ..quant import QuantizedTensor, quantize
+from ._checkpoint import DTYPES, Entry
+from ._families import Family
+from ._formats import contracted_axes, stacked_axes, stored_shape
+
+
+def read_leaf(
+    path: str,
+    parts: list[Entry],
+    quant: QuantConfig | None,
+    param_dtype: str | None,
+    family: Family,
+) -> Any:
+    """Read one leaf; a stack is allocated once and filled, so one layer at most is twice there.
+
+    Args:
+        path: The leaf's path in the tree.
+        parts: Its tensors, one for each layer of a stack.
+        quant: The format it is quantized to; None keeps it dense, or as bitsandbytes has it.
+        param_dtype: Of a dense leaf; None keeps the file's.
+        family: Whose tree it is.
+
+    Raises:
+        InputError: for a weight that is to be quantized and not finite, or is quantized already.
+    """
+    dtype = jnp.dtype(param_dtype or jnp.result_type(*(DTYPES[part.dtype] for part in parts)))
+    if any(part.state for part in parts):
+        return _read_quantized(path, parts, quant, dtype, family)
+    transpose = is_transposed(path)
+    if not stacked_axes(path, family):
+        tensor = parts[0].read() if quant is None else _read_finite(parts[0])
+        tensor = tensor.T if transpose else tensor
+        if quant is None:
+            return jnp.array(tensor, dtype)
+        return _quantized(
+            jnp.asarray(tensor), quant, contracting=contracted_axes(path), dtype=dtype
+        )
+    shape = parts[0].shape[::-1] if transpose else parts[0].shape
+    stack = stored_shape(path, jax.ShapeDtypeStruct((len(parts), *shape), dtype), quant, family)
+    stack = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), stack)
+    for i, part in enumerate(parts):
+        tensor = part.read() if quant is None else _read_finite(part)
+        filled = _fill(stack, tensor, i, transpose=transpose, quant=quant)
+        # Without waiting, many tensors are read before the first is written.
+        stack = jax.block_until_ready(filled)
+    return stack
+
+
+def _read_quantized(
+    path: str, parts: list[Entry], quant: QuantConfig | None, dtype: Any, family: Family
+) -> QuantizedTensor:
+    """A kernel, or a stack of them, that bitsandbytes quantized; they stay as they are."""
+    if not is_kernel(path):
+        raise InputError(
+            f"{parts[0].file}: {parts[0].key} is in four bits, which only kernels may be; keep it"
+            " dense"
+        )
+    if quant is not None:
+        raise InputError(
+            f"{parts[0].file}: {parts[0].key} is in four bits already; leave quant out"
+        )
+    if dense := [part for part in parts if part.state is None]:
+        raise InputError(
+            f"{dense[0].file}: {dense[0].key} is not quantized, but {parts[0].key} or another layer"
+            " of its stack is; quantize all layers alike, or none"
+        )
+    if not stacked_axes(path, family):
+        return dataclasses.replace(parts[0].read_quantized(), dtype=dtype)
+    stack: Any = None
+    for i, part in enumerate(parts):
+        layer = dataclasses.replace(part.read_quantized(), dtype=dtype)
+        stack = _stack_of_zeros(layer, len(parts)) if stack is None else stack
+        if jax.tree.structure(layer) != jax.tree.structure(stack):
+            raise InputError(
+                f"{part.file}: {part.key} is quantized otherwise than {parts[0].key}; quantize all"
+                " layers alike"
+            )
+        stack = jax.block_until_ready(_fill(stack, layer, i, transpose=False, quant=None))
+    return stack
+
+
+@functools.partial(jax.jit, static_argnames=("transpose", "quant"), donate_argnums=0)
+def _fill(stack: Any, tensor: Any, i: Any, *, transpose: bool, quant: QuantConfig | None) -> Any:
+    """Write one layer into a stack, in place."""
+    layer = tensor.T if transpose else tensor
+    if quant is not None:
+        layer = _quantized(layer, quant, contracting=1, dtype=stack.dtype)
+    return jax.tree.map(lambda s, x: s.at[i].set(x.astype(s.dtype)), stack, layer)
+
+
+@functools.partial(jax.jit, static_argnames=("quant", "contracting", "dtype"))
+def _quantized(tensor: Any, quant: QuantConfig, *, contracting: Any, dtype: Any) -> QuantizedTensor:
+    """Quantized from the file's own precision, whatever type it opens to."""
+    return dataclasses.replace(quantize(tensor, quant, contracting=contracting), dtype=dtype)
+
+
+def _stack_of_zeros(layer: Any, layers: int) -> Any:
+    return jax.tree.map(lambda x: jnp.zeros((layers, *np.shape(x)), x.dtype), layer)
+
+
+def _read_finite(part: Entry) -> np.ndarray:
+    """A tensor that is to be quantized; NaN and infinity are refused by its name."""
+    tensor = part.read()
+    if not np.isfinite(tensor).all():
+        raise InputError(
+            f"{part.file}: {part.key} holds weights that are not finite, which cannot be"
+            " quantized; the file is damaged, copy it again"
+        )
+    return tensor
