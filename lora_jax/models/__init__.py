@@ -2,10 +2,10 @@
 
 from ._attention import attention_path as attention_path
 from ._bundled import bundled_model as bundled_model
+from ._cache import init_cache as init_cache
 from ._checkpoint import weight_norms as weight_norms
 from ._config import ModelConfig as ModelConfig
 from ._decoder import CausalLM as CausalLM
-from ._decoder import init_cache as init_cache
 from ._formats import abstract_params as abstract_params
 from ._formats import quantize_params as quantize_params
 from ._generate import generate as generate

@@ -17,8 +17,9 @@ from jaxtyping import Bool, Float, Int
 from .._errors import InputError, nearest
 from .._typing import Array
 from ._attention import NAME as ATTENTION
+from ._cache import KVCache
 from ._config import ModelConfig
-from ._layers import MLP, PRODUCT, RESIDUAL, Attention, KVCache, Layer, Norm, Places
+from ._layers import MLP, PRODUCT, RESIDUAL, Attention, Layer, Norm, Places
 from ._rope import rope_rotations
 
 INPUT_NAME = "layer_input"
@@ -117,7 +118,7 @@ class Decoder(nn.Module):
         # The cache is carried whole and written to in place; as an input of each layer and its
         # output, every layer's part would be copied twice for each token.
         filled = None if cache is None else (cache.key, cache.value)
-        places = Places(rotations, mask, None if cache is None else cache.length)
+        places = Places(rotations, mask, None if cache is None else jnp.asarray(cache.length))
         x = self.embedding(input_ids)
         if c.family.scaled_embedding:
             x = x * jnp.asarray(c.hidden_size**0.5, x.dtype)
@@ -231,9 +232,13 @@ class CausalLM(nn.Module):
         segments = jax.lax.dynamic_update_slice_in_dim(
             cache.segment_ids, segment_ids.astype(jnp.int32), cache.length, axis=1
         )
-        mask = causal_mask(segment_ids, segments, cache.length)
+        if isinstance(cache.length, int) and cache.length == 0:
+            # There is nothing to look back at: tokens see each other alone.
+            mask = causal_mask(segment_ids, segment_ids, 0)
+        else:
+            mask = causal_mask(segment_ids, segments, cache.length)
         hidden, layers = self.body(input_ids, positions, mask, cache)
-        return hidden, KVCache(layers[0], layers[1], segments, cache.length + seq)
+        return hidden, KVCache(layers[0], layers[1], segments, jnp.int32(cache.length + seq))
 
     def logits(self, hidden: Float[Array, "*lead d"]) -> Float[Array, "*lead vocab"]:
         """The head applied to hidden states."""
@@ -253,21 +258,3 @@ def causal_mask(
     earlier = jnp.arange(key_segments.shape[1]) <= slots[:, None]
     same = query_segments[:, :, None] == key_segments[:, None, :]
     return (earlier & same)[:, None]
-
-
-def init_cache(config: ModelConfig, batch: int, capacity: int, dtype: Any) -> KVCache:
-    """An empty cache for `batch` rows of at most `capacity` tokens.
-
-    Example:
-        >>> config = ModelConfig(vocab_size=64, hidden_size=32, intermediate_size=64,
-        ...                      num_hidden_layers=2, num_attention_heads=4)
-        >>> init_cache(config, 1, 16, jnp.float32).key.shape
-        (2, 1, 16, 4, 8)
-    """
-    shape = (config.num_hidden_layers, batch, capacity, config.num_key_value_heads, config.head_dim)
-    return KVCache(
-        key=jnp.zeros(shape, dtype),
-        value=jnp.zeros(shape, dtype),
-        segment_ids=jnp.zeros((batch, capacity), jnp.int32),
-        length=jnp.zeros((), jnp.int32),
-    )

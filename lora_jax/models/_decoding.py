@@ -18,8 +18,8 @@ from .._errors import InputError
 from .._typing import Array, Key, Params
 from ..lora import pad_rows
 from ..quant import QuantizedTensor
-from ._decoder import CausalLM, init_cache
-from ._layers import KVCache
+from ._cache import KVCache, init_cache
+from ._decoder import CausalLM
 from ._sampling import RowParams, SamplingParams, choose, penalize
 
 CHUNK = 32
