@@ -19,10 +19,10 @@ CACHE_DTYPES = ("float32", "bfloat16", "float16", "int8")
 class KVCache:
     """Keys and values already computed, for all layers.
 
-    `key`, `value`: (layers, batch, kv_heads, capacity, head_dim), an array or `Int8`; head by
-    head, as attention multiplies them.  `segment_ids`: (batch, capacity), 0 where a slot is
-    empty or padding.  `length`: slots in use, (); the number 0 of a new cache tells while
-    tracing that there is nothing to look back at.
+    `key`, `value`: (layers, batch, kv_heads, capacity, head_dim), an array or `Int8`, or a tuple
+    with one for each layer; head by head, as attention multiplies them.  `segment_ids`:
+    (batch, capacity), 0 where a slot is empty or padding.  `length`: slots in use, (); the
+    number 0 of a new cache tells while tracing that there is nothing to look back at.
     """
 
     key: Any
@@ -73,10 +73,24 @@ def init_cache(config: ModelConfig, batch: int, capacity: int, dtype: Any) -> KV
     return KVCache(empty(), empty(), jnp.zeros((batch, capacity), jnp.int32), 0)
 
 
+def by_layer(cache: KVCache) -> KVCache:
+    """The same with an array of its own for each layer."""
+    count = len(jax.tree.leaves(cache.key)[0])
+
+    def parts(kept: Any) -> tuple[Any, ...]:
+        return tuple(jax.tree.map(lambda x, at=at: x[at], kept) for at in range(count))
+
+    return dataclasses.replace(cache, key=parts(cache.key), value=parts(cache.value))
+
+
 def write(
     kept: Any, new: Float[Array, "batch seq kv_heads d"], layer: Array | int, start: Array | int
 ) -> Any:
     """All layers' keys or values, with new ones in one layer's slots from `start` on."""
+    if isinstance(kept, tuple):
+        own = jax.tree.map(lambda x: x[None], kept[layer])
+        own = jax.tree.map(lambda x: x[0], write(own, new, 0, start))
+        return (*kept[:layer], own, *kept[layer + 1 :])
     new = new.transpose(0, 2, 1, 3)
     if not isinstance(kept, Int8):
         at = (layer, 0, 0, start, 0)
@@ -90,7 +104,10 @@ def write(
 
 def read(kept: Any, layer: Array | int, dtype: Any) -> Float[Array, "batch kv_heads keys d"]:
     """One layer's keys or values."""
-    own = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False), kept)
+    if isinstance(kept, tuple):
+        own = kept[layer]
+    else:
+        own = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False), kept)
     if not isinstance(own, Int8):
         return own.astype(dtype)
     return (own.codes.astype(jnp.float32) * own.scale[..., None]).astype(dtype)

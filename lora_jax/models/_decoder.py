@@ -6,6 +6,7 @@ have parameters of one shape: what differs is a number that the scan brings, so 
 compiled whatever their pattern.
 """
 
+import dataclasses
 from typing import Any
 
 import flax.linen as nn
@@ -76,13 +77,30 @@ class Block(nn.Module):
         return (joined + norm(norms.after_mlp, mlp(norm(norms.before_mlp, source))), cache), None
 
 
+class Unrolled(nn.Module):
+    """Blocks one after another, each with parameters of its own: `0`, `1`, …"""
+
+    config: ModelConfig
+    dtype: Any = jnp.float32
+    fused_attention: bool = True
+
+    @nn.compact
+    def __call__(self, carry, layers: Layer, places: Places):
+        for number in range(self.config.num_hidden_layers):
+            own = jax.tree.map(lambda x, at=number: x[at], layers)
+            block = Block(self.config, self.dtype, self.fused_attention, name=str(number))
+            carry, _ = block(carry, dataclasses.replace(own, number=number), places)
+        return carry, None
+
+
 class Decoder(nn.Module):
-    """Embedding, scanned blocks and the final norm."""
+    """Embedding, blocks and the final norm."""
 
     config: ModelConfig
     dtype: Any = jnp.float32
     remat: str = "everything"
     fused_attention: bool = True
+    unrolled: bool = False
 
     def setup(self) -> None:
         c, family = self.config, self.config.family
@@ -98,6 +116,10 @@ class Decoder(nn.Module):
         self.embedding = table(c.vocab_size, family.embedding)
         if family.positions:
             self.learned = table(c.max_position_embeddings, family.positions)
+        self.last_norm = Norm(c.rms_norm_eps, family.norm, name=family.last_norm)
+        if self.unrolled:
+            self.blocks = Unrolled(c, self.dtype, self.fused_attention, name=family.layers)
+            return
         block = Block
         if self.remat != "everything":
             # Inside scan XLA cannot merge the recomputation away, so prevent_cse only costs.
@@ -110,7 +132,6 @@ class Decoder(nn.Module):
             in_axes=axes,
             length=c.num_hidden_layers,
         )(c, self.dtype, self.fused_attention, name=family.layers)
-        self.last_norm = Norm(c.rms_norm_eps, family.norm, name=family.last_norm)
 
     def __call__(self, input_ids, positions, mask, cache: KVCache | None) -> tuple[Array, Any]:
         c = self.config
@@ -170,6 +191,8 @@ class CausalLM(nn.Module):
         dtype: Type of the activations; parameters keep their own.
         remat: One of `REMAT_POLICIES`.
         fused_attention: Whether cuDNN may compute attention (`attend`): False under `jax.vmap`.
+        unrolled: Whether each layer has parameters of its own and none are stacked, as
+            `generate` has it on CPUs.
 
     Example:
         >>> config = ModelConfig(vocab_size=64, hidden_size=32, intermediate_size=64,
@@ -186,10 +209,12 @@ class CausalLM(nn.Module):
     dtype: Any = jnp.float32
     remat: str = "everything"
     fused_attention: bool = True
+    unrolled: bool = False
 
     def setup(self) -> None:
         c, family = self.config, self.config.family
-        self.body = Decoder(c, self.dtype, self.remat, self.fused_attention, name=family.body)
+        options = (self.dtype, self.remat, self.fused_attention, self.unrolled)
+        self.body = Decoder(c, *options, name=family.body)
         if not c.tie_word_embeddings:
             self.head = nn.Dense(c.vocab_size, use_bias=False, dtype=self.dtype, name=family.head)
 

@@ -18,9 +18,10 @@ from .._errors import InputError
 from .._typing import Array, Key, Params
 from ..lora import pad_rows
 from ..quant import QuantizedTensor
-from ._cache import KVCache, init_cache
+from ._cache import KVCache, by_layer, init_cache
 from ._decoder import CausalLM
 from ._sampling import RowParams, SamplingParams, choose, penalize
+from ._unstack import unstacked
 
 CHUNK = 32
 """Tokens that are added at most before Python looks at them."""
@@ -128,6 +129,7 @@ class Decoding:
         )
         self._module, self._kind = module, kind
         self._params = pad_rows(params, batch)
+        self._stepper = unstacked(module, self._params)
         self._count, self._most, self._done = len(prompts), int(limits.max()), 0
         self._inputs: Any = (ids, segments, bucket(length + self._most, 64, 4))
         self._progress: Any = None
@@ -150,8 +152,8 @@ class Decoding:
             count = max(1, min(count, CHUNK, self._most - self._done))
             program = _decode_program(_sliced_by_copies(self._params))
             self._cache, self._progress, chosen, done = program(
-                self._module, self._params, self._cache, self._progress, self._request,
-                np.int32(count), kind=self._kind,
+                *self._stepper, self._cache, self._progress, self._request, np.int32(count),
+                kind=self._kind,
             )  # fmt: skip
         chosen, done, ended = jax.device_get((chosen, done, self._progress.ended))
         self._progress = dataclasses.replace(self._progress, ended=ended)
@@ -167,7 +169,10 @@ class Decoding:
     def _begin(self) -> Chosen:
         """The first token, which takes the prompt and no step."""
         ids, segments, capacity = self._inputs
-        logits, self._cache = _prefill(self._module, self._params, ids, segments, capacity=capacity)
+        logits, self._cache = _prefill(
+            self._module, self._params, ids, segments, capacity=capacity,
+            split=_model(self._stepper[0]).unrolled,
+        )  # fmt: skip
         self._progress, chosen = _first(logits, self._request, kind=self._kind)
         return jax.tree.map(lambda x: x[:, None], jax.device_get(chosen))
 
@@ -241,7 +246,7 @@ def _in_prompt(prompts: Sequence[Sequence[int]], batch: int, vocab: int) -> np.n
     return seen
 
 
-@functools.partial(jax.jit, static_argnames=("module", "capacity"))
+@functools.partial(jax.jit, static_argnames=("module", "capacity", "split"))
 def _prefill(
     module: Any,
     params: Any,
@@ -249,15 +254,20 @@ def _prefill(
     segments: Int[Array, "batch seq"],
     *,
     capacity: int,
+    split: bool,
 ) -> tuple[Float[Array, "batch vocab"], KVCache]:
-    """Logits after the prompts, and a cache of `capacity` slots that holds them."""
+    """Logits after the prompts, and a cache of `capacity` slots that holds them.
+
+    `split` gives each layer an array of its own.
+    """
     model = _model(module)
     cache = init_cache(model.config, len(ids), capacity, model.dtype)
     positions = jnp.maximum(jnp.cumsum(segments, axis=1) - 1, 0)
     hidden, cache = module.apply(
         {"params": params}, ids, positions, segments, cache, method="hidden_states"
     )
-    return module.apply({"params": params}, hidden[:, -1], method="logits"), cache
+    logits = module.apply({"params": params}, hidden[:, -1], method="logits")
+    return logits, by_layer(cache) if split else cache
 
 
 @functools.partial(jax.jit, static_argnames="kind")
