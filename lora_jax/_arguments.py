@@ -244,3 +244,8 @@ def _add_sampling(p: Parser, *, max_new_tokens: int) -> None:
         "--stop", metavar="TEXT", action="append", default=[],
         help="end before this text (\\n is a line break); may be given several times",
     )  # fmt: skip
+    p.add_argument(
+        "--cache-dtype",
+        choices=("float32", "bfloat16", "float16", "int8"),
+        help="of the keys and values that are kept (default: that of the activations)",
+    )

@@ -32,6 +32,7 @@ class Chat:
         sampling: How tokens are chosen; each answer takes the next seed.
         max_new_tokens: Tokens of an answer at most.
         stop: Texts that end an answer.
+        cache_dtype: As in `models.generate`.
     """
 
     def __init__(
@@ -44,12 +45,13 @@ class Chat:
         sampling: SamplingParams,
         max_new_tokens: int,
         stop: Sequence[str] = (),
+        cache_dtype: str | None = None,
     ) -> None:
         self.adapters = dict(adapters)
         self.name = next(iter(adapters), "none")
         self.template, self.system = template, system
         self.turns: list[Message] = []
-        self._stop, self._most = stop, max_new_tokens
+        self._stop, self._most, self._cache_dtype = stop, max_new_tokens, cache_dtype
         self._sampling = sampling
         self._speakers = {"none": base}
         self.speaker()  # A directory that is wrong is told of before anything is said.
@@ -81,6 +83,7 @@ class Chat:
             max_new_tokens=max(min(self._most, speaker.positions - len(prompt)), 1),
             sampling=self._sampling,
             stop=self._stop,
+            cache_dtype=self._cache_dtype,
         )
         self.turns = kept
         seed = self._sampling.seed

@@ -59,6 +59,7 @@ class Speaker:
         max_new_tokens: int,
         sampling: SamplingParams,
         stop: Sequence[str] = (),
+        cache_dtype: str | None = None,
     ) -> StreamedText:
         """What the model says next, in pieces as they come."""
         tokenizer = self.pretrained.tokenizer
@@ -72,4 +73,5 @@ class Speaker:
             sampling=sampling,
             stop=stop,
             stop_ids=ends,
+            cache_dtype=cache_dtype,
         )

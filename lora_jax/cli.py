@@ -256,6 +256,7 @@ def _ways(options: argparse.Namespace) -> dict[str, Any]:
     return {
         "sampling": SamplingParams(**{name: getattr(options, name) for name in fields}),
         "max_new_tokens": options.max_new_tokens,
+        "cache_dtype": options.cache_dtype,
         "stop": [text.replace("\\n", "\n") for text in options.stop],
     }
 

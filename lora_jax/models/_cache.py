@@ -27,7 +27,7 @@ class KVCache:
 
     key: Any
     value: Any
-    segment_ids: Array
+    segment_ids: Any
     length: Any
 
 
@@ -58,12 +58,7 @@ def init_cache(config: ModelConfig, batch: int, capacity: int, dtype: Any) -> KV
         >>> init_cache(config, 1, 16, jnp.float32).key.shape
         (2, 1, 4, 16, 8)
     """
-    name = jnp.dtype(dtype).name if not isinstance(dtype, str) else dtype
-    if name not in CACHE_DTYPES:
-        raise InputError(
-            f"cache_dtype: unknown {name!r}{nearest(name, CACHE_DTYPES)}; known:"
-            f" {', '.join(CACHE_DTYPES)}"
-        )
+    name = dtype_name(dtype)
     shape = (config.num_hidden_layers, batch, config.num_key_value_heads, capacity, config.head_dim)
 
     def empty() -> Any:
@@ -71,6 +66,25 @@ def init_cache(config: ModelConfig, batch: int, capacity: int, dtype: Any) -> KV
         return Int8(values, jnp.zeros(shape[:-1], jnp.float32)) if name == "int8" else values
 
     return KVCache(empty(), empty(), jnp.zeros((batch, capacity), jnp.int32), 0)
+
+
+def dtype_name(dtype: Any) -> str:
+    """The name of a type that a cache may have.
+
+    Raises:
+        InputError: for another.
+
+    Example:
+        >>> dtype_name(jnp.bfloat16), dtype_name("int8")
+        ('bfloat16', 'int8')
+    """
+    name = dtype if isinstance(dtype, str) else jnp.dtype(dtype).name
+    if name not in CACHE_DTYPES:
+        raise InputError(
+            f"cache_dtype: unknown {name!r}{nearest(name, CACHE_DTYPES)}; known:"
+            f" {', '.join(CACHE_DTYPES)}"
+        )
+    return name
 
 
 def by_layer(cache: KVCache) -> KVCache:

@@ -18,7 +18,7 @@ from .._errors import InputError
 from .._typing import Array, Key, Params
 from ..lora import pad_rows
 from ..quant import QuantizedTensor
-from ._cache import KVCache, by_layer, init_cache
+from ._cache import KVCache, by_layer, dtype_name, init_cache
 from ._decoder import CausalLM
 from ._sampling import RowParams, SamplingParams, choose, penalize
 from ._unstack import unstacked
@@ -95,6 +95,7 @@ class Decoding:
         end_ids: Tokens that end a text.
         pad_id: Token that fills up short prompts; it is never seen by others.
         logprobs: Whether to compute log-probabilities.
+        cache_dtype: One of `CACHE_DTYPES`; that of the activations by default.
 
     Raises:
         InputError: if a prompt is empty or too long, or an argument is out of its range.
@@ -112,6 +113,7 @@ class Decoding:
         end_ids: Iterable[int] = (),
         pad_id: int = 0,
         logprobs: bool = False,
+        cache_dtype: str | None = None,
     ) -> None:
         config = _model(module).config
         limits = _limits(max_new_tokens, len(prompts))
@@ -130,6 +132,7 @@ class Decoding:
         self._module, self._kind = module, kind
         self._params = pad_rows(params, batch)
         self._stepper = unstacked(module, self._params)
+        self._cache_dtype = dtype_name(cache_dtype or _model(module).dtype)
         self._count, self._most, self._done = len(prompts), int(limits.max()), 0
         self._inputs: Any = (ids, segments, bucket(length + self._most, 64, 4))
         self._progress: Any = None
@@ -171,7 +174,7 @@ class Decoding:
         ids, segments, capacity = self._inputs
         logits, self._cache = _prefill(
             self._module, self._params, ids, segments, capacity=capacity,
-            split=_model(self._stepper[0]).unrolled,
+            dtype=self._cache_dtype, split=_model(self._stepper[0]).unrolled,
         )  # fmt: skip
         self._progress, chosen = _first(logits, self._request, kind=self._kind)
         return jax.tree.map(lambda x: x[:, None], jax.device_get(chosen))
@@ -246,7 +249,7 @@ def _in_prompt(prompts: Sequence[Sequence[int]], batch: int, vocab: int) -> np.n
     return seen
 
 
-@functools.partial(jax.jit, static_argnames=("module", "capacity", "split"))
+@functools.partial(jax.jit, static_argnames=("module", "capacity", "dtype", "split"))
 def _prefill(
     module: Any,
     params: Any,
@@ -254,6 +257,7 @@ def _prefill(
     segments: Int[Array, "batch seq"],
     *,
     capacity: int,
+    dtype: str,
     split: bool,
 ) -> tuple[Float[Array, "batch vocab"], KVCache]:
     """Logits after the prompts, and a cache of `capacity` slots that holds them.
@@ -261,7 +265,7 @@ def _prefill(
     `split` gives each layer an array of its own.
     """
     model = _model(module)
-    cache = init_cache(model.config, len(ids), capacity, model.dtype)
+    cache = init_cache(model.config, len(ids), capacity, dtype)
     positions = jnp.maximum(jnp.cumsum(segments, axis=1) - 1, 0)
     hidden, cache = module.apply(
         {"params": params}, ids, positions, segments, cache, method="hidden_states"

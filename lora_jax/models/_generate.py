@@ -25,6 +25,7 @@ def generate(
     seed: int | Sequence[int] | None = None,
     eos_ids: Sequence[int] = (),
     pad_id: int = 0,
+    cache_dtype: str | None = None,
 ) -> list[list[int]]:
     """Continue each prompt, greedily or by sampling from softmax(logits / temperature).
 
@@ -43,6 +44,8 @@ def generate(
             `temperature` is above 0.
         eos_ids: Tokens that end a text; the one that did is its last token.
         pad_id: Token that fills up short prompts; it is never seen by others.
+        cache_dtype: Of the keys and values that are kept: float32, bfloat16, float16, or int8,
+            which takes half of bfloat16's memory; that of the activations by default.
 
     Returns:
         The new tokens of each prompt.
@@ -82,6 +85,7 @@ def generate(
         key=key,
         end_ids=eos_ids,
         pad_id=pad_id,
+        cache_dtype=cache_dtype,
     )
     texts: list[list[int]] = [[] for _ in prompts]
     while decoding.running:

@@ -60,6 +60,7 @@ def generate_text(
     stop: str | Sequence[str] = (),
     stop_ids: Iterable[int] | None = None,
     logprobs: int | None = None,
+    cache_dtype: str | None = None,
 ) -> list[Completion]:
     """Continue each prompt.
 
@@ -74,6 +75,7 @@ def generate_text(
         stop_ids: Tokens that end it; those of the tokenizer by default.
         logprobs: Tell the log-probability of each token, and of this many of the likeliest
             ones in its place (0 to 20).
+        cache_dtype: As in `generate`.
 
     Returns:
         A completion for each prompt.
@@ -94,7 +96,9 @@ def generate_text(
     rows = [_Row(tokenizer, stop, stop_ids, logprobs) for _ in texts]
     if not rows:
         return []
-    decoding = _decoding(module, params, tokenizer, texts, rows, max_new_tokens, sampling)
+    decoding = _decoding(
+        module, params, tokenizer, texts, rows, max_new_tokens, sampling, cache_dtype
+    )
     count = _BETWEEN_LOOKS if rows[0].stops else CHUNK
     while decoding.running:
         _give(decoding, rows, decoding.more(count))
@@ -112,6 +116,7 @@ def stream_text(
     stop: str | Sequence[str] = (),
     stop_ids: Iterable[int] | None = None,
     logprobs: int | None = None,
+    cache_dtype: str | None = None,
 ) -> "StreamedText":
     """Continue a prompt and give the text in pieces as they come; see `generate_text`.
 
@@ -129,9 +134,10 @@ def stream_text(
         True
     """
     row = _Row(tokenizer, stop, stop_ids, logprobs)
-    return StreamedText(
-        row, _decoding(module, params, tokenizer, [prompt], [row], max_new_tokens, sampling)
+    decoding = _decoding(
+        module, params, tokenizer, [prompt], [row], max_new_tokens, sampling, cache_dtype
     )
+    return StreamedText(row, decoding)
 
 
 class StreamedText:
@@ -173,6 +179,7 @@ def _decoding(
     rows: Sequence["_Row"],
     max_new_tokens: int | Sequence[int],
     sampling: SamplingParams | None,
+    cache_dtype: str | None,
 ) -> Decoding:
     ids = [tokenizer.with_bos(tokenizer.encode(p)) if isinstance(p, str) else p for p in prompts]
     decoding = Decoding(
@@ -184,6 +191,7 @@ def _decoding(
         end_ids=rows[0].ends,
         pad_id=tokenizer.pad_id or 0,
         logprobs=rows[0].alternatives is not None,
+        cache_dtype=cache_dtype,
     )
     for row, limit in zip(rows, decoding.limits, strict=True):
         row.limit = limit
