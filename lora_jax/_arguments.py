@@ -186,17 +186,22 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
     p.add_argument("--model", required=True, metavar="DIR")
     p.add_argument("--adapter", metavar="DIR")
     p.add_argument("--prompt", metavar="TEXT")
-    p.add_argument(
-        "--template",
-        metavar="NAME",
-        help="how the prompt is laid out: plain, alpaca, chatml, tokenizer"
-        " (default: what the adapter was trained with, else the tokenizer's, else plain)",
+    _add_sampling(p, max_new_tokens=128)
+
+    p = add(
+        "chat",
+        "Talk to a model; /help inside shows what can be done. Lines of a file are answered too.",
+        "  ./lora chat DIR --adapter runs/mine/adapter\n"
+        "  ./lora chat DIR --adapter legal=DIR --adapter poems=DIR --temperature 0.7\n"
+        "  ./lora chat DIR < questions.txt > answers.txt\n",
     )
-    p.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
-    p.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy")
-    p.add_argument("--top-k", type=int, default=0, metavar="K", help="0 is all")
-    p.add_argument("--top-p", type=float, default=1.0, metavar="P")
-    p.add_argument("--seed", type=int, default=0, metavar="N")
+    p.add_argument("model", metavar="MODEL")
+    p.add_argument(
+        "--adapter", metavar="[NAME=]DIR", action="append", default=[],
+        help="talk through it; several: the first to begin with, /adapter NAME changes to another",
+    )  # fmt: skip
+    p.add_argument("--system", metavar="TEXT", default="", help="who the model is to be")
+    _add_sampling(p, max_new_tokens=512)
 
     data = add(
         "data",
@@ -233,3 +238,33 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
     p.add_argument("--held-out", type=float, default=0.1, metavar="SHARE")
     p.add_argument("--seed", type=int, default=0, metavar="N")
     return parser, commands
+
+
+def _add_sampling(p: Parser, *, max_new_tokens: int) -> None:
+    """How a text is drawn, and what ends it."""
+    p.add_argument(
+        "--template",
+        metavar="NAME",
+        help="how the prompt is laid out: plain, alpaca, chatml, tokenizer"
+        " (default: what the adapter was trained with, else the tokenizer's, else plain)",
+    )
+    p.add_argument("--max-new-tokens", type=int, default=max_new_tokens, metavar="N")
+    p.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy")
+    p.add_argument("--top-k", type=int, default=0, metavar="K", help="0 is all")
+    p.add_argument("--top-p", type=float, default=1.0, metavar="P")
+    p.add_argument(
+        "--min-p", type=float, default=0.0, metavar="P", help="as a share of the likeliest token's"
+    )
+    p.add_argument("--repetition-penalty", type=float, default=1.0, metavar="X", help="1 is none")
+    p.add_argument("--presence-penalty", type=float, default=0.0, metavar="X")
+    p.add_argument("--frequency-penalty", type=float, default=0.0, metavar="X")
+    p.add_argument("--seed", type=int, default=0, metavar="N")
+    p.add_argument(
+        "--stop", metavar="TEXT", action="append", default=[],
+        help="end before this text (\\n is a line break); may be given several times",
+    )  # fmt: skip
+    p.add_argument(
+        "--cache-dtype",
+        choices=("float32", "bfloat16", "float16", "int8"),
+        help="of the keys and values that are kept (default: that of the activations)",
+    )

@@ -1,28 +1,21 @@
-"""What the smaller commands do: merge, generate, look at rows."""
+"""What the smaller commands do: merge, look at rows."""
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from ._errors import InputError
 from ._quant_config import QuantConfig
 from ._tree import combine
-from ._typing import Params
 from .adapters import load_adapter
 from .data import (
     Examples,
-    Message,
     Rows,
-    choose_template,
-    encode_prompt,
-    stop_ids,
 )
 from .lora import merge_adapter
-from .models import Pretrained, generate, load_pretrained, save_pretrained
+from .models import load_pretrained, save_pretrained
 from .train import (
     ModelSection,
     RunConfig,
@@ -31,11 +24,10 @@ from .train import (
     load_base,
     stopping_config,
     training_rows,
-    with_adapter,
     with_length,
     with_tokens_of,
 )
-from .transform import LoraLinen, lora_linen
+from .transform import lora_linen
 
 
 def rows_and_examples(config: RunConfig) -> tuple[Rows, Examples, Any]:
@@ -75,48 +67,3 @@ def merge_directories(model: str, adapter: str, output: str, dtype: str, quant: 
         f"{output}: merged in {dtype}; read back, its logits differ from base and adapter by"
         f" {difference:.1e} of the largest"
     )
-
-
-@dataclasses.dataclass(frozen=True)
-class Speaker:
-    """A model ready to answer prompts."""
-
-    pretrained: Pretrained
-    model: LoraLinen
-    params: Params
-    template: str
-
-    @classmethod
-    def load(cls, model: str, adapter: str | None, template: str | None) -> "Speaker":
-        """Read a model; the template is the one given, the adapter's, the tokenizer's, or plain."""
-        pretrained = load_base(with_tokens_of(ModelSection(path=model), adapter))
-        if pretrained.tokenizer is None:
-            raise InputError(f"{model}: no tokenizer; generating text needs one")
-        notes = adapter_notes(adapter) if adapter else {}
-        own = "tokenizer" if pretrained.tokenizer.chat_template else "plain"
-        chosen = template or notes.get("template") or own
-        chosen = choose_template(chosen, None, pretrained.tokenizer)
-        params = with_adapter(pretrained, adapter)
-        return cls(pretrained, lora_linen(pretrained.module), params, chosen)
-
-    def answer(self, prompt: str, *, seed: int = 0, **sampling: Any) -> str:
-        """The model's continuation of one prompt; `sampling` as in `models.generate`."""
-        tokenizer = self.pretrained.tokenizer
-        if not 0 <= seed < 2**63:
-            raise InputError(f"seed: must be from 0 to 2^63 - 1, got {seed}")
-        try:
-            prompt.encode()
-        except UnicodeEncodeError:
-            raise InputError("the prompt holds bytes that are not UTF-8; remove them") from None
-        ids = encode_prompt([Message("user", prompt)], self.template, tokenizer)
-        ends = {*stop_ids(self.template, tokenizer), *self.pretrained.config.eos_token_ids}
-        new = generate(
-            self.model,
-            self.params,
-            [ids],
-            key=jax.random.key(seed),
-            eos_ids=sorted(ends),
-            pad_id=tokenizer.pad_id or 0,
-            **sampling,
-        )
-        return tokenizer.decode(new[0])

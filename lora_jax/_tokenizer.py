@@ -186,6 +186,12 @@ class Tokenizer:
         """Token ids of a text; marks such as `</s>` in it become their one token."""
         return self.backend.encode(self._spaced(text), add_special_tokens=False).ids
 
+    def with_bos(self, ids: list[int]) -> list[int]:
+        """Put BOS in front where the model wants it, unless it is there already."""
+        if self.add_bos and self.bos_id is not None and ids[:1] != [self.bos_id]:
+            return [self.bos_id, *ids]
+        return ids
+
     def decode(self, ids: Iterable[SupportsInt], *, special: bool = False) -> str:
         """Text of token ids; marks are left out unless `special` asks for them.
 

@@ -206,22 +206,52 @@ def _merge(options: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def _generate(options: argparse.Namespace, overrides: list[str]) -> None:
-    from ._commands import Speaker
+    from ._speaker import Speaker
+    from .data import Message
 
     speaker = Speaker.load(options.model, options.adapter, options.template)
-    sampling = {
-        name: getattr(options, name)
-        for name in ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
-    }
+    ways = _ways(options)
+
+    def answer(prompt: str) -> None:
+        ids = speaker.prompt([Message("user", prompt)])
+        for piece in speaker.answer(ids, **ways):
+            print(piece, end="", flush=True)
+        print()
+
     if options.prompt is not None:
-        print(speaker.answer(options.prompt, **sampling))
+        answer(options.prompt)
         return
     while (prompt := _ask()) is not None:
         try:
-            print(speaker.answer(prompt, **sampling))
+            answer(prompt)
         except InputError as error:  # too long a prompt, say: the next one may be better
             print(f"error: {error}", file=sys.stderr)
-        sampling["seed"] += 1
+        options.seed += 1
+        ways = _ways(options)
+
+
+def _chat(options: argparse.Namespace, overrides: list[str]) -> None:
+    from ._chat import Chat, converse, named_adapters
+    from ._speaker import Speaker
+
+    adapters, ways = named_adapters(options.adapter), _ways(options)
+    speaker = Speaker.load(options.model, None, options.template)
+    converse(Chat(speaker, adapters, template=options.template, system=options.system, **ways))
+
+
+def _ways(options: argparse.Namespace) -> dict[str, Any]:
+    """How texts are to be drawn and what ends them."""
+    import dataclasses
+
+    from .models import SamplingParams
+
+    fields = [field.name for field in dataclasses.fields(SamplingParams)]
+    return {
+        "sampling": SamplingParams(**{name: getattr(options, name) for name in fields}),
+        "max_new_tokens": options.max_new_tokens,
+        "cache_dtype": options.cache_dtype,
+        "stop": [text.replace("\\n", "\n") for text in options.stop],
+    }
 
 
 def _data_show(options: argparse.Namespace, overrides: list[str]) -> None:
@@ -296,6 +326,7 @@ COMMANDS: Mapping[str, Callable[[argparse.Namespace, list[str]], None]] = {
     "inspect": _inspect,
     "merge": _merge,
     "generate": _generate,
+    "chat": _chat,
     "data show": _data_show,
     "data make": _data_make,
 }

@@ -27,5 +27,4 @@ from ._template import choose_template as choose_template
 from ._template import encode_prompt as encode_prompt
 from ._template import prompt_text as prompt_text
 from ._template import stop_ids as stop_ids
-from ._template import with_bos as with_bos
 from ._turns import Message as Message

@@ -13,7 +13,7 @@ from ._checks import template_problems
 from ._jinja import template_source
 from ._rendered import Segment
 from ._rows import Row, Rows
-from ._template import choose_template, segments, stop_ids, text_segments, with_bos
+from ._template import choose_template, segments, stop_ids, text_segments
 from ._turns import Message
 
 TRAIN_ON = ("answer", "last", "all")
@@ -221,7 +221,7 @@ def _example(
 ) -> Example:
     flat = [i for piece in ids for i in piece]
     mask = [part.trained for part, piece in zip(parts, ids, strict=True) for _ in piece]
-    whole = with_bos(flat, tokenizer)
+    whole = tokenizer.with_bos(flat)
     mask = [False] * (len(whole) - len(flat)) + mask
     # Nothing comes before the first token, so nothing can predict it.
     mask[:1] = [False]

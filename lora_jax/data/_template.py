@@ -139,7 +139,7 @@ def encode_prompt(
     """
     pieces = [s.text for s in prompt_segments(messages, template, tokenizer, tools)]
     ids = [i for piece in tokenizer.encode_segments([pieces])[0] for i in piece]
-    return with_bos(ids, tokenizer)
+    return tokenizer.with_bos(ids)
 
 
 def stop_ids(template: str, tokenizer: Tokenizer) -> tuple[int, ...]:
@@ -162,13 +162,6 @@ def stop_ids(template: str, tokenizer: Tokenizer) -> tuple[int, ...]:
     end = turn_end(tokenizer) if template == "tokenizer" else _end(template, tokenizer)
     mark = tokenizer.token_id(end) if end else None
     return tuple(sorted({*tokenizer.stop_ids, *([] if mark is None else [mark])}))
-
-
-def with_bos(ids: list[int], tokenizer: Tokenizer) -> list[int]:
-    """Put BOS in front where the model wants it, unless the template already has."""
-    if tokenizer.add_bos and tokenizer.bos_id is not None and ids[:1] != [tokenizer.bos_id]:
-        return [tokenizer.bos_id, *ids]
-    return ids
 
 
 def _opening(messages: Sequence[Message], template: str, tokenizer: Tokenizer) -> str:

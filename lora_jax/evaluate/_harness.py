@@ -13,7 +13,7 @@ from typing import Any
 import jax
 
 from .._errors import InputError, first_line
-from ..data import Message, choose_template, prompt_text, with_bos
+from ..data import Message, choose_template, prompt_text
 from ._model import TextModel, continue_texts
 
 DRAWS = 1000
@@ -66,7 +66,7 @@ class HarnessMethods:
     ) -> list[int]:
         """Token ids of a text, with the BOS that a model wants unless it is told not to."""
         ids = self.tokenizer.encode(string)
-        return ids if add_special_tokens is False else with_bos(ids, self.tokenizer)
+        return ids if add_special_tokens is False else self.tokenizer.with_bos(ids)
 
     def tok_decode(self, tokens: Sequence[int]) -> str:
         return self.tokenizer.decode(tokens)

@@ -2,10 +2,10 @@
 
 from ._attention import attention_path as attention_path
 from ._bundled import bundled_model as bundled_model
+from ._cache import init_cache as init_cache
 from ._checkpoint import weight_norms as weight_norms
 from ._config import ModelConfig as ModelConfig
 from ._decoder import CausalLM as CausalLM
-from ._decoder import init_cache as init_cache
 from ._formats import abstract_params as abstract_params
 from ._formats import quantize_params as quantize_params
 from ._generate import generate as generate
@@ -15,4 +15,10 @@ from ._load import NO_FLOAT16 as NO_FLOAT16
 from ._load import Pretrained as Pretrained
 from ._load import load_pretrained as load_pretrained
 from ._load import load_without_weights as load_without_weights
+from ._sampling import SamplingParams as SamplingParams
 from ._save import save_pretrained as save_pretrained
+from ._text import Completion as Completion
+from ._text import StreamedText as StreamedText
+from ._text import TokenLogprobs as TokenLogprobs
+from ._text import generate_text as generate_text
+from ._text import stream_text as stream_text

@@ -83,6 +83,30 @@ def attend(
     return out.transpose(0, 3, 1, 2, 4).reshape(batch, seq, heads, d)
 
 
+def attend_cached(
+    query: Float[Array, "batch seq heads d"],
+    key: Float[Array, "batch kv_heads keys d"],
+    value: Float[Array, "batch kv_heads keys d"],
+    mask: Bool[Array, "batch 1 seq keys"],
+    *,
+    scale: float | None = None,
+    cap: float | None = None,
+    score_bytes: int = SCORE_BYTES,
+) -> Float[Array, "batch seq heads d"]:
+    """`attend` over keys and values that lie head by head already, as a cache keeps them.
+
+    Example:
+        >>> x, kept = jnp.ones((1, 1, 2, 8)), jnp.ones((1, 2, 4, 8))
+        >>> bool(jnp.allclose(attend_cached(x, kept, kept, jnp.ones((1, 1, 1, 4), bool)), 1.0))
+        True
+    """
+    batch, seq, heads, d = query.shape
+    how = _How(d**-0.5 if scale is None else scale, cap, score_bytes)
+    grouped = query.reshape(batch, seq, key.shape[1], -1, d).transpose(0, 2, 3, 1, 4)
+    out: Array = _attend(how, grouped, key, value, mask[:, :, None])
+    return out.transpose(0, 3, 1, 2, 4).reshape(batch, seq, heads, d)
+
+
 def attention_path(dtype: Any, group: int, d: int, cap: float | None = None) -> str:
     """How `attend` computes here: `cudnn`, or `xla` and why; tried once in a process.
 

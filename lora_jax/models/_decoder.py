@@ -6,6 +6,7 @@ have parameters of one shape: what differs is a number that the scan brings, so 
 compiled whatever their pattern.
 """
 
+import dataclasses
 from typing import Any
 
 import flax.linen as nn
@@ -17,8 +18,9 @@ from jaxtyping import Bool, Float, Int
 from .._errors import InputError, nearest
 from .._typing import Array
 from ._attention import NAME as ATTENTION
+from ._cache import KVCache
 from ._config import ModelConfig
-from ._layers import MLP, PRODUCT, RESIDUAL, Attention, KVCache, Layer, Norm, Places
+from ._layers import MLP, PRODUCT, RESIDUAL, Attention, Layer, Norm, Places
 from ._rope import rope_rotations
 
 INPUT_NAME = "layer_input"
@@ -75,13 +77,30 @@ class Block(nn.Module):
         return (joined + norm(norms.after_mlp, mlp(norm(norms.before_mlp, source))), cache), None
 
 
+class Unrolled(nn.Module):
+    """Blocks one after another, each with parameters of its own: `0`, `1`, …"""
+
+    config: ModelConfig
+    dtype: Any = jnp.float32
+    fused_attention: bool = True
+
+    @nn.compact
+    def __call__(self, carry, layers: Layer, places: Places):
+        for number in range(self.config.num_hidden_layers):
+            own = jax.tree.map(lambda x, at=number: x[at], layers)
+            block = Block(self.config, self.dtype, self.fused_attention, name=str(number))
+            carry, _ = block(carry, dataclasses.replace(own, number=number), places)
+        return carry, None
+
+
 class Decoder(nn.Module):
-    """Embedding, scanned blocks and the final norm."""
+    """Embedding, blocks and the final norm."""
 
     config: ModelConfig
     dtype: Any = jnp.float32
     remat: str = "everything"
     fused_attention: bool = True
+    unrolled: bool = False
 
     def setup(self) -> None:
         c, family = self.config, self.config.family
@@ -97,6 +116,10 @@ class Decoder(nn.Module):
         self.embedding = table(c.vocab_size, family.embedding)
         if family.positions:
             self.learned = table(c.max_position_embeddings, family.positions)
+        self.last_norm = Norm(c.rms_norm_eps, family.norm, name=family.last_norm)
+        if self.unrolled:
+            self.blocks = Unrolled(c, self.dtype, self.fused_attention, name=family.layers)
+            return
         block = Block
         if self.remat != "everything":
             # Inside scan XLA cannot merge the recomputation away, so prevent_cse only costs.
@@ -109,7 +132,6 @@ class Decoder(nn.Module):
             in_axes=axes,
             length=c.num_hidden_layers,
         )(c, self.dtype, self.fused_attention, name=family.layers)
-        self.last_norm = Norm(c.rms_norm_eps, family.norm, name=family.last_norm)
 
     def __call__(self, input_ids, positions, mask, cache: KVCache | None) -> tuple[Array, Any]:
         c = self.config
@@ -117,7 +139,7 @@ class Decoder(nn.Module):
         # The cache is carried whole and written to in place; as an input of each layer and its
         # output, every layer's part would be copied twice for each token.
         filled = None if cache is None else (cache.key, cache.value)
-        places = Places(rotations, mask, None if cache is None else cache.length)
+        places = Places(rotations, mask, None if cache is None else jnp.asarray(cache.length))
         x = self.embedding(input_ids)
         if c.family.scaled_embedding:
             x = x * jnp.asarray(c.hidden_size**0.5, x.dtype)
@@ -169,6 +191,8 @@ class CausalLM(nn.Module):
         dtype: Type of the activations; parameters keep their own.
         remat: One of `REMAT_POLICIES`.
         fused_attention: Whether cuDNN may compute attention (`attend`): False under `jax.vmap`.
+        unrolled: Whether each layer has parameters of its own and none are stacked, as
+            `generate` has it on CPUs.
 
     Example:
         >>> config = ModelConfig(vocab_size=64, hidden_size=32, intermediate_size=64,
@@ -185,10 +209,12 @@ class CausalLM(nn.Module):
     dtype: Any = jnp.float32
     remat: str = "everything"
     fused_attention: bool = True
+    unrolled: bool = False
 
     def setup(self) -> None:
         c, family = self.config, self.config.family
-        self.body = Decoder(c, self.dtype, self.remat, self.fused_attention, name=family.body)
+        options = (self.dtype, self.remat, self.fused_attention, self.unrolled)
+        self.body = Decoder(c, *options, name=family.body)
         if not c.tie_word_embeddings:
             self.head = nn.Dense(c.vocab_size, use_bias=False, dtype=self.dtype, name=family.head)
 
@@ -231,9 +257,13 @@ class CausalLM(nn.Module):
         segments = jax.lax.dynamic_update_slice_in_dim(
             cache.segment_ids, segment_ids.astype(jnp.int32), cache.length, axis=1
         )
-        mask = causal_mask(segment_ids, segments, cache.length)
+        if isinstance(cache.length, int) and cache.length == 0:
+            # There is nothing to look back at: tokens see each other alone.
+            mask = causal_mask(segment_ids, segment_ids, 0)
+        else:
+            mask = causal_mask(segment_ids, segments, cache.length)
         hidden, layers = self.body(input_ids, positions, mask, cache)
-        return hidden, KVCache(layers[0], layers[1], segments, cache.length + seq)
+        return hidden, KVCache(layers[0], layers[1], segments, jnp.int32(cache.length + seq))
 
     def logits(self, hidden: Float[Array, "*lead d"]) -> Float[Array, "*lead vocab"]:
         """The head applied to hidden states."""
@@ -253,21 +283,3 @@ def causal_mask(
     earlier = jnp.arange(key_segments.shape[1]) <= slots[:, None]
     same = query_segments[:, :, None] == key_segments[:, None, :]
     return (earlier & same)[:, None]
-
-
-def init_cache(config: ModelConfig, batch: int, capacity: int, dtype: Any) -> KVCache:
-    """An empty cache for `batch` rows of at most `capacity` tokens.
-
-    Example:
-        >>> config = ModelConfig(vocab_size=64, hidden_size=32, intermediate_size=64,
-        ...                      num_hidden_layers=2, num_attention_heads=4)
-        >>> init_cache(config, 1, 16, jnp.float32).key.shape
-        (2, 1, 16, 4, 8)
-    """
-    shape = (config.num_hidden_layers, batch, capacity, config.num_key_value_heads, config.head_dim)
-    return KVCache(
-        key=jnp.zeros(shape, dtype),
-        value=jnp.zeros(shape, dtype),
-        segment_ids=jnp.zeros((batch, capacity), jnp.int32),
-        length=jnp.zeros((), jnp.int32),
-    )

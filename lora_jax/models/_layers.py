@@ -13,27 +13,13 @@ from jaxtyping import Float
 
 from .._typing import Array
 from ._activations import ACTIVATIONS
-from ._attention import attend
+from ._attention import attend, attend_cached
+from ._cache import read, write
 from ._config import ModelConfig
 from ._rope import rotate
 
 RESIDUAL, PRODUCT = "residual", "product"
 """What `checkpoint_name` calls the sum that attention joins, and products with weights."""
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class KVCache:
-    """Keys and values already computed, for all layers.
-
-    `key`, `value`: (layers, batch, capacity, kv_heads, head_dim).  `segment_ids`:
-    (batch, capacity), 0 where a slot is empty or padding.  `length`: slots in use, ().
-    """
-
-    key: Array
-    value: Array
-    segment_ids: Array
-    length: Array
 
 
 @jax.tree_util.register_dataclass
@@ -116,24 +102,25 @@ class Attention(nn.Module):
         x: Float[Array, "batch seq d"],
         places: Places,
         layer: Layer,
-        cache: tuple[Array, Array] | None,
-    ) -> tuple[Float[Array, "batch seq d"], tuple[Array, Array] | None]:
+        cache: tuple[Any, Any] | None,
+    ) -> tuple[Float[Array, "batch seq d"], tuple[Any, Any] | None]:
         """`cache` holds all layers' keys and values; new ones are written into the layer's."""
         c, family = self.config, self.config.family
         rotation, mask = places.of(layer)
         query, key, value = self._queries_keys_values(x)
         if rotation is not None:
             query, key = rotate(query, rotation), rotate(key, rotation)
-        if cache is not None:
-            where = layer.number, places.start
-            cache = (_written(cache[0], key, where), _written(cache[1], value, where))
-            key, value = (
-                jax.lax.dynamic_index_in_dim(filled, layer.number, keepdims=False)
-                for filled in cache
-            )
         scale = (c.query_pre_attn_scalar or c.head_dim) ** -0.5
-        cap = c.attn_logit_softcapping
-        out = attend(query, key, value, mask, scale=scale, cap=cap, fused=self.fused)
+        how: dict[str, Any] = dict(scale=scale, cap=c.attn_logit_softcapping)
+        if cache is not None:
+            number, start = layer.number, places.start
+            cache = (write(cache[0], key, number, start), write(cache[1], value, number, start))
+        # A mask of these tokens alone says that the cache was empty.
+        if cache is None or mask is None or mask.shape[-1] == x.shape[1]:
+            out = attend(query, key, value, mask, fused=self.fused, **how)
+        else:
+            key, value = (read(kept, layer.number, self.dtype) for kept in cache)
+            out = attend_cached(query, key, value, mask, **how)
         bias = c.attention_bias if family.out_bias is None else family.out_bias
         return self._dense(family.out, c.hidden_size, bias, out.reshape(*x.shape[:2], -1)), cache
 
@@ -173,12 +160,6 @@ class Attention(nn.Module):
     def _dense(self, name: str, features: int, bias: bool, x: Array) -> Array:
         layer = nn.Dense(features, use_bias=bias, dtype=self.dtype, name=name)
         return checkpoint_name(layer(x), PRODUCT)
-
-
-def _written(cache: Array, new: Array, where: tuple[Array, Any]) -> Array:
-    """The cache of all layers with one layer's new keys or values in their slots."""
-    layer, start = where
-    return jax.lax.dynamic_update_slice(cache, new[None], (layer, 0, start, 0, 0))
 
 
 class MLP(nn.Module):

@@ -1,0 +1,76 @@
+"""A model ready to answer: its adapter, how conversations are laid out, and what ends an answer."""
+
+import dataclasses
+from collections.abc import Sequence
+
+from ._errors import InputError
+from ._typing import Params
+from .data import Message, choose_template, encode_prompt, stop_ids
+from .models import Pretrained, SamplingParams, StreamedText, stream_text
+from .train import ModelSection, adapter_notes, load_base, with_adapter, with_tokens_of
+from .transform import LoraLinen, lora_linen
+
+
+@dataclasses.dataclass(frozen=True)
+class Speaker:
+    """A model, with or without an adapter, and the template that it was trained with."""
+
+    pretrained: Pretrained
+    model: LoraLinen
+    params: Params
+    template: str
+
+    @classmethod
+    def load(cls, model: str, adapter: str | None, template: str | None) -> "Speaker":
+        """Read a model; the template is the one given, the adapter's, the tokenizer's, or plain."""
+        pretrained = load_base(with_tokens_of(ModelSection(path=model), adapter))
+        if pretrained.tokenizer is None:
+            raise InputError(f"{model}: no tokenizer; generating text needs one")
+        plain = cls(pretrained, lora_linen(pretrained.module), pretrained.params, "plain")
+        return plain.adapted(adapter, template)
+
+    def adapted(self, adapter: str | None, template: str | None) -> "Speaker":
+        """The same model with the adapter of a directory, or without any."""
+        tokenizer = self.pretrained.tokenizer
+        notes = adapter_notes(adapter) if adapter else {}
+        own = "tokenizer" if tokenizer.chat_template else "plain"
+        chosen = choose_template(template or notes.get("template") or own, None, tokenizer)
+        params = with_adapter(self.pretrained, adapter)
+        return dataclasses.replace(self, params=params, template=chosen)
+
+    @property
+    def positions(self) -> int:
+        """Tokens that a prompt and its answer may have together."""
+        return self.pretrained.config.context_length
+
+    def prompt(self, messages: Sequence[Message]) -> list[int]:
+        """Token ids of a conversation up to where the answer begins."""
+        try:
+            "".join(message.content for message in messages).encode()
+        except UnicodeEncodeError:
+            raise InputError("the prompt holds bytes that are not UTF-8; remove them") from None
+        return encode_prompt(messages, self.template, self.pretrained.tokenizer)
+
+    def answer(
+        self,
+        prompt: Sequence[int],
+        *,
+        max_new_tokens: int,
+        sampling: SamplingParams,
+        stop: Sequence[str] = (),
+        cache_dtype: str | None = None,
+    ) -> StreamedText:
+        """What the model says next, in pieces as they come."""
+        tokenizer = self.pretrained.tokenizer
+        ends = {*stop_ids(self.template, tokenizer), *self.pretrained.config.eos_token_ids}
+        return stream_text(
+            self.model,
+            self.params,
+            tokenizer,
+            prompt,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            stop=stop,
+            stop_ids=ends,
+            cache_dtype=cache_dtype,
+        )

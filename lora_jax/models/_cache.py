@@ -1,0 +1,141 @@
+"""Keys and values that were computed before: how they are kept, added to and read."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Float
+
+from .._errors import InputError, nearest
+from .._typing import Array
+from ._config import ModelConfig
+
+CACHE_DTYPES = ("float32", "bfloat16", "float16", "int8")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KVCache:
+    """Keys and values already computed, for all layers.
+
+    `key`, `value`: (layers, batch, kv_heads, capacity, head_dim), an array or `Int8`, or a tuple
+    with one for each layer; head by head, as attention multiplies them.  `segment_ids`:
+    (batch, capacity), 0 where a slot is empty or padding.  `length`: slots in use, (); the
+    number 0 of a new cache tells while tracing that there is nothing to look back at.
+    """
+
+    key: Any
+    value: Any
+    segment_ids: Any
+    length: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Int8:
+    """Vectors x = codes·scale with one scale for each: |x - codes·scale| <= max|x| / 254."""
+
+    codes: Any
+    scale: Any
+
+
+def init_cache(config: ModelConfig, batch: int, capacity: int, dtype: Any) -> KVCache:
+    """An empty cache for `batch` rows of at most `capacity` tokens.
+
+    Args:
+        config: The model's shape.
+        batch: Rows.
+        capacity: Tokens of a row, padding included.
+        dtype: Of what is kept; int8 keeps a float32 scale beside each head's vector.
+
+    Raises:
+        InputError: for another dtype.
+
+    Example:
+        >>> config = ModelConfig(vocab_size=64, hidden_size=32, intermediate_size=64,
+        ...                      num_hidden_layers=2, num_attention_heads=4)
+        >>> init_cache(config, 1, 16, jnp.float32).key.shape
+        (2, 1, 4, 16, 8)
+    """
+    name = dtype_name(dtype)
+    shape = (config.num_hidden_layers, batch, config.num_key_value_heads, capacity, config.head_dim)
+
+    def empty() -> Any:
+        values = jnp.zeros(shape, name)
+        return Int8(values, jnp.zeros(shape[:-1], jnp.float32)) if name == "int8" else values
+
+    return KVCache(empty(), empty(), jnp.zeros((batch, capacity), jnp.int32), 0)
+
+
+def dtype_name(dtype: Any) -> str:
+    """The name of a type that a cache may have.
+
+    Raises:
+        InputError: for another.
+
+    Example:
+        >>> dtype_name(jnp.bfloat16), dtype_name("int8")
+        ('bfloat16', 'int8')
+    """
+    name = dtype if isinstance(dtype, str) else jnp.dtype(dtype).name
+    if name not in CACHE_DTYPES:
+        raise InputError(
+            f"cache_dtype: unknown {name!r}{nearest(name, CACHE_DTYPES)}; known:"
+            f" {', '.join(CACHE_DTYPES)}"
+        )
+    return name
+
+
+def by_layer(cache: KVCache) -> KVCache:
+    """The same with an array of its own for each layer."""
+    count = len(jax.tree.leaves(cache.key)[0])
+
+    def parts(kept: Any) -> tuple[Any, ...]:
+        return tuple(jax.tree.map(lambda x, at=at: x[at], kept) for at in range(count))
+
+    return dataclasses.replace(cache, key=parts(cache.key), value=parts(cache.value))
+
+
+def write(
+    kept: Any, new: Float[Array, "batch seq kv_heads d"], layer: Array | int, start: Array | int
+) -> Any:
+    """All layers' keys or values, with new ones in one layer's slots from `start` on."""
+    if isinstance(kept, tuple):
+        own = jax.tree.map(lambda x: x[None], kept[layer])
+        own = jax.tree.map(lambda x: x[0], write(own, new, 0, start))
+        return (*kept[:layer], own, *kept[layer + 1 :])
+    new = new.transpose(0, 2, 1, 3)
+    if not isinstance(kept, Int8):
+        at = (layer, 0, 0, start, 0)
+        return jax.lax.dynamic_update_slice(kept, new[None].astype(kept.dtype), at)
+    coded = encode(new)
+    return Int8(
+        jax.lax.dynamic_update_slice(kept.codes, coded.codes[None], (layer, 0, 0, start, 0)),
+        jax.lax.dynamic_update_slice(kept.scale, coded.scale[None], (layer, 0, 0, start)),
+    )
+
+
+def read(kept: Any, layer: Array | int, dtype: Any) -> Float[Array, "batch kv_heads keys d"]:
+    """One layer's keys or values."""
+    if isinstance(kept, tuple):
+        own = kept[layer]
+    else:
+        own = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False), kept)
+    if not isinstance(own, Int8):
+        return own.astype(dtype)
+    return (own.codes.astype(jnp.float32) * own.scale[..., None]).astype(dtype)
+
+
+def encode(x: Float[Array, "... d"]) -> Int8:
+    """Round each vector to whole multiples of its largest entry / 127.
+
+    Example:
+        >>> coded = encode(jnp.array([1.0, -2.0, 0.5]))
+        >>> coded.codes.tolist(), round(float(coded.scale) * 127, 6)
+        ([64, -127, 32], 2.0)
+    """
+    x32 = x.astype(jnp.float32)
+    scale = jnp.max(jnp.abs(x32), axis=-1) / 127
+    codes = jnp.round(x32 / jnp.where(scale == 0, 1, scale)[..., None])
+    return Int8(codes.astype(jnp.int8), scale)
