@@ -23,12 +23,12 @@ THREADS = 2
 if hasattr(os, "sched_setaffinity"):  # before either library counts its threads
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:THREADS])
 
-import jax
-import numpy as np
-import torch
-import transformers
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+import transformers  # noqa: E402
 
-from lora_jax.models import Pretrained, generate, load_pretrained
+from lora_jax.models import Pretrained, generate, load_pretrained  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 SHAPE = dict(
