@@ -1,4 +1,5 @@
 from . import adapters as adapters
+from . import evaluate as evaluate
 from . import models as models
 from . import optim as optim
 from . import plan as plan

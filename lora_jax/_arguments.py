@@ -116,16 +116,35 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
 
     p = add(
         "evaluate",
-        "Measure the loss of a model, with or without an adapter, on rows of data.",
-        "  ./lora evaluate --model DIR --adapter DIR --data test.jsonl\n"
+        "Measure the loss of a model with and without what was trained, its answers, or a task.",
+        "  ./lora evaluate runs/mine\n"
+        "  ./lora evaluate --model DIR --adapter DIR --data test.jsonl --json\n"
         "  ./lora evaluate --model DIR --data test.jsonl --data.template chatml"
-        " --quant.format nf4\n",
+        " --quant.format nf4\n"
+        "  ./lora evaluate --model DIR --data test.jsonl --exact-match answers.jsonl\n"
+        "  ./lora evaluate --model DIR --adapter DIR --harness gsm8k,arc_easy --limit 100\n",
         ("model", "quant", "data", "train.loss_chunk"),
     )
-    p.add_argument("--model", required=True, metavar="DIR")
-    p.add_argument("--adapter", metavar="DIR")
-    p.add_argument("--data", required=True, metavar="FILE", help="rows, or stdlib-heldout")
-    p.add_argument("--batch-size", type=int, default=8, metavar="N")
+    p.add_argument("run", nargs="?", metavar="RUN", help="a run's directory: on its held-out rows")
+    p.add_argument("--model", metavar="DIR")
+    p.add_argument("--adapter", metavar="DIR", help="compared with the model alone")
+    p.add_argument("--data", metavar="FILE", help="rows, or stdlib-heldout; they are not packed")
+    p.add_argument(
+        "--exact-match",
+        metavar="FILE.jsonl",
+        help="generate the answers of rows whose answers are numbers, as in GSM8K (columns question"
+        " and answer, or by --data.columns); what was cut short goes on",
+    )
+    p.add_argument("--max-new-tokens", type=int, metavar="N", help="of an answer (default 256)")
+    p.add_argument("--harness", metavar="TASKS", help="tasks of lm-evaluation-harness, with commas")
+    p.add_argument("--include-path", metavar="DIR", help="where tasks of your own for it stand")
+    p.add_argument("--limit", type=int, metavar="N", help="rows of each of its tasks at most")
+    p.add_argument("--shots", type=int, metavar="N", help="examples before each of its questions")
+    p.add_argument(
+        "--chat", action="store_true", default=None, help="its questions in the chat template"
+    )
+    p.add_argument("--batch-size", type=int, metavar="N", help="default 8, or the run's")
+    p.add_argument("--json", action="store_true", help="one JSON object instead of text")
 
     p = add(
         "inspect",

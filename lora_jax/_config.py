@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 import re
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypeVar
 
@@ -54,7 +55,8 @@ class LoraConfig:
         layers_pattern: Name of the list that the numbers count, or several, each a regular
             expression: `"layers"` for `model.layers.0`.  By default any list that lies below
             another module, and of several the first.
-        modules_to_save: Modules trained in full and saved with the adapter.
+        modules_to_save: Modules trained in full and saved with the adapter, by the ends of their
+            names, letter by letter as in PEFT: "norm" is "input_layernorm" too.
         trainable_token_indices: Ids of tokens whose rows of the embedding are trained, or a
             mapping from module names to ids.  A head that shares the embedding follows it.
         ensure_weight_tying: Where the output head shares the embedding, whatever adapts or trains
@@ -120,9 +122,16 @@ class LoraConfig:
         for name, rank in {"r": self.r, **self.rank_pattern}.items():
             if type(rank) is not int or rank < 1:
                 raise InputError(f"lora: the rank {name} must be a positive integer, got {rank!r}")
+            if rank > MOST_RANK:
+                raise InputError(
+                    f"lora: the rank {name} must be at most {MOST_RANK}, got {rank!r:.40}"
+                )
         for name, alpha in {"lora_alpha": self.lora_alpha, **self.alpha_pattern}.items():
-            if type(alpha) not in (int, float) or not math.isfinite(alpha) or alpha <= 0:
-                raise InputError(f"lora: the alpha {name} must be positive, got {alpha!r}")
+            # A file may hold an integer that no float is as large as.
+            if type(alpha) not in (int, float) or not 0 < alpha <= sys.float_info.max:
+                raise InputError(
+                    f"lora: the alpha {name} must be positive and finite, got {alpha!r:.40}"
+                )
         if type(self.lora_dropout) not in (int, float) or not 0.0 <= self.lora_dropout < 1.0:
             raise InputError(f"lora: lora_dropout must be in [0, 1), got {self.lora_dropout!r}")
         if self.task_type is not None and not isinstance(self.task_type, str):
@@ -150,8 +159,10 @@ class LoraConfig:
                 _compiled(pattern)
         layers = self.layers_pattern or []
         layers = [layers] if isinstance(layers, str) else layers
-        for pattern in (*self.rank_pattern, *self.alpha_pattern, *layers):
-            _compiled(pattern)
+        for pattern in (*self.rank_pattern, *self.alpha_pattern):
+            _compiled(pattern, _at_the_end(pattern))
+        for pattern in layers:
+            _compiled(pattern, layer_number(pattern))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, LoraConfig) and self._key() == other._key()
@@ -166,9 +177,21 @@ class LoraConfig:
         return start in ("pissa", "olora", "loftq", "corda", "lora_ga")
 
     @property
+    def start_can_be_repeated(self) -> bool:
+        """Whether the weights alone tell what the start took: PEFT takes it again as it reads."""
+        return not self.moves_base or self.init_lora_weights in ("pissa", "olora")
+
+    @property
     def starts_from_data(self) -> bool:
         """Whether the adapter's start looks at batches of data."""
         return self.init_lora_weights in STARTS_FROM_DATA
+
+    def with_usual_start(self) -> "LoraConfig":
+        """The config of an adapter that no longer is what a start by name has made of it."""
+        if isinstance(self.init_lora_weights, bool):
+            return self
+        options = dict.fromkeys(f"{name}_config" for name in STARTS_FROM_DATA)
+        return dataclasses.replace(self, init_lora_weights=True, loftq_config={}, **options)
 
     def _key(self) -> tuple[Any, ...]:
         """All fields; patterns in their order, since the first that matches wins."""
@@ -210,6 +233,8 @@ class LoraConfig:
 
 INITS = ("gaussian", "orthogonal", "pissa", "olora", "loftq", *STARTS_FROM_DATA)
 """Starts of an adapter that `init_lora_weights` names."""
+MOST_RANK = 2**16
+"""More directions than any matrix has: what a damaged file asks for."""
 BIASES = ("none", "all", "lora_only")
 """Biases of the base that an adapter may train."""
 
@@ -309,11 +334,26 @@ def ends_with_pattern(pattern: str, path: str) -> bool:
         >>> ends_with_pattern("q_proj", "layers/0/q_proj"), ends_with_pattern("proj", "q_proj")
         (True, False)
     """
-    return bool(re.match(rf"(.*\.)?({pattern})$", path.replace("/", ".")))
+    return bool(re.match(_at_the_end(pattern), path.replace("/", ".")))
 
 
-def _compiled(pattern: str) -> re.Pattern[str]:
+def _at_the_end(pattern: str) -> str:
+    return rf"(.*\.)?({pattern})$"
+
+
+def layer_number(pattern: str) -> str:
+    """The expression that finds, behind a list's name, the `number` of one of its modules.
+
+    Example:
+        >>> re.match(layer_number("layers"), "model.layers.3.mlp")["number"]
+        '3'
+    """
+    return rf"(?:^|.*?\.){pattern}\.(?P<number>\d+)\."
+
+
+def _compiled(pattern: str, within: str | None = None) -> re.Pattern[str]:
+    """A pattern, or the expression that it is a part of."""
     try:
-        return re.compile(pattern)
+        return re.compile(pattern if within is None else within)
     except re.error as error:
         raise InputError(f"lora: {pattern!r} is not a regular expression: {error}") from None

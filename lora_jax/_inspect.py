@@ -8,15 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ._commands import loss_on
 from ._errors import InputError, nearest
 from ._names import is_kernel, stack_of
 from ._quant_config import QuantConfig
 from ._tree import layer_paths, leaves_with_path, map_with_path
 from ._typing import Params
+from .evaluate import measure_on
 from .models import Pretrained
 from .quant import QuantizationError, QuantizedTensor, quantization_error, quantize
-from .train import ModelSection, load_base
+from .train import ModelSection, load_base, run_config, training_rows
 
 FORMATS: Mapping[str, QuantConfig] = {
     "nf4": QuantConfig("nf4"),
@@ -75,9 +75,12 @@ def _named(formats: str | None) -> Mapping[str, QuantConfig]:
 def _losses(
     base: Pretrained, formats: Mapping[str, QuantConfig], data: str, overrides: list[str]
 ) -> Iterator[str]:
-    measure = loss_on(base, data, overrides)
+    raw = {"data": {"train": data}, "output": "runs/inspect"}
+    config = run_config(raw, overrides, "inspect")
+    measure = measure_on(config, training_rows(config.data), base)
     dense = measure(base.params)
-    yield f"held-out loss {dense.loss:.4f} nats per token over {dense.tokens:,} tokens, dense"
+    tokens = dense.tokens.sum()
+    yield f"held-out loss {dense.loss:.4f} nats per token over {tokens:,} tokens, dense"
     for name, config in formats.items():
         loss = measure(quantized(base.params, base.stacked, config)).loss
         yield f"  {name:9} {loss:.4f} ({loss - dense.loss:+.4f})"

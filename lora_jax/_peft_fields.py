@@ -41,7 +41,7 @@ UNSUPPORTED: Mapping[str, tuple[tuple[Any, ...], str]] = {
         "BD-LoRA, factors in diagonal blocks; use plain ones of a smaller r",
     ),
     "use_qalora": (
-        (False,),
+        (False, None),
         "QA-LoRA, which pools inputs for GPTQ; use QLoRA, an adapter over a quantized base",
     ),
     "velora_config": (

@@ -10,10 +10,19 @@ from pathlib import Path
 from typing import Any, SupportsInt
 
 from ._errors import InputError
-from ._tokenizer_files import FILES, open_tokenizer, read_json
+from ._tokenizer_files import (
+    copy_file,
+    open_tokenizer,
+    read_json,
+    read_templates,
+    tokenizer_files,
+    write_tokenizer,
+)
 
 # A text put before a continuation and taken off again, so that no space is made up at its start.
 _ANCHORS = ("\n", ";", "a")
+MARK = re.compile(r"<\|[^<>|\s]{1,40}\|>|</?[a-z_]{1,30}_of_[a-z]{1,20}>|</?s>")
+"""Texts that are written like marks: `<|im_end|>`, `<end_of_turn>`, `</s>`."""
 # What Python reads a byte as that is no part of a character.
 _ESCAPED = re.compile("[\udc80-\udcff]")
 
@@ -30,8 +39,10 @@ class Tokenizer:
         bos_id, eos_id, pad_id: Their ids, None where the model has none.
         stop_ids: Every id that ends a generation (`eos_id` among them).
         chat_template: The Jinja source, None without one.
+        tool_template: The one for conversations with tools, where that is another.
         add_bos: Whether sequences of this model begin with `bos_id`.
         files: The tokenizer's files, to be copied when a model is saved.
+        added: Tokens that `backend` has and the files have not.
         first_space: Whether `backend` takes a space at the beginning of a text for the one that it
             puts there itself, so that another has to be written.
 
@@ -52,8 +63,10 @@ class Tokenizer:
     pad_id: int | None = None
     stop_ids: tuple[int, ...] = ()
     chat_template: str | None = dataclasses.field(default=None, repr=False)
+    tool_template: str | None = dataclasses.field(default=None, repr=False)
     add_bos: bool = False
     files: tuple[Path, ...] = dataclasses.field(default=(), repr=False)
+    added: tuple[str, ...] = ()
     first_space: bool = dataclasses.field(default=False, repr=False)
 
     @classmethod
@@ -70,7 +83,7 @@ class Tokenizer:
         path = Path(path)
         config = read_json(path / "tokenizer_config.json")
         backend, named, first_space = open_tokenizer(path, config)
-        special = dict(named)
+        special, templates = dict(named), read_templates(path, config)
         generation = {**read_json(path / "config.json"), **_only_ids(path)}
         ids, stops = {}, set()
         for name in ("bos_token", "eos_token", "pad_token"):
@@ -92,9 +105,10 @@ class Tokenizer:
             eos_id=ids["eos_token"],
             pad_id=ids["pad_token"],
             stop_ids=tuple(sorted(stops)),
-            chat_template=_chat_template(path, config),
+            chat_template=templates.get("default"),
+            tool_template=templates.get("tool_use"),
             add_bos=_adds_bos(backend, config, ids["bos_token"]),
-            files=tuple(path / name for name in FILES if (path / name).is_file()),
+            files=tokenizer_files(path),
             first_space=first_space,
         )
 
@@ -113,9 +127,56 @@ class Tokenizer:
         return frozenset(marked | named)
 
     @cached_property
+    def added_ids(self) -> frozenset[int]:
+        """Ids of the tokens that a text is searched for before it is cut, marks and others."""
+        return frozenset(self.backend.get_added_tokens_decoder())
+
+    @cached_property
     def special_texts(self) -> tuple[str, ...]:
         """The texts of those marks."""
         return tuple(self.backend.id_to_token(number) for number in sorted(self.special_ids))
+
+    def with_tokens(self, texts: Sequence[str]) -> "Tokenizer":
+        """The tokenizer with a token of its own for each text, under the next ids.
+
+        Texts that `MARK` matches become marks, which decoded text leaves out.
+
+        Raises:
+            InputError: if a text is a token already, is given twice, is empty or begins or ends
+                with a space.
+        """
+        from tokenizers import AddedToken
+        from tokenizers import Tokenizer as Backend
+
+        for n, text in enumerate(texts):
+            known = self.token_id(text)
+            if known is not None or text in texts[:n]:
+                what = "given twice" if known is None else f"a token already (id {known})"
+                raise InputError(f"model.add_tokens: {text!r} is {what}; take it out")
+            if not text or text != text.strip():
+                raise InputError(
+                    f"model.add_tokens: {text!r} cannot be a token; give a text without spaces at"
+                    " its ends"
+                )
+        backend = Backend.from_str(self.backend.to_str())
+        backend.add_tokens(
+            [AddedToken(t, special=bool(MARK.fullmatch(t)), normalized=False) for t in texts]
+        )
+        ids = [backend.token_to_id(text) for text in texts]
+        if any(number is None or number < self.vocab_size for number in ids):
+            raise InputError(
+                "model.add_tokens: the vocabulary has gaps, and a new token would get an id in use;"
+                " give a tokenizer.json without gaps"
+            )
+        return dataclasses.replace(self, backend=backend, added=(*self.added, *texts))
+
+    def save(self, directory: Path) -> None:
+        """Write the tokenizer's files to a directory: copies, unless tokens were added."""
+        if self.added:
+            write_tokenizer(directory, self.backend, self.files, self.special_tokens)
+            return
+        for file in self.files:
+            copy_file(file, self.files[0].parent, directory)
 
     def token_id(self, text: str) -> int | None:
         """The id of one token by its text, None where there is no such token."""
@@ -215,20 +276,6 @@ def _token_id(backend: Any, text: str | None, directory: Path, name: str) -> int
 def _id_list(value: Any) -> list[int]:
     values = value if isinstance(value, list) else [value]
     return [v for v in values if isinstance(v, int)]
-
-
-def _chat_template(directory: Path, config: Mapping[str, Any]) -> str | None:
-    file = directory / "chat_template.jinja"
-    if file.is_file():
-        try:
-            return file.read_text("utf-8")
-        except UnicodeDecodeError:
-            raise InputError(f"{file}: not UTF-8; save the file as UTF-8") from None
-    template = config.get("chat_template")
-    if isinstance(template, list):
-        by_name = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
-        template = by_name.get("default")
-    return template if isinstance(template, str) else None
 
 
 def _adds_bos(backend: Any, config: Mapping[str, Any], bos_id: int | None) -> bool:

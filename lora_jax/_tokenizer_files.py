@@ -1,14 +1,15 @@
 """The files in which Hugging Face directories keep a tokenizer, in all their spellings."""
 
 import json
-from collections.abc import Mapping
+import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ._errors import InputError
 from ._sentencepiece import read_sentencepiece, to_backend
 
-FILES = (
+_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -20,7 +21,8 @@ FILES = (
     "tokenizer.model",
 )
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
-NAMED = ("bos_token", "eos_token", "pad_token", "unk_token")
+_MORE_TEMPLATES = "additional_chat_templates"
+_NAMED = ("bos_token", "eos_token", "pad_token", "unk_token")
 _ENDOFTEXT = "<|endoftext|>"
 # Where Qwen 2 and 3 cut a text before they merge bytes; GPT-2's own places are the library's.
 _QWEN = (
@@ -46,6 +48,43 @@ class Opened(NamedTuple):
 def tokenizer_file(directory: Path) -> Path | None:
     """The file of a directory that holds the vocabulary, None without one."""
     return next((directory / n for n in _TOKENIZERS if (directory / n).is_file()), None)
+
+
+def tokenizer_files(directory: Path) -> tuple[Path, ...]:
+    """All files of a directory that say something of the tokenizer."""
+    files = [directory / name for name in _FILES if (directory / name).is_file()]
+    return (*files, *sorted((directory / _MORE_TEMPLATES).glob("*.jinja")))
+
+
+def write_tokenizer(
+    directory: Path, backend: Any, files: Sequence[Path], special: Mapping[str, str]
+) -> None:
+    """Write a tokenizer that its files no longer describe as a `tokenizer.json`.
+
+    Args:
+        directory: Where to write.
+        backend: The `tokenizers.Tokenizer`.
+        files: Those it came from; what tells no vocabulary is copied.
+        special: `bos_token` and its like to their texts.
+    """
+    backend.save(str(directory / "tokenizer.json"))
+    config: dict[str, Any] = {}
+    for file in files:
+        if file.name == "tokenizer_config.json":
+            config = read_json(file)
+        elif file.name not in (*_TOKENIZERS, "merges.txt", "added_tokens.json"):
+            copy_file(file, files[0].parent, directory)
+    # The ids stand in tokenizer.json now, and this list has not all of them.
+    config.pop("added_tokens_decoder", None)
+    text = json.dumps({**special, **config}, ensure_ascii=False, indent=2)
+    (directory / "tokenizer_config.json").write_text(f"{text}\n", "utf-8")
+
+
+def copy_file(file: Path, root: Path, directory: Path) -> None:
+    """Copy a file of `root` to the same place in `directory`."""
+    place = directory / file.relative_to(root)
+    place.parent.mkdir(exist_ok=True)
+    shutil.copyfile(file, place)
 
 
 def open_tokenizer(directory: Path, config: Mapping[str, Any]) -> Opened:
@@ -85,10 +124,42 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def read_templates(directory: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    """A directory's chat templates by name; where there is one, it is the `default`.
+
+    Args:
+        directory: A Hugging Face model directory.
+        config: What its `tokenizer_config.json` says.
+
+    Raises:
+        InputError: if a file is not what its name says.
+    """
+    found = _by_name(read_json(directory / "chat_template.json").get("chat_template"))
+    found |= _by_name(config.get("chat_template"))
+    files = [("default", directory / "chat_template.jinja")]
+    files += [(f.stem, f) for f in sorted((directory / _MORE_TEMPLATES).glob("*.jinja"))]
+    for name, file in files:
+        if file.is_file():
+            try:
+                found[name] = file.read_text("utf-8")
+            except UnicodeDecodeError:
+                raise InputError(f"{file}: not UTF-8; save the file as UTF-8") from None
+    return found
+
+
+def _by_name(template: Any) -> dict[str, str]:
+    """One template, or a list of named ones."""
+    if isinstance(template, str):
+        return {"default": template}
+    named = template if isinstance(template, list) else []
+    pairs = [(t.get("name"), t.get("template")) for t in named if isinstance(t, dict)]
+    return {name: source for name, source in pairs if isinstance(source, str) and name}
+
+
 def _named(directory: Path, config: Mapping[str, Any]) -> dict[str, str]:
     given = {name: token for name, token in config.items() if token is not None}
     named = {**read_json(directory / "special_tokens_map.json"), **given}
-    return {n: text for n in NAMED if (text := _text(named.get(n))) is not None}
+    return {n: text for n in _NAMED if (text := _text(named.get(n))) is not None}
 
 
 def _text(token: Any) -> str | None:
@@ -187,9 +258,13 @@ def _add_tokens(
 
 
 def _additional(directory: Path, config: Mapping[str, Any]) -> list[str]:
-    both = (config, read_json(directory / "special_tokens_map.json"))
-    tokens = [token for part in both for token in part.get("additional_special_tokens") or []]
-    return [text for token in tokens if (text := _text(token)) is not None]
+    """Marks without a part of their own: a list of them, or names to them."""
+    found: list[Any] = []
+    for part in (config, read_json(directory / "special_tokens_map.json")):
+        for name in ("additional_special_tokens", "extra_special_tokens"):
+            given = part.get(name) or []
+            found += given.values() if isinstance(given, dict) else given
+    return [text for token in found if (text := _text(token)) is not None]
 
 
 def _id(number: Any, directory: Path) -> int:

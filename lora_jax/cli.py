@@ -109,6 +109,8 @@ def _train(options: argparse.Namespace, overrides: list[str]) -> None:
     if options.dry_run:
         console.print(describe_job(job), markup=False, highlight=False)
         return
+    for note in job.train.report.notes:
+        console.print(f"note: {note}", markup=False, highlight=False)
     with TrainingProgress(console) as progress:
         result = run(job, resume=options.resume, listener=progress)
     draw_loss(result.directory)
@@ -166,19 +168,10 @@ def _tell_plan(plan: Any, words: Sequence[str] = ()) -> None:
 
 
 def _evaluate(options: argparse.Namespace, overrides: list[str]) -> None:
-    from ._commands import evaluate_rows
+    from ._evaluations import evaluate
 
-    raw = {
-        "model": {"path": options.model},
-        "data": {"train": options.data},
-        "train": {"batch_size": options.batch_size},
-        "output": "runs/evaluate",
-    }
-    result = evaluate_rows(raw, overrides, options.adapter)
-    print(
-        f"loss {result.loss:.4f} nats per token, perplexity {result.perplexity:.2f},"
-        f" {result.tokens:,} trained tokens"
-    )
+    text, plain = evaluate(options, overrides)
+    print(json.dumps(plain, indent=1) if options.json else text)
 
 
 def _inspect(options: argparse.Namespace, overrides: list[str]) -> None:

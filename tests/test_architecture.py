@@ -14,7 +14,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "lora_jax"
 HEAVY = {
+    "datasets",
     "grain",
+    "lm_eval",
     "matplotlib",
     "orbax",
     "pyarrow",

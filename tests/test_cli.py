@@ -66,6 +66,19 @@ def test_the_resolved_config_repeats_the_run(trained: Path, tmp_path: Path):
     assert (again / name).read_bytes() == (trained / name).read_bytes()
 
 
+def test_what_does_not_fit_is_said_before_training(run_file: Path, capsys) -> None:
+    main(["train", str(run_file), "--dry-run", "--data.template", "chatml"])
+    notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
+    assert notes == [
+        "note: the template writes <|im_start|>, which the tokenizer cuts into pieces; add them"
+        ' (model.add_tokens: ["<|im_start|>"]), or give template: alpaca'
+    ]
+    added = ["--model.add_tokens", '["<|im_start|>", "<|im_end|>"]']
+    main(["train", str(run_file), "--dry-run", "--data.template", "chatml", *added])
+    out = capsys.readouterr().out
+    assert "note: " not in out and "trainable_token_indices" in out
+
+
 def test_dry_run_shows_targets_and_counts_and_writes_nothing(run_file: Path, tmp_path, capsys):
     main(["train", str(run_file), "--dry-run", "--lora.r", "2"])
     out = capsys.readouterr().out
@@ -83,7 +96,7 @@ def test_evaluate_merge_and_generate_agree(trained: Path, base_dir, rows_file, t
 
     def loss(*words: str) -> float:
         main(["evaluate", "--data", str(rows_file), "--data.max_length", "64", *words])
-        return float(re.findall(r"loss ([\d.]+)", capsys.readouterr().out)[0])
+        return float(re.findall(r"loss ([\d.]+)", capsys.readouterr().out)[-1])
 
     adapted = loss("--model", str(base_dir), "--adapter", adapter)
     assert adapted == pytest.approx(loss("--model", merged), abs=2e-4)

@@ -129,12 +129,15 @@ def test_test_command_installs_the_test_groups_and_runs_pytest(checkout):
     assert run.stdout == "ran -m pytest -n 2 --dist worksteal -k nf4 or int4\n"
     assert "-r requirements/test.txt" in calls(checkout)
     assert "-r requirements/oracle.txt" in calls(checkout)
+    assert "-r requirements/eval.txt" in calls(checkout)
     lora(checkout, "test")
     assert calls(checkout) == ""
 
 
-@pytest.mark.parametrize("name, pins", [("plan-tpu", "tpu.txt"), ("plan-gpu", "cuda13.txt")])
-def test_a_compiler_is_added(checkout, name, pins):
+@pytest.mark.parametrize(
+    "name, pins", [("plan-tpu", "tpu.txt"), ("plan-gpu", "cuda13.txt"), ("eval", "eval.txt")]
+)
+def test_an_extra_is_added(checkout, name, pins):
     run = lora(checkout, "install", name)
     assert run.returncode == 0 and run.stdout == ""
     assert f"--no-deps --require-hashes -r requirements/{pins}" in calls(checkout)
@@ -143,7 +146,7 @@ def test_a_compiler_is_added(checkout, name, pins):
     assert calls(checkout) == ""
     wrong = lora(checkout, "install", "plan")
     assert (wrong.returncode, wrong.stderr.count("\n")) == (2, 1)
-    assert "install takes plan-tpu or plan-gpu, got 'plan'" in wrong.stderr
+    assert "install takes plan-tpu, plan-gpu or eval, got 'plan'" in wrong.stderr
 
 
 @pytest.mark.parametrize("fetched", [True, False])

@@ -111,6 +111,12 @@ def test_vocab_size_counts_added_tokens_and_gaps(directory: Path) -> None:
     assert "<extra>" in after.special_texts
 
 
+def test_no_tokens_are_added_into_gaps() -> None:
+    tokenizer = Tokenizer(Backend(models.WordLevel({"a": 0, "b": 9}, unk_token="a")), {})
+    with pytest.raises(InputError, match="the vocabulary has gaps"):
+        tokenizer.with_tokens(["<tool>"])
+
+
 @pytest.mark.parametrize("said", [True, False])
 def test_add_bos_as_the_config_says(directory: Path, said: bool) -> None:
     write(directory / "tokenizer_config.json", {"bos_token": "<s>", "add_bos_token": said})
@@ -151,6 +157,20 @@ def test_chat_template_from_config_list_and_file(directory: Path) -> None:
     assert tokenizer.chat_template == "F"
     names = ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"]
     assert [file.name for file in tokenizer.files] == names
+
+
+def test_more_chat_templates(directory: Path) -> None:
+    write(directory / "chat_template.json", {"chat_template": "J"})
+    assert Tokenizer.from_directory(directory).chat_template == "J"
+    named = [{"name": "default", "template": "D"}, {"name": "tool_use", "template": "T"}]
+    write(directory / "tokenizer_config.json", {"chat_template": named})
+    tokenizer = Tokenizer.from_directory(directory)
+    assert (tokenizer.chat_template, tokenizer.tool_template) == ("D", "T")
+    (directory / "additional_chat_templates").mkdir()
+    (directory / "additional_chat_templates/tool_use.jinja").write_text("日本")
+    (directory / "chat_template.jinja").write_text("F")
+    tokenizer = Tokenizer.from_directory(directory)
+    assert (tokenizer.chat_template, tokenizer.tool_template) == ("F", "日本")
 
 
 def test_segments_of_a_tokenizer_that_makes_up_spaces(directory: Path) -> None:

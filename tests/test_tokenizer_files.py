@@ -73,14 +73,18 @@ def test_qwen_cuts_texts_its_own_way(directory: Path) -> None:
     assert [piece for piece, _ in pieces] == ["I", "'LL", "Ġpay", "Ġ", "1", "2", "Ċ"]
 
 
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"additional_special_tokens": ["<|im_start|>"]},
+        {"extra_special_tokens": {"start": {"content": "<|im_start|>"}}},
+    ],
+)
 @pytest.mark.parametrize("file", ["tokenizer_config.json", "added_tokens.json"])
-def test_added_tokens(directory: Path, backend: Backend, file: str) -> None:
+def test_added_tokens(directory: Path, backend: Backend, file: str, more: dict) -> None:
     size = backend.get_vocab_size()
     marks = {"<|im_start|>": size, "<|im_end|>": size + 1, "<tool>": size + 2}
-    config: dict[str, object] = {
-        "eos_token": "<|im_end|>",
-        "additional_special_tokens": ["<|im_start|>"],
-    }
+    config: dict[str, object] = {"eos_token": "<|im_end|>", **more}
     if file == "added_tokens.json":
         write(directory / file, marks)
     else:

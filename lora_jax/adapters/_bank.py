@@ -86,14 +86,8 @@ class AdapterBank:
                 f"AdapterBank: bias={config.bias!r} gives rows of one batch biases that they share;"
                 " use bias='none', or lora_bias"
             )
-        plain = dataclasses.replace(
-            config,
-            rank_pattern={},
-            alpha_pattern={},
-            init_lora_weights=True,
-            **dict.fromkeys(("eva_config", "corda_config", "lora_ga_config")),
-            loftq_config={},
-        )
+        usual = config.with_usual_start()
+        plain = dataclasses.replace(usual, rank_pattern={}, alpha_pattern={})
         make = functools.partial(init_adapter, config=plain, layouts=layouts)
         shapes = jax.eval_shape(make, jax.random.key(0), base_params)
 

@@ -13,6 +13,7 @@ from flax.core import meta
 from .._config import LoraConfig
 from .._errors import InputError
 from .._files import open_tensors
+from .._hub import local_directory
 from .._names import is_transposed
 from .._tree import leaves_with_path, tree_from_paths
 from .._typing import Params
@@ -28,7 +29,7 @@ from ..lora import (
     init_with_base,
     is_embedding,
     is_parameter,
-    is_within,
+    is_saved,
     leaf_shape,
     magnitude_name,
     matched_targets,
@@ -69,7 +70,8 @@ def load_adapter(
     """Read an adapter that this library or PEFT wrote, checked against its base.
 
     Args:
-        directory: Holds `adapter_config.json` and `adapter_model.safetensors`.
+        directory: Holds `adapter_config.json` and `adapter_model.safetensors`; or, with the extra
+            `hub`, the name of a repository that does.
         base_params: The base's parameters, or their shapes.
         layouts: Axes of kernels that are not plain matrices, of stacked layers and of experts.
         parameter_order: Names of a module's adapted raw parameters in the order in which PEFT's
@@ -86,14 +88,15 @@ def load_adapter(
 
     Example: see `save_adapter`.
     """
-    directory = Path(directory)
+    directory = local_directory(directory, (CONFIG_FILE, WEIGHTS_FILE))
     config = _fitting(tied_config(base_params, read_config(directory)), base_params)
     targets = matched_targets(base_params, config, layouts=layouts)
     if not targets:
+        fields = ("target_modules", "target_parameters")
+        given = [f"{field} {own}" for field in fields if (own := getattr(config, field))]
         raise InputError(
-            f"{directory / CONFIG_FILE}: target_modules {config.target_modules} and"
-            f" target_parameters {config.target_parameters} match nothing in"
-            f" this base; the adapter was made for another base"
+            f"{directory / CONFIG_FILE}: {' and '.join(given) or 'no target_modules'} matches"
+            " nothing in this base; the adapter was made for another base"
         )
     params = dict(leaves_with_path(base_params))
     biases = trained_biases(params, config.bias, [target.path for target in targets])
@@ -137,7 +140,7 @@ def _over_unmoved(
     directory: Path, base: Params, adapter: Params, config: LoraConfig, layouts: Layouts | None
 ) -> tuple[dict[str, Any], LoraConfig]:
     """An adapter over this base, of one that was trained over a base which its start had moved."""
-    if config.init_lora_weights not in ("pissa", "olora"):
+    if not config.start_can_be_repeated:
         raise InputError(
             f"{directory / CONFIG_FILE}: init_lora_weights={config.init_lora_weights!r} changed the"
             " base in a way that cannot be found again; convert the adapter where it was trained"
@@ -150,7 +153,7 @@ def _over_unmoved(
 def _fitting(config: LoraConfig, base_params: Params) -> LoraConfig:
     """Without the `modules_to_save` this base lacks: PEFT lists every name a head may have."""
     paths = [path.rpartition("/")[0] for path, _ in leaves_with_path(base_params)]
-    kept = [n for n in config.modules_to_save or [] if any(is_within(p, n) for p in paths)]
+    kept = [n for n in config.modules_to_save or [] if any(is_saved(p, n) for p in paths)]
     return dataclasses.replace(config, modules_to_save=kept or None)
 
 

@@ -15,6 +15,8 @@ from .._typing import Params
 from ..lora import Layouts, is_embedding, rule_for
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+_NAMES = ("target_modules", "exclude_modules", "modules_to_save", "trainable_token_indices")
+"""Fields of the config that hold names of modules."""
 PREFIX = "base_model.model."
 """What PEFT puts before the base's own names."""
 
@@ -103,13 +105,12 @@ def config_to_peft(adapter: Params, config: LoraConfig, base_model: str | None) 
         own["target_modules"] = sorted(
             {p.split("/")[-2] for p, _ in leaves_with_path(adapter) if p.endswith("/lora_A")}
         )
+    for field in _NAMES:
+        own[field] = _dotted(own[field])
     if config.target_parameters:
         # Without target_modules PEFT would choose some by the model's family.
         own["target_modules"] = own["target_modules"] or []
         own["target_parameters"] = [_torch_name(name) for name in config.target_parameters]
-    if config.init_lora_weights == "loftq":
-        # PEFT reads no such config without them.
-        own["loftq_config"] = {"loftq_bits": 4, "loftq_iter": 1} | config.loftq_config
     facts = {
         "peft_type": "LORA",
         "auto_mapping": None,
@@ -119,6 +120,15 @@ def config_to_peft(adapter: Params, config: LoraConfig, base_model: str | None) 
         "revision": None,
     }
     return {**PEFT_DEFAULTS, **own, **facts}
+
+
+def _dotted(names: Any) -> Any:
+    """Names of modules as PEFT compares them, alone or with their ids; what is no name stays."""
+    if isinstance(names, dict):
+        return {name.replace("/", "."): ids for name, ids in names.items()}
+    if isinstance(names, list):
+        return [name.replace("/", ".") if isinstance(name, str) else name for name in names]
+    return names
 
 
 def _torch_name(name: str) -> str:

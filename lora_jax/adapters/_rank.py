@@ -11,7 +11,7 @@ from .._config import LoraConfig
 from .._errors import InputError
 from .._files import open_tensors
 from ..lora import OUTPUT_HEADS
-from ._experts import unpack
+from ._experts import NESTING, unpack
 from ._peft import PREFIX, read_config, weights_file
 
 ENERGY = 0.99
@@ -94,6 +94,7 @@ def delta_spectra(directory: str | Path) -> list[DeltaSpectrum]:
     spectra = []
     with open_tensors(weights_file(directory)) as file:
         keys = set(file.keys())
+        as_listed = NESTING.items() <= (file.metadata() or {}).items()
         for key in sorted(keys, key=_natural):
             for end_a, end_b in _PAIRS:
                 other = key.removesuffix(end_a) + end_b
@@ -102,10 +103,9 @@ def delta_spectra(directory: str | Path) -> list[DeltaSpectrum]:
                 module = key.removesuffix(end_a).removeprefix(PREFIX)
                 if module in OUTPUT_HEADS and config.ensure_weight_tying and _has_embedding(keys):
                     continue  # the same factors once more
-                a, b = (file.get_tensor(name).astype(np.float64) for name in (key, other))
-                # Of a convolution A has the kernel's axes, and B ones of size 1.
-                a, b = a.reshape(len(a), -1), b.reshape(len(b), -1)
-                for name, scaling, own_a, own_b in _matrices(module, a, b, config):
+                a, b = (_matrix(file.get_tensor(name)) for name in (key, other))
+                _check_pair(f"{directory}: {module}", a, b)
+                for name, scaling, own_a, own_b in _matrices(module, a, b, config, as_listed):
                     values = scaling * _singular_values(own_a, own_b)
                     spectra.append(DeltaSpectrum(name, len(own_a), values))
     if not spectra:
@@ -113,21 +113,51 @@ def delta_spectra(directory: str | Path) -> list[DeltaSpectrum]:
     return spectra
 
 
+def _matrix(tensor: np.ndarray) -> np.ndarray:
+    """Of a convolution A has the kernel's axes, and B ones of size 1."""
+    return tensor.astype(np.float64).reshape(len(tensor), -1)
+
+
+def _check_pair(where: str, a: np.ndarray, b: np.ndarray) -> None:
+    """Refuse factors whose product there is not."""
+    if len(a) != b.shape[1]:
+        raise InputError(
+            f"{where}: lora_A {a.shape} and lora_B {b.shape} have no rank in common; the file is"
+            " damaged"
+        )
+    if not (np.isfinite(a).all() and np.isfinite(b).all()):
+        raise InputError(
+            f"{where}: its numbers are not all finite; its training diverged, or the file is"
+            " damaged"
+        )
+
+
 def _has_embedding(keys: set[str]) -> bool:
     return any(key.endswith(_PAIRS[1][0]) for key in keys)
 
 
 def _matrices(
-    module: str, a: np.ndarray, b: np.ndarray, config: LoraConfig
+    module: str, a: np.ndarray, b: np.ndarray, config: LoraConfig, as_listed: bool
 ) -> Iterator[tuple[str, float, np.ndarray, np.ndarray]]:
-    """Name, scaling and factors of a module, or of each expert of a parameter of it."""
+    """Name, scaling and factors of a module, or of each expert of a parameter of it.
+
+    Args:
+        as_listed: Whether parameters are nested as the config lists them: the last is outermost.
+    """
     owner = module.split(".base_layer")[0]
     parameters = [
         f"{owner}.{entry.rpartition('.')[2]}"
         for entry in config.target_parameters or []
         if f".{owner}.".endswith(f".{entry.rpartition('.')[0]}.".replace("..", "."))
     ]
-    if not parameters or (module == owner and len(a) == config.rank(module)):
+    if as_listed and parameters:
+        parameters = [parameters[-1 - module.count(".base_layer")]]
+    elif not parameters or (module == owner and len(a) == config.rank(module)):
+        if len(a) != config.rank(module):
+            raise InputError(
+                f"{module} has rank {len(a)} in the file, and {config.rank(module)} by the config"
+                " beside it; take the two from one adapter"
+            )
         yield module, config.scaling(module), a, b
         return
     own = {(config.rank(name), config.scaling(name)) for name in parameters}
@@ -139,8 +169,9 @@ def _matrices(
     (rank, scaling), *_ = own
     experts = len(a) // rank
     factors = zip(*unpack(a, b, experts), strict=True)
+    name = parameters[0] if len(parameters) == 1 else module
     for i, (own_a, own_b) in enumerate(factors):
-        yield module if experts == 1 else f"{module}.{i}", scaling, own_a.T, own_b.T
+        yield module if experts == 1 else f"{name}.{i}", scaling, own_a.T, own_b.T
 
 
 def _singular_values(a: np.ndarray, b: np.ndarray) -> np.ndarray:

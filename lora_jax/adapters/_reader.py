@@ -4,6 +4,7 @@ import itertools
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from .._errors import InputError, some_of
@@ -29,6 +30,9 @@ class Reader:
         tensor = self.file.get_tensor(key)
         if tensor.shape != shape:
             self.misshapen.append(f"{key} has shape {tensor.shape}, this base needs {shape}")
+            return np.zeros(shape, np.float32)
+        if not jnp.issubdtype(tensor.dtype, jnp.floating):
+            self.foreign.append(f"{key} holds {tensor.dtype}, where weights are floating-point")
             return np.zeros(shape, np.float32)
         return tensor
 

@@ -29,8 +29,8 @@ from ..lora import (
     adapter_names,
     is_embedding,
     is_parameter,
+    is_saved,
     is_target,
-    is_within,
     paths_of_layers,
     pattern_name,
     rule_for,
@@ -82,7 +82,8 @@ def save_adapter(
     Raises:
         InputError: if the adapter is not the config's (its modules, ranks, scaling), if a
             part of it cannot be written (a layer without a name, an embedding whose start
-            moved the base), or if the disk is full.
+            moved the base), if its start moved the base as no reader can again, or if the disk is
+            full.
 
     Example:
         >>> import jax, tempfile
@@ -98,6 +99,7 @@ def save_adapter(
         True
     """
     directory, config = Path(directory), tied_config(adapter, config)
+    _check_start(config)
     _check_saved_modules(adapter, config)
     tensors: dict[str, np.ndarray] = {}
     for key, tensor in _tensors(adapter, config, layouts):
@@ -256,6 +258,19 @@ def _used_rank(a: np.ndarray, b: np.ndarray) -> int:
     return int(used[-1]) + 1 if len(used) else a.shape[-1]
 
 
+def _check_start(config: LoraConfig) -> None:
+    """Refuse an adapter of a base that no file describes: PEFT would read it for another one."""
+    if config.start_can_be_repeated:
+        return
+    init, way = config.init_lora_weights, "what without_start makes of adapter and config"
+    if init == "loftq":
+        way = "it by config.with_usual_start(), as an adapter of the quantized base"
+    raise InputError(
+        f"save_adapter: init_lora_weights={init!r} moved the base in a way that no file tells; save"
+        f" {way}"
+    )
+
+
 def _check_saved_modules(adapter: Params, config: LoraConfig) -> None:
     """Whole modules and biases of the adapter are the config's, and the other way round."""
     paths = [path for path, _ in leaves_with_path(adapter)]
@@ -263,7 +278,8 @@ def _check_saved_modules(adapter: Params, config: LoraConfig) -> None:
     factors = [p for p in paths if p.rpartition("/")[2] == "lora_A"]
     kernels = [p.removesuffix("lora_A") + "kernel" for p in factors]
     biases = trained_biases(whole, config.bias, kernels)
-    found = {p: [n for n in config.modules_to_save or [] if is_within(p, n)] for p in whole}
+    named = config.modules_to_save or []
+    found = {p: [n for n in named if is_saved(p.rpartition("/")[0], n)] for p in whole}
     for path, names in found.items():
         if not names and path not in biases:
             raise InputError(
@@ -271,8 +287,7 @@ def _check_saved_modules(adapter: Params, config: LoraConfig) -> None:
                 f" {config.modules_to_save} and bias={config.bias!r} do not name it; pass the"
                 " config it was made with"
             )
-    named = {name for names in found.values() for name in names}
-    if missing := set(config.modules_to_save or []) - named:
+    if missing := set(named) - {name for names in found.values() for name in names}:
         raise InputError(
             f"save_adapter: modules_to_save {min(missing)!r} is not in the adapter; pass the config"
             " it was made with"

@@ -17,6 +17,7 @@ from ..lora import (
     AdaptedLayer,
     Layouts,
     adapter_from_layers,
+    check_bias_target,
     dense_delta,
     fold_in_name,
     is_parameter,
@@ -106,8 +107,10 @@ def weighted_adapter(
         for param in dict.fromkeys(param for view in views for param in view)
     }
     configs = [config for _, config in adapters]
+    if any(config.lora_bias for config in configs):
+        layers = {param: _all_biased(param, own) for param, own in layers.items()}
     own = _selection(configs, layers) | _biases(configs)
-    config = unit_scaled(dataclasses.replace(configs[0], **own), rank)
+    config = unit_scaled(dataclasses.replace(configs[0].with_usual_start(), **own), rank)
     marks = _marks(adapters)
     config = dataclasses.replace(
         config,
@@ -160,6 +163,14 @@ def _bias(own: Own, w: Array, rule: Rule) -> Array | None:
             f" {given[0][1].name}; use cat or svd, which sum them"
         )
     return jnp.stack([w[n] * x.scaling * jnp.asarray(x.lora_B_bias) for n, x in given]).sum(0)
+
+
+def _all_biased(param: str, own: Sequence[AdaptedLayer]) -> list[AdaptedLayer]:
+    """Layers with a bias on B each, as `lora_bias` has it: zero where no adapter had one."""
+    check_bias_target(param)
+    none = jnp.zeros(own[0].lora_B.shape[-1])
+    biases = [none if x.lora_B_bias is None else x.lora_B_bias for x in own]
+    return [dataclasses.replace(x, lora_B_bias=bias) for x, bias in zip(own, biases, strict=True)]
 
 
 def _concatenated(own: Own, w: Array) -> tuple[Array, Array]:
@@ -261,10 +272,7 @@ def _selection(configs: Sequence[LoraConfig], layers: Mapping[str, Any]) -> dict
 
 def _biases(configs: Sequence[LoraConfig]) -> dict[str, Any]:
     """Config fields of biases: on B if any has one; the base's are in no adapter given."""
-    fields: dict[str, Any] = {"bias": "none"}
-    if any(config.lora_bias for config in configs):
-        fields |= {"lora_bias": True, "init_lora_weights": True}
-    return fields
+    return {"bias": "none", "lora_bias": any(config.lora_bias for config in configs)}
 
 
 def _check(

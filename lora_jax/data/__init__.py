@@ -12,7 +12,6 @@ from ._packing import pack as pack
 from ._pipeline import BatchIterator as BatchIterator
 from ._pipeline import batch_iterator as batch_iterator
 from ._pipeline import eval_batches as eval_batches
-from ._rows import Message as Message
 from ._rows import Row as Row
 from ._rows import Rows as Rows
 from ._rows import read_rows as read_rows
@@ -28,3 +27,4 @@ from ._template import choose_template as choose_template
 from ._template import encode_prompt as encode_prompt
 from ._template import prompt_text as prompt_text
 from ._template import stop_ids as stop_ids
+from ._turns import Message as Message

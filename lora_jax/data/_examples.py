@@ -9,8 +9,12 @@ from jaxtyping import Bool, Int32
 
 from .._errors import InputError, nearest
 from .._tokenizer import Tokenizer
-from ._rows import Message, Row, Rows
-from ._template import Segment, choose_template, segments, text_segments
+from ._checks import template_problems
+from ._jinja import template_source
+from ._rendered import Segment
+from ._rows import Row, Rows
+from ._template import choose_template, segments, stop_ids, text_segments
+from ._turns import Message
 
 TRAIN_ON = ("answer", "last", "all")
 _CHUNK = 1024
@@ -132,10 +136,11 @@ def build_examples(
     chosen = choose_template(template, rows, tokenizer)
     examples: list[Example] = []
     truncated, split, dropped, endless = 0, 0, Counter(), 0
+    ends = _ends(rows, chosen, tokenizer)
     for start in range(0, len(rows), _CHUNK):
         part = rows.rows[start : start + _CHUNK]
         for row, whole in zip(part, _tokenize(part, tokenizer, chosen, train_on), strict=True):
-            endless += not row.text and not _ends_turn(whole, tokenizer)
+            endless += not row.text and not _ends_turn(whole, ends)
             pieces = _fitted(whole, max_length, cut=not row.text)
             kept = [piece for piece in pieces if piece.loss_mask.any()]
             truncated += bool(kept and row.messages) and len(kept[0]) < len(whole)
@@ -149,7 +154,7 @@ def build_examples(
             f"{rows.source}: no token is left to train on ({reasons}); raise max_length, or use"
             " another template or train_on"
         )
-    notes = _notes(endless, rows)
+    notes = (*_notes(endless, rows, chosen, tokenizer), *_problems(rows, chosen, tokenizer))
     report = _report(rows, examples, truncated, split, dropped, notes)
     return Examples(tuple(examples), report, chosen)
 
@@ -194,7 +199,7 @@ def _laid_out(row: Row, tokenizer: Tokenizer, template: str, train_on: str) -> l
     try:
         if not row.messages:
             return text_segments(row.text, tokenizer)
-        parts = segments(_counted(row.messages, train_on), template, tokenizer)
+        parts = segments(_counted(row.messages, train_on), template, tokenizer, row.tools)
     except InputError as error:
         raise InputError(f"{row.where}: {error}") from None
     if train_on == "all":
@@ -244,22 +249,40 @@ def _why_dropped(whole: Example) -> str:
     return "nothing to train on in it"
 
 
-def _ends_turn(example: Example, tokenizer: Tokenizer) -> bool:
+def _ends(rows: Rows, template: str, tokenizer: Tokenizer) -> frozenset[int]:
+    """Ids that end a turn."""
+    if rows.format == "text":
+        return tokenizer.special_ids
+    return tokenizer.special_ids.union(stop_ids(template, tokenizer))
+
+
+def _ends_turn(example: Example, ends: frozenset[int]) -> bool:
     """Whether a mark that ends a turn is trained on after the last answer."""
     trained = np.flatnonzero(example.loss_mask)
-    return not len(trained) or int(example.input_ids[trained[-1]]) in tokenizer.special_ids
+    return not len(trained) or int(example.input_ids[trained[-1]]) in ends
 
 
-def _notes(endless: int, rows: Rows) -> tuple[str, ...]:
+def _problems(rows: Rows, template: str, tokenizer: Tokenizer) -> tuple[str, ...]:
+    return () if rows.format == "text" else template_problems(template, tokenizer)
+
+
+def _notes(endless: int, rows: Rows, template: str, tokenizer: Tokenizer) -> list[str]:
     notes = []
     if endless:
         notes.append(
             f"{endless} of {len(rows)} rows train on no end of turn: the model will not learn to"
             " stop (the template's generation block should hold the mark that ends a turn)"
         )
-    if rows.unused:
-        notes.append(f"columns not used: {', '.join(rows.unused)}")
-    return tuple(notes)
+    with_tools = [row for row in rows if row.tools]
+    source = template_source(tokenizer, with_tools[0].tools if with_tools else ())
+    shown = source if template == "tokenizer" else ""
+    if with_tools and "tools" not in shown:
+        notes.append(f"the tools of {len(with_tools)} rows are not shown by the template")
+    # A template is given whatever a turn holds, and takes what it names.
+    unused = [name for name in rows.unused if "." not in name or name.split(".")[-1] not in shown]
+    if unused:
+        notes.append(f"columns not used: {', '.join(unused)}")
+    return notes
 
 
 def _report(

@@ -4,27 +4,33 @@ import datetime
 import functools
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .._errors import InputError
 from .._tokenizer import Tokenizer
-from ._rows import Message
+from ._turns import Message
 
 # A moving date would make yesterday's run impossible to resume; this one is Llama's own default.
 _TODAY = datetime.datetime(2024, 7, 26)
 _START, _END = "\ue0f0", "\ue0f1"
+_REASONING = ("reasoning_content", "thinking", "reasoning")
 _GENERATION_TAG = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 
+Tools = Sequence[Mapping[str, Any]]
+"""JSON schemas of what a conversation may call."""
+
+
 def render(
-    messages: Sequence[Message], tokenizer: Tokenizer, *, prompt: bool = False
+    messages: Sequence[Message], tokenizer: Tokenizer, tools: Tools = (), *, prompt: bool = False
 ) -> tuple[str, list[tuple[int, int]]]:
     """Render a conversation with the tokenizer's chat template.
 
     Args:
         messages: The turns.
         tokenizer: Gives the template and the texts of its special tokens.
+        tools: What the conversation may call.
         prompt: Whether to end where the assistant's answer begins.
 
     Returns:
@@ -35,14 +41,14 @@ def render(
             the sandbox forbids.
     """
     for message in messages:
-        if _START in message.text or _END in message.text:
+        if _START in message.written or _END in message.written:
             raise InputError("a message holds U+E0F0 or U+E0F1, which mark spans here; remove it")
     try:
-        template = _compiled(tokenizer.chat_template or "")
+        template = _compiled(template_source(tokenizer, tools))
         marked = template.render(
-            messages=[{"role": m.role, "content": m.text} for m in messages],
+            messages=[_as_transformers_has_it(message) for message in messages],
             add_generation_prompt=prompt,
-            tools=None,
+            tools=list(tools) or None,
             documents=None,
             **tokenizer.special_tokens,
         )
@@ -51,9 +57,25 @@ def render(
     return _spans(marked)
 
 
-def marks_generation(tokenizer: Tokenizer) -> bool:
+def template_source(tokenizer: Tokenizer, tools: Tools = ()) -> str:
+    """The template that the tokenizer has for conversations with or without tools."""
+    own = tokenizer.tool_template if tools else None
+    return own or tokenizer.chat_template or ""
+
+
+def marks_generation(tokenizer: Tokenizer, tools: Tools = ()) -> bool:
     """Whether the template says itself what the assistant generates."""
-    return _GENERATION_TAG.search(tokenizer.chat_template or "") is not None
+    return _GENERATION_TAG.search(template_source(tokenizer, tools)) is not None
+
+
+def _as_transformers_has_it(message: Message) -> dict[str, Any]:
+    """A turn as templates know it: no nulls, and reasoning under the name they read."""
+    turn = {"role": message.role, "content": message.text, **message.more}
+    turn = {key: value for key, value in turn.items() if value is not None}
+    reasoning = [turn[name] for name in _REASONING if name in turn]
+    if reasoning:
+        turn = {"thinking": reasoning[0], **turn, "reasoning_content": reasoning[0]}
+    return turn
 
 
 @functools.lru_cache(maxsize=8)

@@ -9,6 +9,7 @@ from typing import Any
 from .._errors import InputError, nearest
 from ._sources import Record, read_records
 from ._stdlib import docstring_rows
+from ._turns import TURN_KEYS, BadRow, Message, cell_text, read_tools, read_turns
 
 FORMATS = ("alpaca", "messages", "sharegpt", "prompt_completion", "text")
 _REQUIRED: Mapping[str, tuple[str, ...]] = {
@@ -20,61 +21,30 @@ _REQUIRED: Mapping[str, tuple[str, ...]] = {
 }
 """Columns by which a format is known, in the order they are looked for."""
 _OPTIONAL: Mapping[str, tuple[str, ...]] = {
-    "messages": ("system",),
-    "sharegpt": ("system",),
+    "messages": ("system", "tools"),
+    "sharegpt": ("system", "tools"),
     "alpaca": ("input", "system", "history"),
-    "prompt_completion": ("system",),
+    "prompt_completion": ("system", "tools"),
     "text": (),
 }
 _OUR_NAMES = {
     name for table in (_REQUIRED, _OPTIONAL) for names in table.values() for name in names
 }
-_ROLES = {
-    "human": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bing": "assistant",
-    "bard": "assistant",
-    "model": "assistant",
-    "bot": "assistant",
-    "function_call": "assistant",
-    "observation": "tool",
-    "function": "tool",
-    "developer": "system",
-}
-_KNOWN_ROLES = ("system", "user", "assistant", "tool")
-_TURN_KEYS = {"role", "from", "content", "value", "weight", "train", "tool_calls", "function_call"}
-
-
-@dataclasses.dataclass(frozen=True)
-class Message:
-    """One turn: who speaks, what, and for an instruction the input it works on.
-
-    `trained` is False where the file gives an answer the weight 0.
-    """
-
-    role: str
-    content: str
-    input: str = ""
-    trained: bool = True
-
-    @property
-    def text(self) -> str:
-        """Content and input as one text, for templates that know no input."""
-        return f"{self.content}\n{self.input}" if self.input else self.content
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
     """One row: a conversation, or a plain text (then `messages` is empty).
 
-    `index` counts the rows of all sources from 0; `where` names the place in its file.
+    `index` counts the rows of all sources from 0; `where` names the place in its file; `tools` are
+    the JSON schemas of what the conversation may call.
     """
 
     messages: tuple[Message, ...]
     text: str
     index: int
     where: str
+    tools: tuple[Mapping[str, Any], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,14 +72,6 @@ class Rows:
 
     def __iter__(self) -> Iterator[Row]:
         return iter(self.rows)
-
-
-class _BadRow(Exception):
-    """What is wrong with one row, and what to try."""
-
-    def __init__(self, reason: str, fix: str) -> None:
-        super().__init__(f"{reason}; {fix}")
-        self.reason = reason
 
 
 def read_rows(
@@ -158,13 +120,14 @@ def read_rows(
         try:
             values = {our: record.values.get(column) for our, column in used.items()}
             messages, text = _READERS[format_name](values)
+            tools = read_tools(values.get("tools"), bare=format_name == "sharegpt")
             _check_row(format_name, messages, text)
-        except _BadRow as error:
+        except BadRow as error:
             if bad_rows == "error":
                 raise InputError(f"{record.where}: {error}") from None
             dropped[error.reason] += 1
             continue
-        rows.append(Row(messages, text, len(rows), record.where))
+        rows.append(Row(messages, text, len(rows), record.where, tools))
     if not rows:
         raise InputError(f"{name}: every row was dropped ({_counts(dropped)})")
     kind = "messages" if _is_conversational(format_name, records, used) else format_name
@@ -265,7 +228,7 @@ def _is_conversational(format: str, records: list[Record], used: Mapping[str, st
 
 
 def _unused_in_turns(records: list[Record], used: Mapping[str, str]) -> list[str]:
-    """What turns hold beyond their role and text, `messages.reasoning_content` say."""
+    """What turns hold that a template may or may not show, `messages.reasoning_content` say."""
     columns = [used[name] for name in ("messages", "conversations") if name in used]
     found = {
         f"{column}.{key}": None
@@ -274,7 +237,7 @@ def _unused_in_turns(records: list[Record], used: Mapping[str, str]) -> list[str
         for turn in record.values.get(column) or []
         if isinstance(turn, dict)
         for key, value in turn.items()
-        if key not in _TURN_KEYS and value
+        if key not in TURN_KEYS and value
     }
     return list(found)
 
@@ -283,12 +246,12 @@ def _alpaca(values: Mapping[str, Any]) -> tuple[tuple[Message, ...], str]:
     messages = [*_system(values)]
     for pair in values.get("history") or []:
         if not isinstance(pair, list) or len(pair) != 2:
-            raise _BadRow("the history is not a list of pairs", "write [[question, answer], …]")
-        messages += [Message("user", _text(pair[0], "history")), _answer(pair[1], "history")]
-    instruction = _text(values.get("instruction"), "instruction")
-    extra = _text(values.get("input"), "input")
+            raise BadRow("the history is not a list of pairs", "write [[question, answer], …]")
+        messages += [Message("user", cell_text(pair[0], "history")), _answer(pair[1], "history")]
+    instruction = cell_text(values.get("instruction"), "instruction")
+    extra = cell_text(values.get("input"), "input")
     if not instruction and not extra:
-        raise _BadRow("no instruction", "give one, or remove the row")
+        raise BadRow("no instruction", "give one, or remove the row")
     question = Message("user", instruction, extra) if instruction else Message("user", extra)
     return (*messages, question, _answer(values.get("output"), "output")), ""
 
@@ -296,23 +259,23 @@ def _alpaca(values: Mapping[str, Any]) -> tuple[tuple[Message, ...], str]:
 def _prompt_completion(values: Mapping[str, Any]) -> tuple[tuple[Message, ...], str]:
     prompt, completion = values.get("prompt"), values.get("completion")
     if isinstance(prompt, list) and isinstance(completion, list):
-        return (*_system(values), *_turns([*prompt, *completion])), ""
-    question = Message("user", _text(prompt, "prompt"))
+        return (*_system(values), *read_turns([*prompt, *completion])), ""
+    question = Message("user", cell_text(prompt, "prompt"))
     return (*_system(values), question, _answer(completion, "completion")), ""
 
 
 def _conversation(values: Mapping[str, Any]) -> tuple[tuple[Message, ...], str]:
     turns = values["messages"] if "messages" in values else values["conversations"]
-    messages = _turns(turns)
+    messages = read_turns(turns)
     if messages and messages[0].role == "system":
         return messages, ""
     return (*_system(values), *messages), ""
 
 
 def _plain_text(values: Mapping[str, Any]) -> tuple[tuple[Message, ...], str]:
-    text = _text(values.get("text"), "text")
+    text = cell_text(values.get("text"), "text")
     if not text.strip():
-        raise _BadRow("no text", "give some, or remove the row")
+        raise BadRow("no text", "give some, or remove the row")
     return (), text
 
 
@@ -326,72 +289,22 @@ _READERS = {
 
 
 def _system(values: Mapping[str, Any]) -> tuple[Message, ...]:
-    text = _text(values.get("system"), "system")
+    text = cell_text(values.get("system"), "system")
     return (Message("system", text),) if text else ()
 
 
 def _answer(value: Any, column: str) -> Message:
-    text = _text(value, column)
+    text = cell_text(value, column)
     if not text.strip():
-        raise _BadRow(f"no {column}", "give the answer, or remove the row")
+        raise BadRow(f"no {column}", "give the answer, or remove the row")
     return Message("assistant", text)
-
-
-def _turns(turns: Any) -> tuple[Message, ...]:
-    if not isinstance(turns, list) or not turns:
-        raise _BadRow("the conversation is not a list of turns", "write [{role, content}, …]")
-    return tuple(_turn(turn, number) for number, turn in enumerate(turns, 1))
-
-
-def _turn(turn: Any, number: int) -> Message:
-    if not isinstance(turn, dict):
-        raise _BadRow(f"turn {number} is not an object", "write {role, content}")
-    said = str(turn.get("role", turn.get("from", "")))
-    role = _ROLES.get(said.lower(), said.lower())
-    if role not in _KNOWN_ROLES:
-        raise _BadRow(
-            f"turn {number} has the role {said!r}{nearest(said, [*_KNOWN_ROLES, *_ROLES])}",
-            f"use {', '.join(_KNOWN_ROLES)}",
-        )
-    for key in ("tool_calls", "function_call"):
-        if turn.get(key):
-            raise _BadRow(f"turn {number} has {key}", "write the call out as the turn's text")
-    content = turn.get("content", turn.get("value"))
-    if isinstance(content, list):
-        content = "".join(_part(part, number) for part in content)
-    if not isinstance(content, str):
-        raise _BadRow(f"turn {number} has no text", "give its content as a string")
-    if role == "assistant" and not content.strip():
-        raise _BadRow(f"turn {number} is an empty answer", "give the answer, or remove the row")
-    weight = turn.get("weight", turn.get("train"))
-    return Message(role, _text(content, f"turn {number}"), trained=weight is None or bool(weight))
-
-
-def _part(part: Any, number: int) -> str:
-    if isinstance(part, dict) and isinstance(part.get("text"), str):
-        return part["text"]
-    raise _BadRow(f"turn {number} holds something other than text", "keep only its text parts")
-
-
-def _text(value: Any, column: str) -> str:
-    """A cell as text: nothing is "", a number is written out, anything else is refused."""
-    if value is None or value != value:  # NaN, which tables hold where nothing is
-        return ""
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise _BadRow(f"{column} is a {type(value).__name__}", "it must be a string")
-    text = str(value)
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise _BadRow(f"{column} holds half a character", "write it as valid UTF-8") from None
-    return text
 
 
 def _check_row(format: str, messages: tuple[Message, ...], text: str) -> None:
     if format == "text":
         return
-    if not any(m.role == "assistant" and m.content.strip() for m in messages):
-        raise _BadRow("no answer to learn from", "give an assistant's turn, or remove the row")
+    if not any(m.role == "assistant" and m.written.strip() for m in messages):
+        raise BadRow("no answer to learn from", "give an assistant's turn, or remove the row")
 
 
 def _counts(dropped: Mapping[str, int]) -> str:

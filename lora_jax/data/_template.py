@@ -1,25 +1,19 @@
 """How a conversation becomes text: segments that are trained on, and segments that are not."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 from .._errors import InputError, nearest
 from .._tokenizer import Tokenizer
-from ._jinja import marks_generation, render
-from ._rows import Message, Rows
+from ._jinja import Tools
+from ._rendered import Segment, end_of_sequence, rendered, rendered_prompt, turn_end
+from ._rows import Rows
+from ._turns import Message
 
 TEMPLATES = ("tokenizer", "alpaca", "chatml", "plain")
 _PREAMBLE = "Below is an instruction. Write a response that carries it out."
 _PREAMBLE_INPUT = (
     "Below is an instruction, and an input to apply it to. Write a response that carries it out."
 )
-
-
-class Segment(NamedTuple):
-    """A stretch of text that is encoded on its own; `trained` if the model is to write it."""
-
-    text: str
-    trained: bool
 
 
 def choose_template(name: str, rows: Rows | None, tokenizer: Tokenizer) -> str:
@@ -54,7 +48,9 @@ def choose_template(name: str, rows: Rows | None, tokenizer: Tokenizer) -> str:
     return "tokenizer" if tokenizer.chat_template else "alpaca"
 
 
-def segments(messages: Sequence[Message], template: str, tokenizer: Tokenizer) -> list[Segment]:
+def segments(
+    messages: Sequence[Message], template: str, tokenizer: Tokenizer, tools: Tools = ()
+) -> list[Segment]:
     """Lay a conversation out as segments; those of the assistant end with the end of turn.
 
     The segments of a conversation's first turns do not depend on the later ones.
@@ -63,43 +59,47 @@ def segments(messages: Sequence[Message], template: str, tokenizer: Tokenizer) -
         messages: The turns, in order.
         template: One of `TEMPLATES` (see `choose_template`).
         tokenizer: Gives the special tokens, and the template `"tokenizer"`.
+        tools: What the conversation may call, which only the template `"tokenizer"` can show.
 
     Raises:
         InputError: if the tokenizer has no end of sequence, or its template cannot be used.
     """
     if template == "tokenizer":
-        return _rendered(messages, tokenizer)
+        return rendered(messages, tokenizer, tools)
     result: list[Segment] = []
     for number, message in enumerate(messages):
         trained = message.role == "assistant"
         if trained:
             result.append(Segment(_opening(messages[:number], template, tokenizer), False))
-            result.append(Segment(message.content + _end(template, tokenizer), message.trained))
+            result.append(Segment(message.written + _end(template, tokenizer), message.trained))
     return result
 
 
 def text_segments(text: str, tokenizer: Tokenizer) -> list[Segment]:
     """A plain text: trained on as a whole, the end of sequence included."""
-    return [Segment(text, True), Segment(_eos(tokenizer), True)]
+    return [Segment(text, True), Segment(end_of_sequence(tokenizer), True)]
 
 
 def prompt_segments(
-    messages: Sequence[Message], template: str, tokenizer: Tokenizer
+    messages: Sequence[Message], template: str, tokenizer: Tokenizer, tools: Tools = ()
 ) -> list[Segment]:
     """What stands before the answer to the last turn, exactly as in training."""
     if template == "tokenizer":
-        return _rendered_prompt(messages, tokenizer)
+        return rendered_prompt(messages, tokenizer, tools)
     before = segments(messages, template, tokenizer)
     return [*before, Segment(_opening(messages, template, tokenizer), False)]
 
 
-def prompt_text(messages: Sequence[Message], template: str, tokenizer: Tokenizer) -> str:
+def prompt_text(
+    messages: Sequence[Message], template: str, tokenizer: Tokenizer, tools: Tools = ()
+) -> str:
     """The text to generate from: the turns so far and the opening of the answer.
 
     Args:
         messages: The turns, the last one the user's.
         template: One of `TEMPLATES` (see `choose_template`).
         tokenizer: The model's tokenizer.
+        tools: What the conversation may call.
 
     Example:
         >>> from tokenizers import Tokenizer as Backend, models
@@ -114,10 +114,12 @@ def prompt_text(messages: Sequence[Message], template: str, tokenizer: Tokenizer
         ### Response:
         <BLANKLINE>
     """
-    return "".join(s.text for s in prompt_segments(messages, template, tokenizer))
+    return "".join(s.text for s in prompt_segments(messages, template, tokenizer, tools))
 
 
-def encode_prompt(messages: Sequence[Message], template: str, tokenizer: Tokenizer) -> list[int]:
+def encode_prompt(
+    messages: Sequence[Message], template: str, tokenizer: Tokenizer, tools: Tools = ()
+) -> list[int]:
     """Token ids to generate from: the same that stand before the answer in training.
 
     Args:
@@ -135,7 +137,7 @@ def encode_prompt(messages: Sequence[Message], template: str, tokenizer: Tokeniz
         >>> encode_prompt([Message("user", "Ready?")], "plain", tokenizer)
         [0]
     """
-    pieces = [s.text for s in prompt_segments(messages, template, tokenizer)]
+    pieces = [s.text for s in prompt_segments(messages, template, tokenizer, tools)]
     ids = [i for piece in tokenizer.encode_segments([pieces])[0] for i in piece]
     return tokenizer.with_bos(ids)
 
@@ -157,11 +159,9 @@ def stop_ids(template: str, tokenizer: Tokenizer) -> tuple[int, ...]:
         >>> stop_ids("alpaca", tokenizer)
         (2,)
     """
-    talk = (Message("user", "a"), Message("assistant", "b"))
-    answer = [s.text for s in segments(talk, template, tokenizer) if s.trained][-1]
-    last = tokenizer.encode(answer)[-1:]
-    marks = [i for i in last if i in tokenizer.special_ids]
-    return tuple(sorted({*tokenizer.stop_ids, *marks}))
+    end = turn_end(tokenizer) if template == "tokenizer" else _end(template, tokenizer)
+    mark = tokenizer.token_id(end) if end else None
+    return tuple(sorted({*tokenizer.stop_ids, *([] if mark is None else [mark])}))
 
 
 def _opening(messages: Sequence[Message], template: str, tokenizer: Tokenizer) -> str:
@@ -206,91 +206,4 @@ def _end(template: str, tokenizer: Tokenizer) -> str:
     """The text of the token that ends a turn."""
     if template == "chatml" and tokenizer.token_id("<|im_end|>") is not None:
         return "<|im_end|>"
-    return _eos(tokenizer)
-
-
-def _eos(tokenizer: Tokenizer) -> str:
-    if tokenizer.eos_id is None:
-        raise InputError(
-            "the tokenizer names no end of sequence, so no answer would ever end; set eos_token"
-            " in tokenizer_config.json"
-        )
-    return tokenizer.special_tokens["eos_token"]
-
-
-def _rendered(messages: Sequence[Message], tokenizer: Tokenizer) -> list[Segment]:
-    """The tokenizer's own template, cut where the trained spans begin and end."""
-    text, marked = render(messages, tokenizer)
-    answers = [m for m in messages if m.role == "assistant"]
-    if marks_generation(tokenizer):
-        if len(marked) != len(answers):
-            raise InputError(
-                f"chat template: marks {len(marked)} answers with generation where the"
-                f" conversation has {len(answers)}; give template: chatml"
-            )
-        spans = marked
-    else:
-        spans = _spans_by_prefix(messages, text, tokenizer)
-    text, spans = _ended(text, spans, messages, tokenizer)
-    result, last = [], 0
-    for (start, end), answer in zip(spans, answers, strict=True):
-        result += [Segment(text[last:start], False), Segment(text[start:end], answer.trained)]
-        last = end
-    return [s for s in [*result, Segment(text[last:], False)] if s.text]
-
-
-def _rendered_prompt(messages: Sequence[Message], tokenizer: Tokenizer) -> list[Segment]:
-    text, _ = render(messages, tokenizer, prompt=True)
-    before: list[Segment] = []
-    if any(m.role == "assistant" for m in messages):
-        before = _rendered(messages, tokenizer)
-        before = before[:-1] if not before[-1].trained else before
-    done = "".join(segment.text for segment in before)
-    if not text.startswith(done):
-        return [Segment(text, False)]
-    return [*before, Segment(text[len(done) :], False)]
-
-
-def _spans_by_prefix(
-    messages: Sequence[Message], text: str, tokenizer: Tokenizer
-) -> list[tuple[int, int]]:
-    """Where the answers stand, found by rendering more and more of the conversation.
-
-    Right only if what was rendered for the first turns is how the whole text begins.
-    """
-    spans = []
-    for number, message in enumerate(messages):
-        if message.role == "assistant":
-            before, _ = render(messages[:number], tokenizer, prompt=True)
-            whole = text
-            if number + 1 < len(messages):
-                whole, _ = render(messages[: number + 1], tokenizer)
-            if not (text.startswith(whole) and whole.startswith(before)):
-                raise InputError(
-                    f"chat template: turn {number + 1} changes the text before it, so what to"
-                    " train on cannot be told; mark it with {% generation %}, or give template:"
-                    " chatml"
-                )
-            spans.append((len(before), _before_space(whole, tokenizer)))
-    return spans
-
-
-def _before_space(text: str, tokenizer: Tokenizer) -> int:
-    """The end of a turn, without the line break that a template writes after its mark."""
-    stripped = text.rstrip()
-    return len(stripped) if _ends_with_mark(stripped, tokenizer) else len(text)
-
-
-def _ended(
-    text: str, spans: list[tuple[int, int]], messages: Sequence[Message], tokenizer: Tokenizer
-) -> tuple[str, list[tuple[int, int]]]:
-    """Add the end of sequence to a template that ends its last answer with no mark at all."""
-    if messages[-1].role != "assistant" or _ends_with_mark(text.rstrip(), tokenizer):
-        return text, spans
-    end = spans[-1][1]
-    text = text[:end] + _eos(tokenizer)
-    return text, [*spans[:-1], (spans[-1][0], len(text))]
-
-
-def _ends_with_mark(text: str, tokenizer: Tokenizer) -> bool:
-    return any(text.endswith(mark) for mark in tokenizer.special_texts)
+    return end_of_sequence(tokenizer)

@@ -1,6 +1,7 @@
 """Low-rank adapters as trees: targets, factors, the delta, merging."""
 
 from ._biases import bias_of as bias_of
+from ._biases import check_bias_target as check_bias_target
 from ._biases import check_whole_stacks as check_whole_stacks
 from ._biases import trained_biases as trained_biases
 from ._box import LoraParam as LoraParam
@@ -57,6 +58,7 @@ from ._start import without_start as without_start
 from ._target import Target as Target
 from ._target import entry_of as entry_of
 from ._target import is_parameter as is_parameter
+from ._target import is_saved as is_saved
 from ._target import is_within as is_within
 from ._target import pattern_name as pattern_name
 from ._targets import TRAINED as TRAINED

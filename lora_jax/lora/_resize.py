@@ -79,7 +79,12 @@ def unit_scaled(config: LoraConfig, rank: int) -> LoraConfig:
         1.0
     """
     return dataclasses.replace(
-        config, r=rank, lora_alpha=rank, use_rslora=False, rank_pattern={}, alpha_pattern={}
+        config.with_usual_start(),
+        r=rank,
+        lora_alpha=rank,
+        use_rslora=False,
+        rank_pattern={},
+        alpha_pattern={},
     )
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax.core import meta
+from jax.core import Tracer
 from jaxtyping import Float, Int
 
 from .._errors import InputError
@@ -30,6 +31,9 @@ def choose_rows(slots: Params, rows: Int[Array, " batch"]) -> dict[str, Any]:
         slots: Adapters stacked behind the axes of layers, as in `AdapterBank.slots`.
         rows: The slot of each row; -1 is the plain base.
 
+    Raises:
+        InputError: for a slot that is not there.
+
     Example:
         >>> slots = {"q": {"lora_A": jnp.ones((3, 4, 2)), "lora_scaling": jnp.ones(3)}}
         >>> choose_rows(slots, jnp.array([0, 2, -1, 0]))["q"]["lora_rows"].tolist()
@@ -38,11 +42,23 @@ def choose_rows(slots: Params, rows: Int[Array, " batch"]) -> dict[str, Any]:
     chosen = {}
     for path, leaf in leaves_with_path(slots):
         if path.endswith("lora_scaling"):
+            _check_rows(rows, leaf.shape[-1])
             # A scan over layers takes one of these for each.
             shape = (*leaf.shape[:-1], len(rows))
             name = path.removesuffix("lora_scaling") + ROWS
             chosen[name] = jnp.broadcast_to(jnp.asarray(rows, jnp.int32), shape)
     return tree_from_paths(chosen)
+
+
+def _check_rows(rows: Array, slots: int) -> None:
+    """Refuse slots that are not there, where the numbers are known yet."""
+    if isinstance(rows, Tracer) or not rows.size:
+        return
+    if int(rows.min()) < PLAIN or int(rows.max()) >= slots:
+        raise InputError(
+            f"choose_rows: rows are slots from 0 to {slots - 1}, or {PLAIN} for the plain base; got"
+            f" {rows.tolist()}"
+        )
 
 
 def pad_rows(params: Params, count: int) -> Params:

@@ -74,7 +74,8 @@ def without_start(
 
         W0 + s·A·B = W - s·A₀·B₀ + s·A·B = W + s·[A A₀]·[B; -B₀]
 
-    Exact, at twice the rank.  Magnitudes (DoRA) stay as they are: the sum has the same columns.
+    Exact, at twice the rank, unless the moved base was quantized: what that lost stays lost.
+    Magnitudes (DoRA) stay as they are: the sum has the same columns.
 
     Args:
         adapter: As trained.
@@ -83,6 +84,9 @@ def without_start(
 
     Returns:
         The adapter and its config, with twice the ranks and alphas that keep the scaling.
+
+    Raises:
+        InputError: for `"loftq"`, whose base is the quantized one and not a low rank away.
 
     Example:
         >>> import jax
@@ -93,6 +97,11 @@ def without_start(
         >>> config.r, plain["q_proj"]["lora_A"].shape
         (4, (4, 4))
     """
+    if config.init_lora_weights == "loftq":
+        raise InputError(
+            "without_start: an adapter that started with init_lora_weights='loftq' belongs to its"
+            " quantized base; keep that, and let config.with_usual_start() say so"
+        )
     leaves, before = dict(leaves_with_path(adapter)), dict(leaves_with_path(start))
     for path in [path for path in leaves if path.endswith("lora_A")]:
         path_b = f"{path.removesuffix('lora_A')}lora_B"
@@ -113,13 +122,9 @@ def _padding_last(a: Array, b: Array) -> tuple[Array, Array]:
 def _twice(config: LoraConfig) -> LoraConfig:
     factor = math.sqrt(2) if config.use_rslora else 2
     return dataclasses.replace(
-        config,
+        config.with_usual_start(),
         r=2 * config.r,
         lora_alpha=factor * config.lora_alpha,
         rank_pattern={name: 2 * rank for name, rank in config.rank_pattern.items()},
         alpha_pattern={name: factor * alpha for name, alpha in config.alpha_pattern.items()},
-        init_lora_weights=True,
-        loftq_config={},
-        corda_config=None,
-        lora_ga_config=None,
     )

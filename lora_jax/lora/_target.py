@@ -101,6 +101,19 @@ def is_within(dotted: str, name: str) -> bool:
     return any(is_or_ends_with(".".join(parts[: i + 1]), name) for i in range(len(parts)))
 
 
+def is_saved(path: str, name: str) -> bool:
+    """Whether a path is a module that `modules_to_save` names, or below one.
+
+    PEFT compares the ends of names letter by letter: "norm" is "input_layernorm" too.
+
+    Example:
+        >>> is_saved("layers/0/input_layernorm", "norm"), is_saved("norms/first", "norm")
+        (True, False)
+    """
+    parts, name = path.replace("/", ".").split("."), name.replace("/", ".")
+    return any(".".join(parts[: i + 1]).endswith(name) for i in range(len(parts)))
+
+
 def parts_of(name: str, pattern: str) -> set[str]:
     """What in a path could be meant by a name: all runs of so many parts.
 

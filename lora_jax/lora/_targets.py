@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from flax.core import meta
 
-from .._config import LoraConfig, ends_with_pattern
+from .._config import LoraConfig, ends_with_pattern, layer_number
 from .._errors import InputError, nearest
 from .._tree import leaves_with_path, map_with_path
 from .._typing import Params
@@ -27,7 +27,7 @@ from ._target import (
     Target,
     is_or_ends_with,
     is_parameter,
-    is_within,
+    is_saved,
     parameter_names,
     parts_of,
     pattern_name,
@@ -121,9 +121,9 @@ def saved_modules(params: Params, config: LoraConfig) -> tuple[str, ...]:
     wanted = tied_config(params, config).modules_to_save or []
     found: dict[str, list[str]] = {name: [] for name in wanted}
     for path, _ in leaves_with_path(params):
-        module = path.rpartition("/")[0].replace("/", ".")
+        module = path.rpartition("/")[0]
         for name in wanted:
-            if is_within(module, name):
+            if is_saved(module, name):
                 found[name].append(path)
     for name, paths in found.items():
         if not paths:
@@ -227,7 +227,7 @@ class _Matcher:
         for entry in self.config.target_parameters or []:
             hits = [is_or_ends_with(n, entry) for n in parameter_names(name, path)]
             self.counts["target_parameters", entry] += any(hits)
-        if any(is_within(dotted, saved) for saved in self.config.modules_to_save or []):
+        if any(is_saved(dotted, saved) for saved in self.config.modules_to_save or []):
             return False
         if is_parameter(name, path, self.config):  # PEFT's filters are for modules alone
             return True
@@ -252,9 +252,11 @@ class _Matcher:
             found = re.match(r".*?\.[^.]*\.(?P<number>\d+)\.", dotted)
             return int(found["number"]) if found else None
         for pattern in patterns:
-            if found := re.match(rf"(?:^|.*?\.){pattern}\.(?P<number>\d+)\.", dotted):
-                self.counts["layers_pattern", pattern] += 1
-                return int(found["number"])
+            if found := re.match(layer_number(pattern), dotted):
+                # Of "a|b" one side has no number, and matches nothing in PEFT either.
+                number = found["number"]
+                self.counts["layers_pattern", pattern] += number is not None
+                return None if number is None else int(number)
         return None
 
     def _matches(self, field: str, dotted: str) -> bool:

@@ -15,7 +15,7 @@ from .._tree import leaves_with_path
 from .._typing import Array, Params
 from ..quant import QuantizedTensor, dequantize, look_up
 from ._layout import Layouts, rule_for
-from ._target import LAYER_PARAMS, is_within, target_name
+from ._target import LAYER_PARAMS, is_saved, is_within, target_name
 from ._targets import adapter_names, is_embedding, leaf_shape, token_names
 from ._tied import embedding_of, shared_table
 
@@ -181,7 +181,8 @@ def token_tables(
                 f"lora: trainable_token_indices: {max(ids)} is no row of {path}, which has"
                 f" {vocabulary}; give ids from 0 to {vocabulary - 1}"
             )
-        if name := next((n for n in config.modules_to_save or [] if is_within(path, n)), None):
+        module = path.rpartition("/")[0]
+        if name := next((n for n in config.modules_to_save or [] if is_saved(module, n)), None):
             raise InputError(
                 f"lora: trainable_token_indices: modules_to_save {name!r} trains {path} in full;"
                 " take it out of one of them"

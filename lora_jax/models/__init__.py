@@ -9,6 +9,8 @@ from ._decoder import CausalLM as CausalLM
 from ._formats import abstract_params as abstract_params
 from ._formats import quantize_params as quantize_params
 from ._generate import generate as generate
+from ._grow import add_tokens as add_tokens
+from ._grow import vocabulary_tables as vocabulary_tables
 from ._load import NO_FLOAT16 as NO_FLOAT16
 from ._load import Pretrained as Pretrained
 from ._load import load_pretrained as load_pretrained

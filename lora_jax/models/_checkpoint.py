@@ -54,7 +54,8 @@ def read_config(directory: str | Path) -> ModelConfig:
     directory = Path(directory)
     if not directory.is_dir():
         raise InputError(
-            f"{directory}: no such directory; give one with config.json and *.safetensors"
+            f"{directory}: no such directory; give one with config.json and *.safetensors, or a"
+            " name such as Qwen/Qwen3-0.6B"
         )
     path = directory / "config.json"
     if not path.exists():

@@ -92,6 +92,11 @@ class Family:
         return f"{self.body}/{self.layers}"
 
     @property
+    def default_targets(self) -> list[str]:
+        """What an adapter is put on if nothing is said: queries and values, as in PEFT."""
+        return list(dict.fromkeys((self.qkv[0], self.qkv[-1])))
+
+    @property
     def table(self) -> str:
         """The path of the embedding."""
         return f"{self.body}/{self.embedding}/embedding"

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from .._errors import InputError
+from .._hub import DESCRIPTION, WEIGHTS, local_directory
 from .._names import hf_keys, is_transposed
 from .._quant_config import QuantConfig
 from .._tokenizer_files import tokenizer_file
@@ -70,12 +71,13 @@ def load_pretrained(
     param_dtype: str | None = None,
     remat: str = "everything",
 ) -> Pretrained:
-    """Read a Hugging Face directory: `config.json`, `*.safetensors`, `tokenizer.json`.
+    """Read a Hugging Face directory: `config.json`, `*.safetensors`, the tokenizer's files.
 
     Kernels are stored as `(layers, d_in, d_out)`, mostly the transpose of the file's `weight`.
 
     Args:
-        directory: The directory; nothing is downloaded.
+        directory: The directory; or, with the extra `hub`, a name such as `Qwen/Qwen3-0.6B` or
+            `Qwen/Qwen3-0.6B@main`, which is downloaded once.
         quant: Quantize the linear kernels of the blocks as they are read, and the embedding and
             the head where it says so. Kernels that bitsandbytes quantized to 4 bits are read as
             they are, without it.
@@ -107,7 +109,7 @@ def load_pretrained(
         >>> pretrained.module.apply({"params": pretrained.params}, ids).shape
         (1, 8, 64)
     """
-    directory = Path(directory)
+    directory = local_directory(directory, (*DESCRIPTION, WEIGHTS))
     config = read_config(directory)
     if dtype == "float16" and jax.default_backend() == "cpu":
         raise InputError(f"dtype: {NO_FLOAT16}")
@@ -136,7 +138,8 @@ def load_without_weights(
     """As `load_pretrained`, from `config.json` and any tokenizer alone: `params` are shapes.
 
     Args:
-        directory: Holds `config.json` and, for text, `tokenizer.json`.
+        directory: Holds `config.json` and, for text, the tokenizer's files; or a name, as for
+            `load_pretrained`.
         quant: The format of kernels, embedding and head; as the config describes it where it
             tells of a checkpoint in four bits.
         dtype: Type of the activations.
@@ -146,7 +149,7 @@ def load_without_weights(
     Raises:
         InputError: if the config or the tokenizer is missing, broken or does not fit.
     """
-    directory = Path(directory)
+    directory = local_directory(directory, DESCRIPTION)
     config = read_config(directory)
     stored = read_storage(directory)
     module = CausalLM(config, dtype=float_dtype(dtype, "dtype"), remat=remat)

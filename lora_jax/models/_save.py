@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -51,7 +50,7 @@ def save_pretrained(
         config: The model's shape.  With a head in `params`, as a merge may add one, the file
             says `tie_word_embeddings: false`.
         dtype: Type of the tensors in the file.
-        tokenizer: A tokenizer whose files are copied.
+        tokenizer: A tokenizer that is saved beside it.
         max_shard_bytes: Above this size the tensors go to several files with an index; one
             file's tensors are in memory together.
 
@@ -76,8 +75,8 @@ def save_pretrained(
             ids["pad_token_id"] = config.pad_token_id
             known = {name: value for name, value in ids.items() if value is not None}
             _write_json(out / "generation_config.json", known)
-        for file in () if tokenizer is None else tokenizer.files:
-            shutil.copyfile(file, out / Path(file).name)
+        if tokenizer is not None:
+            tokenizer.save(out)
 
 
 def _check_tree(params: Params, config: ModelConfig) -> None:

@@ -13,12 +13,11 @@ from ._evaluate import evaluate as evaluate
 from ._evaluate import make_eval_step as make_eval_step
 from ._job import Job as Job
 from ._job import Setup as Setup
-from ._job import examples_of as examples_of
 from ._job import load_base as load_base
 from ._job import load_tokenizer as load_tokenizer
 from ._job import prepare as prepare
 from ._job import prepare_abstract as prepare_abstract
-from ._job import with_length as with_length
+from ._job import with_adapter as with_adapter
 from ._loop import Result as Result
 from ._loop import job_batches as job_batches
 from ._loop import run as run
@@ -29,6 +28,10 @@ from ._metrics import peak_memory as peak_memory
 from ._notes import adapter_notes as adapter_notes
 from ._optimizer import make_optimizer as make_optimizer
 from ._program import make_program as make_program
+from ._run_rows import examples_of as examples_of
+from ._run_rows import held_out_rows as held_out_rows
+from ._run_rows import training_rows as training_rows
+from ._run_rows import with_length as with_length
 from ._rundir import next_directory as next_directory
 from ._rundir import with_output as with_output
 from ._step import TrainState as TrainState
@@ -42,3 +45,5 @@ from ._together import init_joint_state as init_joint_state
 from ._together import make_joint_step as make_joint_step
 from ._together import scale_by_own_rate as scale_by_own_rate
 from ._together import train_together as train_together
+from ._tokens import stopping_config as stopping_config
+from ._tokens import with_tokens_of as with_tokens_of

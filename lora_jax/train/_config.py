@@ -29,6 +29,8 @@ class ModelSection:
     remat: Literal["everything", "nothing", "dots", "names", "offload"] = "nothing"
     """What the backward pass keeps of a layer beside its input: everything, nothing, its products
     with weights, a few named tensors, or those and the input in the host's memory."""
+    add_tokens: list[str] = dataclasses.field(default_factory=list)
+    """Texts that become tokens of their own; their rows of embedding and head are trained."""
 
 
 @dataclasses.dataclass(frozen=True)

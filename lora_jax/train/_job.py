@@ -14,7 +14,7 @@ from .._quant_config import QuantConfig
 from .._tree import combine, leaves_with_path, map_with_path, tree_bytes
 from .._typing import Params
 from ..adapters import load_adapter
-from ..data import Examples, Rows, build_examples, read_rows
+from ..data import Examples
 from ..lora import (
     TRAINED,
     Layouts,
@@ -27,6 +27,7 @@ from ..lora import (
 )
 from ..models import (
     Pretrained,
+    add_tokens,
     bundled_model,
     load_pretrained,
     load_without_weights,
@@ -34,12 +35,10 @@ from ..models import (
 )
 from ..optim._lora_fa import without_lora_a
 from ..transform import LoraLinen, lora_linen
-from ._config import DataSection, ModelSection, RunConfig
-from ._start import plain_start, start_from_data
-
-DEFAULT_LENGTH = 512
-DEFAULT_TARGETS = {"llama": ["q_proj", "v_proj"]}
-"""What `target_modules: null` means for a model family, as in PEFT."""
+from ._config import ModelSection, RunConfig
+from ._run_rows import examples_of, rows_of, with_length
+from ._start import start_from_data
+from ._tokens import with_new_rows, with_tokens_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,16 +111,25 @@ class Job(Setup):
 
 def load_base(section: ModelSection, quant: Any = None) -> Pretrained:
     """The base of a run, quantized as it is read if `quant` says so."""
-    return load_pretrained(_directory(section), quant=quant, **_types(section))
+    pretrained = load_pretrained(_directory(section), quant=quant, **_types(section))
+    return add_tokens(pretrained, section.add_tokens)
 
 
 def _types(section: ModelSection) -> dict[str, Any]:
     return {name: getattr(section, name) for name in ("dtype", "param_dtype", "remat")}
 
 
+def with_adapter(pretrained: Pretrained, adapter: str | Path | None) -> Params:
+    """The base's parameters, with the adapter of a directory laid over them."""
+    if adapter is None:
+        return pretrained.params
+    loaded, _ = load_adapter(adapter, pretrained.params, layouts=pretrained.layouts)
+    return combine(pretrained.params, loaded)
+
+
 def load_tokenizer(section: ModelSection) -> Pretrained:
     """The base of a run without its weights: enough to turn rows into tokens."""
-    return load_without_weights(_directory(section))
+    return add_tokens(load_without_weights(_directory(section)), section.add_tokens)
 
 
 def _directory(section: ModelSection) -> Path:
@@ -134,7 +142,7 @@ def prepare(config: RunConfig) -> Job:
     Raises:
         InputError: for whatever in the config does not fit the files it names.
     """
-    rows, held_out = _rows(config.data)  # first, since it fails fast
+    rows, held_out = rows_of(config.data)  # first, since it fails fast
     _check_start(config)
     pretrained = load_base(_model_section(config), _quant_as_read(config))
     data = with_length(config.data, pretrained)
@@ -159,6 +167,7 @@ def prepare_abstract(config: RunConfig) -> Setup:
     _check_start(config)
     section, quant = _model_section(config), _quant_as_read(config)
     pretrained = load_without_weights(_directory(section), quant=quant, **_types(section))
+    pretrained = add_tokens(pretrained, section.add_tokens)
     return _set_up(config, pretrained, make=jax.eval_shape)
 
 
@@ -181,7 +190,7 @@ def _set_up(
     examples: Examples | None = None,
     make: Callable[..., Any] = lambda f, *x: f(*x),
 ) -> Setup:
-    config = _with_targets(config, pretrained)
+    config = with_new_rows(_with_targets(config, pretrained), pretrained)
     config = dataclasses.replace(config, data=with_length(config.data, pretrained))
     if config.train.method == "full":
         base, trainable, targets, lora = {}, pretrained.params, (), config.lora
@@ -193,67 +202,11 @@ def _set_up(
     return Setup(config, pretrained, model, base, trainable, targets, lora)
 
 
-def with_length(section: DataSection, pretrained: Pretrained) -> DataSection:
-    """The section with a `max_length` that the model has positions for.
-
-    Raises:
-        InputError: if the one given is larger.
-    """
-    limit = pretrained.config.max_position_embeddings
-    length = min(DEFAULT_LENGTH, limit) if section.max_length is None else section.max_length
-    if length > limit:
-        raise InputError(
-            f"data.max_length: {length} exceeds the model's max_position_embeddings {limit}"
-        )
-    return dataclasses.replace(section, max_length=length)
-
-
-def examples_of(rows: Rows, section: DataSection, pretrained: Pretrained) -> Examples:
-    """Rows as token ids and masks, by the settings of a data section."""
-    if pretrained.tokenizer is None:
-        raise InputError(
-            f"{pretrained.directory}: no tokenizer; training needs tokenizer.json, tokenizer.model"
-            " or vocab.json with merges.txt"
-        )
-    return build_examples(
-        rows,
-        pretrained.tokenizer,
-        template=section.template,
-        train_on=section.train_on,
-        max_length=section.max_length,
-    )
-
-
-def _rows(section: DataSection) -> tuple[Rows, Rows]:
-    """Rows to train on and held-out rows; those set aside are every n-th of the file."""
-    rows = _read(section, section.train, section.train_rows)
-    if section.eval is not None:
-        return rows, _read(section, section.eval, section.eval_rows)
-    every = round(1 / section.eval_share)
-    aside = rows.rows[every - 1 :: every][: section.eval_rows]
-    if not aside:
-        raise InputError(
-            f"data.eval_share: {section.eval_share} of {len(rows)} rows leaves none to measure"
-            " on; give data.eval, or a larger share"
-        )
-    chosen = {row.index for row in aside}
-    kept = tuple(row for row in rows if row.index not in chosen)
-    return dataclasses.replace(rows, rows=kept), dataclasses.replace(rows, rows=aside)
-
-
-def _read(section: DataSection, source: str | list[str], limit: int | None) -> Rows:
-    return read_rows(
-        source,
-        format=section.format,
-        columns=section.columns,
-        limit=limit,
-        bad_rows=section.bad_rows,
-    )
-
-
 def _model_section(config: RunConfig) -> ModelSection:
     """Weights that are all trained take float32: small updates to 16 bits round away."""
     section = config.model
+    if config.train.adapter is not None and not section.add_tokens:
+        section = with_tokens_of(section, config.train.adapter)
     if config.train.method == "full" and section.param_dtype is None:
         return dataclasses.replace(section, param_dtype="float32")
     return section
@@ -262,7 +215,7 @@ def _model_section(config: RunConfig) -> ModelSection:
 def _with_targets(config: RunConfig, pretrained: Pretrained) -> RunConfig:
     if config.train.method == "full" or config.lora.target_modules is not None:
         return config
-    targets = DEFAULT_TARGETS[pretrained.config.model_type]
+    targets = pretrained.config.family.default_targets
     return dataclasses.replace(
         config, lora=dataclasses.replace(config.lora, target_modules=targets)
     )
@@ -309,7 +262,7 @@ def _adapter(
     if lora.starts_from_data and examples is not None:
         return config, *start_from_data(config, pretrained, examples)
     if lora.starts_from_data:  # of which the shapes are those of any start
-        lora = plain_start(lora)
+        lora = lora.with_usual_start()
 
     def start(key: Any, params: Params) -> tuple[Params, dict[str, Any]]:
         if quant is None or not lora.moves_base:

@@ -32,6 +32,7 @@ from ._program import make_program
 from ._rundir import claim_directory, reopen_directory
 from ._start import training_batches
 from ._step import LOWEST_SCALE
+from ._tokens import stopping_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -310,7 +311,7 @@ def _save_adapter(job: Job, directory: Path, adapter: dict[str, Any]) -> None:
     lora = job.lora
     if lora.init_lora_weights == "loftq":
         # Over the base as `quant` gives it, which the first iteration leaves as it is.
-        lora = dataclasses.replace(lora, init_lora_weights=True, loftq_config={})
+        lora = lora.with_usual_start()
     elif lora.moves_base:
         adapter, lora = without_start(adapter, job.trainable, lora)
     with atomic_directory(directory / "adapter") as temporary:
@@ -321,14 +322,17 @@ def _save_adapter(job: Job, directory: Path, adapter: dict[str, Any]) -> None:
             layouts=job.layouts,
             base_model=job.config.model.path,
         )
-        write_notes(temporary, template=job.train.template)
+        tokenizer = job.pretrained.tokenizer
+        write_notes(temporary, template=job.train.template, add_tokens=tokenizer.added)
+        if tokenizer.added:  # Another base would need them to know which texts the rows are of.
+            tokenizer.save(temporary)
 
 
 def _save_model(job: Job, directory: Path, params: dict[str, Any]) -> None:
     save_pretrained(
         directory / "model",
         params,
-        job.pretrained.config,
+        stopping_config(job.pretrained, job.train.template),
         dtype=str(jax.tree.leaves(params)[0].dtype),
         tokenizer=job.pretrained.tokenizer,
     )

@@ -1,7 +1,9 @@
 """What a prompt needs to know of how an adapter was trained: a file beside PEFT's two."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from .._errors import InputError
 from .._files import atomic_file
@@ -9,13 +11,15 @@ from .._files import atomic_file
 NOTES_FILE = "training.json"
 
 
-def write_notes(adapter: Path, *, template: str) -> None:
-    """Keep the template an adapter was trained with in its directory."""
+def write_notes(adapter: Path, *, template: str, add_tokens: Sequence[str] = ()) -> None:
+    """Keep in an adapter's directory the template and the tokens that it was trained with."""
+    notes = {"template": template, **({"add_tokens": list(add_tokens)} if add_tokens else {})}
     with atomic_file(adapter / NOTES_FILE) as temporary:
-        temporary.write_text(json.dumps({"template": template}) + "\n", encoding="utf-8")
+        text = json.dumps(notes, ensure_ascii=False)
+        temporary.write_text(f"{text}\n", encoding="utf-8")
 
 
-def adapter_notes(adapter: str | Path) -> dict[str, str]:
+def adapter_notes(adapter: str | Path) -> dict[str, Any]:
     """What `write_notes` kept; empty for an adapter that came from elsewhere.
 
     Raises:
@@ -28,4 +32,7 @@ def adapter_notes(adapter: str | Path) -> dict[str, str]:
         notes = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot read: {error}") from None
-    return {str(k): str(v) for k, v in notes.items()} if isinstance(notes, dict) else {}
+    if not isinstance(notes, dict):
+        return {}
+    kinds = {"template": str, "add_tokens": list}
+    return {k: v for k, v in notes.items() if isinstance(v, kinds.get(k, ()))}

@@ -1,6 +1,5 @@
 """Starts of an adapter that look at the first batches of a run's data."""
 
-import dataclasses
 import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -58,12 +57,6 @@ def start_from_data(
     if lora.init_lora_weights == "corda":
         return *init_corda(forward, params, lora, batches, layouts=layouts), lora
     return init_eva(forward, params, lora, batches, layouts=layouts)
-
-
-def plain_start(lora: LoraConfig) -> LoraConfig:
-    """The config with the usual start in place of one that looks at data."""
-    options: dict[str, Any] = {f"{lora.init_lora_weights}_config": None}
-    return dataclasses.replace(lora, init_lora_weights=True, **options)
 
 
 def _first_batches(

@@ -17,7 +17,7 @@ from .._errors import InputError
 from .._files import atomic_directory, atomic_file
 from ._config import RunConfig, TrainSection, config_text, load_config
 from ._interrupt import stop_signals
-from ._job import Job, prepare, prepare_beside
+from ._job import Job, prepare, prepare_abstract, prepare_beside
 from ._loop import save_result
 from ._rundir import CONFIG_FILE, free_directory, with_output
 from ._schema import to_plain
@@ -180,6 +180,9 @@ def sweep(
     """
     if at_once < 1:
         raise InputError(f"sweep: at_once must be at least 1, got {at_once}")
+    for member in members:  # before steps are spent on the others
+        if member.config.train.adapter is None:
+            prepare_abstract(member.config)
     directory = free_directory(members[0].config)
     records: list[dict[str, Any]] = []
     with _told(directory, records, len(members)), stop_signals() as stop:

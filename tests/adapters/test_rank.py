@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from lora_jax import InputError, LoraConfig, init_adapter
+from lora_jax import InputError, KernelLayout, LoraConfig, init_adapter
 from lora_jax.adapters import DeltaSpectrum, delta_spectra, load_adapter, save_adapter
 
 
@@ -81,3 +81,23 @@ def test_what_holds_no_pairs_is_refused(tmp_path):
     (tmp_path / "adapter_model.safetensors").rename(tmp_path / "adapter_model.bin")
     with pytest.raises(InputError, match="pickled weights are never opened"):
         delta_spectra(tmp_path)
+
+
+def test_experts_of_parameters_with_ranks_and_alphas_of_their_own(tmp_path):
+    """Three experts of rank 2 have as many rows as one matrix of rank 6, and are none."""
+    base = {"experts": {"up": normal(3, 8, 12), "down": normal(3, 12, 8)}}
+    layouts = {"experts": KernelLayout(contracting=(0,), experts=True)}
+    config = LoraConfig(
+        r=6, lora_alpha=9, target_parameters=["experts.up", "experts.down"],
+        rank_pattern={"experts.down": 2}, init_lora_weights=False,
+    )  # fmt: skip
+    adapter = init_adapter(jax.random.key(1), base, config, layouts=layouts)
+    save_adapter(tmp_path, adapter, config, layouts=layouts)
+    found = {x.module: x.values for x in delta_spectra(tmp_path)}
+    assert len(found) == 6
+    for name, scaling in (("up", 1.5), ("down", 4.5)):
+        a, b = (np.asarray(adapter["experts"][f"{name}_lora_{x}"], np.float64) for x in "AB")
+        for i in range(3):
+            values = np.linalg.svd(scaling * a[i] @ b[i], compute_uv=False)
+            own = found[f"experts.{name}.{i}"]
+            np.testing.assert_allclose(own, values[: len(own)], rtol=1e-9)

@@ -120,8 +120,56 @@ def test_what_turns_hold_beside_their_text_is_reported(tmp_path: Path) -> None:
         {"from": "GPT", "value": "Hello", "reasoning_content": "Greet."},
     ]
     rows = read_rows(write(tmp_path / "rows.jsonl", [{"conversations": turns}]))
-    assert rows.rows[0].messages == (USER, ASSISTANT)
+    answer = Message("assistant", "Hello", more={"reasoning_content": "Greet."})
+    assert rows.rows[0].messages == (USER, answer)
     assert rows.unused == ("conversations.reasoning_content",)
+
+
+CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+TOOL = {"name": "f", "description": "Ü"}
+
+
+@pytest.mark.parametrize(
+    "calls",
+    [
+        {"tool_calls": [CALL]},
+        {"tool_calls": json.dumps([CALL])},
+        {"tool_calls": [{**CALL, "function": {"name": "f", "arguments": '{"x": 1}'}}]},
+        {"function_call": {"name": "f", "arguments": '{"x": 1}'}},
+    ],
+)
+def test_calls_of_tools(tmp_path: Path, calls: dict) -> None:
+    turns = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": None, **calls},
+        {"role": "tool", "name": "f", "content": {"y": "ü"}},
+    ]
+    row = {"messages": turns, "tools": [TOOL]}
+    [read] = read_rows(write(tmp_path / "rows.jsonl", [row]))
+    call = Message("assistant", "", more={"tool_calls": [CALL], "content": None})
+    assert read.messages == (USER, call, Message("tool", '{"y": "ü"}', more={"name": "f"}))
+    assert call.written == '{"name": "f", "arguments": {"x": 1}}'
+    assert read.tools == (TOOL,)
+
+
+@pytest.mark.parametrize("tools", [[TOOL], json.dumps([TOOL])])
+def test_calls_as_turns_of_their_own(tmp_path: Path, tools: object) -> None:
+    turns = [
+        {"from": "human", "value": "Hi"},
+        {"from": "function_call", "value": '[{"name": "f", "arguments": {"x": 1}}]'},
+        {"from": "observation", "value": "3"},
+        {"from": "function_call", "value": "not JSON"},
+    ]
+    row = {"conversations": turns, "tools": tools}
+    [read] = read_rows(write(tmp_path / "rows.jsonl", [row]))
+    call = Message("assistant", "", more={"tool_calls": [CALL]})
+    assert read.messages == (
+        USER,
+        call,
+        Message("tool", "3"),
+        Message("assistant", "not JSON"),
+    )
+    assert read.tools == ({"type": "function", "function": TOOL},)
 
 
 def test_parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,8 +250,20 @@ def test_bad_rows_can_be_skipped_and_are_counted(tmp_path: Path) -> None:
         ({"messages": [{"role": "assistant", "content": None}]}, "turn 1 has no text"),
         ({"messages": [{"role": "assistant", "content": " "}]}, "turn 1 is an empty answer"),
         (
-            {"messages": [{"role": "assistant", "content": "", "tool_calls": [{"name": "f"}]}]},
-            "turn 1 has tool_calls; write the call out",
+            {"messages": [{"role": "assistant", "content": "", "tool_calls": [{"id": "f"}]}]},
+            "turn 1 calls no function by its name; write {name, arguments}",
+        ),
+        (
+            {"messages": [{"role": "assistant", "tool_calls": {"name": "f"}}]},
+            "turn 1 has tool_calls that are no list",
+        ),
+        (
+            {"messages": [{"role": "gpt", "function_call": {"name": "f", "arguments": "{"}}]},
+            "turn 1 calls f with arguments that are no object",
+        ),
+        (
+            {"messages": [{"role": "assistant", "content": "x"}], "tools": "{"},
+            "tools is not a list of objects",
         ),
         ({"instruction": "Hi", "output": float("nan")}, "no output"),
         (
@@ -298,6 +358,9 @@ def test_gsm8k(data_dir: Path) -> None:
 def test_rows_of_another_project(data_dir: Path, name: str, format: str, count: int) -> None:
     rows = read_rows(data_dir / "alpaca_demo" / f"{name}.json")
     assert (rows.format, len(rows)) == (format, count)
+    tools = [row for row in rows if row.tools]
+    calls = [m for row in rows for m in row.messages if "tool_calls" in m.more]
+    assert (len(tools), len(calls)) == ((191, 211) if name.startswith("glaive") else (0, 0))
 
 
 def test_preference_pairs_of_another_project(data_dir: Path) -> None:

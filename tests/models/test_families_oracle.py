@@ -16,6 +16,7 @@ from lora_jax import combine, lora_linen, merge_adapter
 from lora_jax.adapters import load_adapter, save_adapter
 from lora_jax.models import generate, load_pretrained, save_pretrained
 from lora_jax.models._checkpoint import read_config
+from lora_jax.models._families import FAMILIES
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -171,3 +172,11 @@ def test_the_original_names_of_gpt2(tmp_path):
     read = load_pretrained(tmp_path)
     expected = families.ours("gpt2").params
     assert jax.tree.all(jax.tree.map(np.array_equal, read.params, expected))
+
+
+def test_default_targets_are_those_of_peft():
+    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as THEIRS
+
+    known = {name: FAMILIES[name].default_targets for name in FAMILIES.keys() & THEIRS.keys()}
+    assert len(known) >= 9
+    assert known == {name: THEIRS[name] for name in known}

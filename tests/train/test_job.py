@@ -51,8 +51,13 @@ def test_counts(make_config):
 
 
 def test_counts_modules_saved_whole(make_config):
-    job = prepare(make_config(lora={"target_modules": ["q_proj"], "modules_to_save": ["norm"]}))
+    job = prepare(
+        make_config(lora={"target_modules": ["q_proj"], "modules_to_save": ["model.norm"]})
+    )
     assert job.counts()["trainable"] == 2 * 4 * (64 + 64) + 64
+    # PEFT compares ends of names, whatever stands before: both norms of both layers end so too.
+    job = prepare(make_config(lora={"target_modules": ["q_proj"], "modules_to_save": ["norm"]}))
+    assert job.counts()["trainable"] == 2 * 4 * (64 + 64) + 5 * 64
 
 
 def test_counts_biases_on_b(make_config):
@@ -97,7 +102,7 @@ def test_adapter_to_go_on_from_brings_its_config(make_config, data_dir):
     ("sections", "message"),
     [
         ({"data": {"train": "nowhere.jsonl"}}, "nowhere.jsonl"),
-        ({"data": {"max_length": 200}}, "data.max_length: 200 exceeds the model's"),
+        ({"data": {"max_length": 200}}, "data.max_length: 200 exceeds the 128 positions"),
         (
             {"data": {"train_rows": 4, "eval_share": 0.1}},
             "leaves none to measure on; give data.eval",

@@ -146,8 +146,24 @@ def test_a_used_directory_and_no_adapters_at_once_are_refused(run_file, message_
 
 
 def test_a_sweep_that_ends_early_says_what_there_is(run_file, tmp_path):
-    members = grid(run_file, ["--data.max_length", "32,9999"])
+    rows = load_config(run_file).data.train
+    members = grid(run_file, ["--data.train", f"{rows},{tmp_path / 'nowhere.jsonl'}"])
     with pytest.raises(InputError, match=r"1 of 2 adapters are in sweep\.jsonl"):
         sweep(members)
     left = yaml.safe_load((tmp_path / "sweep" / "best" / "config.yaml").read_text())
-    assert left["data"]["max_length"] == 32
+    assert left["data"]["train"] == rows
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--lora.r", "1,100"], "rank 100 at model/layers/0"),
+        (["--lora.target_modules", "[down_proj],[nowhere]"], "target_modules 'nowhere' matches"),
+        (["--data.max_length", "32,100000"], "data.max_length: 100000 exceeds"),
+    ],
+)
+def test_a_wrong_member_is_refused_before_any_is_trained(
+    run_file, message_of, tmp_path, words, said
+):
+    assert said in message_of(sweep, grid(run_file, words))
+    assert not (tmp_path / "sweep").exists()
