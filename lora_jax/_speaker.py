@@ -15,6 +15,7 @@ from .transform import LoraLinen, lora_linen
 class Speaker:
     """A model, with or without an adapter, and the template that it was trained with."""
 
+    section: ModelSection
     pretrained: Pretrained
     model: LoraLinen
     params: Params
@@ -23,14 +24,22 @@ class Speaker:
     @classmethod
     def load(cls, model: str, adapter: str | None, template: str | None) -> "Speaker":
         """Read a model; the template is the one given, the adapter's, the tokenizer's, or plain."""
-        pretrained = load_base(with_tokens_of(ModelSection(path=model), adapter))
+        return cls._of(ModelSection(path=model), adapter).adapted(adapter, template)
+
+    @classmethod
+    def _of(cls, section: ModelSection, adapter: str | None) -> "Speaker":
+        """The model with the tokens that an adapter brings, and without the adapter."""
+        section = with_tokens_of(section, adapter)
+        pretrained = load_base(section)
         if pretrained.tokenizer is None:
-            raise InputError(f"{model}: no tokenizer; generating text needs one")
-        plain = cls(pretrained, lora_linen(pretrained.module), pretrained.params, "plain")
-        return plain.adapted(adapter, template)
+            raise InputError(f"{section.path}: no tokenizer; generating text needs one")
+        model = lora_linen(pretrained.module)
+        return cls(section, pretrained, model, pretrained.params, "plain")
 
     def adapted(self, adapter: str | None, template: str | None) -> "Speaker":
         """The same model with the adapter of a directory, or without any."""
+        if with_tokens_of(self.section, adapter) != self.section:
+            return self._of(self.section, adapter).adapted(adapter, template)
         tokenizer = self.pretrained.tokenizer
         notes = adapter_notes(adapter) if adapter else {}
         own = "tokenizer" if tokenizer.chat_template else "plain"

@@ -42,11 +42,13 @@ def unstacked(module: Any, params: Params) -> tuple[Any, Params]:
 
 
 def _gains(module: Any, model: CausalLM, params: Params) -> bool:
+    # Quantized kernels and random keys have no plain memory to look at.
     leaves = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, QuantizedTensor))
     return (
         jax.default_backend() == "cpu"
         and model.config.num_hidden_layers <= _MOST_LAYERS
         and getattr(module, "layouts_of_params", None) is None
         and all(isinstance(x, np.ndarray | jax.Array) for x in leaves)
+        and not any(jax.dtypes.issubdtype(x.dtype, jax.dtypes.extended) for x in leaves)
         and all(len(x.devices()) == 1 for x in leaves if isinstance(x, jax.Array))
     )

@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from lora_jax._commands import Speaker, merge_directories
+from lora_jax._commands import merge_directories
+from lora_jax._speaker import Speaker
 from lora_jax.models import load_pretrained, load_without_weights
 from lora_jax.train import adapter_notes, prepare, prepare_abstract, run
 from lora_jax.train._loop import save_result
