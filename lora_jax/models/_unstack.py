@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from .._tree import is_below, leaves_with_path, tree_from_paths
@@ -49,6 +50,6 @@ def _gains(module: Any, model: CausalLM, params: Params) -> bool:
         and model.config.num_hidden_layers <= _MOST_LAYERS
         and getattr(module, "layouts_of_params", None) is None
         and all(isinstance(x, np.ndarray | jax.Array) for x in leaves)
-        and not any(jax.dtypes.issubdtype(x.dtype, jax.dtypes.extended) for x in leaves)
+        and not any(jnp.issubdtype(x.dtype, jax.dtypes.extended) for x in leaves)
         and all(len(x.devices()) == 1 for x in leaves if isinstance(x, jax.Array))
     )
