@@ -103,7 +103,7 @@ def attend_cached(
     batch, seq, heads, d = query.shape
     how = _How(d**-0.5 if scale is None else scale, cap, score_bytes)
     grouped = query.reshape(batch, seq, key.shape[1], -1, d).transpose(0, 2, 3, 1, 4)
-    out = _attend(how, grouped, key, value, mask[:, :, None])
+    out: Array = _attend(how, grouped, key, value, mask[:, :, None])
     return out.transpose(0, 3, 1, 2, 4).reshape(batch, seq, heads, d)
 
 

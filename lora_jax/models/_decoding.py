@@ -51,7 +51,7 @@ class Request:
     lengths: Int[Array | np.ndarray, " batch"]
     limits: Int[Array | np.ndarray, " batch"]
     end_ids: Int[Array | np.ndarray, " ends"]
-    in_prompt: Bool[Array | np.ndarray, "batch vocab"] | None
+    in_prompt: Bool[Any, "batch vocab"] | None
 
 
 @jax.tree_util.register_dataclass

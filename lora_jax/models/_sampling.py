@@ -115,15 +115,15 @@ class RowParams:
     `key` is that of a row's seed, and `stream` tells rows of one seed apart.
     """
 
-    temperature: Float[Array | np.ndarray, " batch"]
-    top_k: Int[Array | np.ndarray, " batch"]
-    top_p: Float[Array | np.ndarray, " batch"]
-    min_p: Float[Array | np.ndarray, " batch"]
-    repetition_penalty: Float[Array | np.ndarray, " batch"]
-    presence_penalty: Float[Array | np.ndarray, " batch"]
-    frequency_penalty: Float[Array | np.ndarray, " batch"]
-    key: UInt32[Array | np.ndarray, "batch 2"]
-    stream: Int[Array | np.ndarray, " batch"]
+    temperature: Float[Any, " batch"]
+    top_k: Int[Any, " batch"]
+    top_p: Float[Any, " batch"]
+    min_p: Float[Any, " batch"]
+    repetition_penalty: Float[Any, " batch"]
+    presence_penalty: Float[Any, " batch"]
+    frequency_penalty: Float[Any, " batch"]
+    key: UInt32[Any, "batch 2"]
+    stream: Int[Any, " batch"]
 
     @classmethod
     def of(cls, params: SamplingParams, count: int, batch: int, key: Key | None) -> "RowParams":
@@ -142,12 +142,13 @@ class RowParams:
             if field.name not in ("top_k", "seed")
         }
         top_k = np.minimum(np.asarray(params.top_k, np.int64), np.iinfo(np.int32).max)
-        seeds = spread(0 if params.seed is None else params.seed, np.uint64)
+        own_seed: Any = 0 if params.seed is None else params.seed
+        seeds = spread(own_seed, np.uint64)
         words = np.stack([seeds >> np.uint64(32), seeds & np.uint64(2**32 - 1)], axis=1)
         if key is not None and params.seed is None:
             # Two words of any kind of key, which are then one of the kind that is used here.
             words = np.resize(np.asarray(jax.random.bits(key, (2,), "uint32")), (batch, 2))
-        own = np.ndim(params.seed) == 1
+        own = np.ndim(own_seed) == 1
         stream = np.zeros(batch, np.int32) if own else np.arange(batch, dtype=np.int32)
         return cls(
             top_k=spread(top_k, np.int32), key=words.astype(np.uint32), stream=stream, **values
