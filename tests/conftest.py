@@ -11,12 +11,15 @@ ROOT = Path(__file__).parents[1]
 # Set before JAX is imported, and inherited by the processes that tests start.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".jax_cache"))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
-# Tests compile thousands of programs that run once: LLVM's optimizations cost more than they save.
-FLAG = "--xla_backend_optimization_level=0"
-if FLAG not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAG}".strip()
+# Tests compile thousands of programs that run once or twice: LLVM's optimizations and the MLIR
+# pipeline of fused loops cost more than they save, and what was compiled once is worth keeping.
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+for flag in ("--xla_backend_optimization_level=0", "--xla_cpu_use_fusion_emitters=false"):
+    if flag not in os.environ.get("XLA_FLAGS", ""):
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# bitsandbytes would have a C++ compiler make what it computes once.
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import jaxtyping  # noqa: E402

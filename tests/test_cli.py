@@ -15,25 +15,31 @@ from lora_jax._arguments import parsers
 from lora_jax.cli import main
 
 
-@pytest.fixture
-def run_file(base_dir: Path, rows_file: Path, tmp_path: Path) -> Path:
-    path = tmp_path / "run.yaml"
+def write_config(directory: Path, base_dir: Path, rows_file: Path) -> Path:
+    path = directory / "run.yaml"
     config = {
         "model": {"path": str(base_dir), "remat": "everything"},
         "quant": {"format": "nf4"},
         "lora": {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"},
         "data": {"train": str(rows_file), "eval_share": 0.2, "max_length": 64},
         "train": {"steps": 2, "batch_size": 2, "learning_rate": 1e-2, "tensorboard": False},
-        "output": str(tmp_path / "run"),
+        "output": str(directory / "run"),
     }
     path.write_text(yaml.safe_dump(config))
     return path
 
 
 @pytest.fixture
-def trained(run_file: Path, tmp_path: Path) -> Path:
-    main(["train", str(run_file)])
-    return tmp_path / "run"
+def run_file(base_dir: Path, rows_file: Path, tmp_path: Path) -> Path:
+    return write_config(tmp_path, base_dir, rows_file)
+
+
+@pytest.fixture(scope="module")
+def trained(base_dir: Path, rows_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a run left; it is only read."""
+    directory = tmp_path_factory.mktemp("trained")
+    main(["train", str(write_config(directory, base_dir, rows_file))])
+    return directory / "run"
 
 
 def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
@@ -47,21 +53,18 @@ def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     return err
 
 
-def test_train_leaves_what_it_promises(capsys, trained: Path):
-    assert {p.name for p in trained.iterdir()} >= {
-        "adapter", "metrics.jsonl", "loss.png", "report.md", "config.yaml", "checkpoints",
-    }  # fmt: skip
-    losses = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
-    assert [r["step"] for r in losses if "eval_loss" in r] == [0, 2]
-    assert (trained / "loss.png").read_bytes().startswith(b"\x89PNG")
-    report = (trained / "report.md").read_text()
-    assert "| held-out loss |" in report and "nf4" in report
-    assert "held-out loss" in capsys.readouterr().out
-
-
-def test_the_resolved_config_repeats_the_run(trained: Path, tmp_path: Path):
+def test_train_leaves_what_it_promises_and_its_config_repeats_it(capsys, trained, tmp_path):
     again = tmp_path / "again"
     main(["train", str(trained / "config.yaml"), "--output", str(again)])
+    assert {p.name for p in again.iterdir()} >= {
+        "adapter", "metrics.jsonl", "loss.png", "report.md", "config.yaml", "checkpoints",
+    }  # fmt: skip
+    losses = [json.loads(line) for line in (again / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in losses if "eval_loss" in r] == [0, 2]
+    assert (again / "loss.png").read_bytes().startswith(b"\x89PNG")
+    report = (again / "report.md").read_text()
+    assert "| held-out loss |" in report and "nf4" in report
+    assert "held-out loss" in capsys.readouterr().out
     name = "adapter/adapter_model.safetensors"
     assert (again / name).read_bytes() == (trained / name).read_bytes()
 
@@ -218,10 +221,10 @@ def test_an_adapter_of_another_base_is_refused(trained: Path, data_dir: Path, ca
     assert "another base" in refused(capsys, *words)
 
 
-def test_a_second_run_does_not_overwrite_the_first(trained: Path, run_file: Path, capsys):
+def test_a_second_run_does_not_overwrite_the_first(trained: Path, capsys):
     capsys.readouterr()
     before = (trained / "metrics.jsonl").read_bytes()
-    message = refused(capsys, "train", str(run_file))
+    message = refused(capsys, "train", str(trained.parent / "run.yaml"))
     assert "nothing to resume" in message and "run-2" in message
     assert (trained / "metrics.jsonl").read_bytes() == before
 

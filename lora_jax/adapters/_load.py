@@ -205,7 +205,8 @@ def _read_target(
         names = (*names, bias_name(target.path))
         stacks.append(np.concatenate(biases).astype(dtype))
     for path, value in zip(names, stacks, strict=True):
-        yield path, jnp.asarray(value.reshape((*target.lead, *value.shape[1:])))
+        # `jnp.asarray` would compile a copy for every shape.
+        yield path, jax.device_put(value.reshape((*target.lead, *value.shape[1:])))
 
 
 def _check_tied_head(tied: SharedTable, leaves: dict[str, Any], take: Reader) -> None:

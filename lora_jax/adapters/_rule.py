@@ -1,6 +1,7 @@
 """The rules by which tensors of several adapters become one tensor."""
 
 import dataclasses
+import functools
 from typing import Literal, get_args
 
 import jax
@@ -92,15 +93,10 @@ class Rule:
         # Votes and means of 16-bit numbers would be rounded.
         wide = [x.astype(jnp.float32) for x in tensors]
         own = keys if keys else [None] * len(wide)
-        pruned = jnp.stack([self._prune(x, key) for x, key in zip(wide, own, strict=True)])
-        weighted = weights[:, None, None] * pruned
+        pruned = [self._prune(x, key) for x, key in zip(wide, own, strict=True)]
         if not self.base.endswith("ties"):
-            return weighted.sum(0)
-        # Before they are weighted, as in PEFT: a negative weight turns what was elected.
-        votes = pruned if self.majority_sign_method == "total" else jnp.sign(pruned)
-        elected = jnp.where(votes.sum(0) >= 0, 1, -1)
-        follows = jnp.sign(pruned) == elected
-        return jnp.where(follows, weighted, 0).sum(0) / jnp.maximum(follows.sum(0), 1)
+            return _sum(pruned, weights)
+        return _mean_of_elected(pruned, weights, self.majority_sign_method == "total")
 
     def _prune(self, x: Array, key: Key | None) -> Array:
         if self.density is None:
@@ -108,8 +104,25 @@ class Rule:
         return drop(x, key, 1 - self.density) if self.is_random else _largest(x, self.density)
 
 
+@functools.partial(jax.jit, static_argnums=1)
 def _largest(x: Array, density: float) -> Array:
     """The share `density` of largest magnitude, rounded down to a number; zero elsewhere."""
     _, kept = jax.lax.top_k(jnp.abs(x).ravel(), int(density * x.size))
     mask = jnp.zeros(x.size, bool).at[kept].set(True)
     return jnp.where(mask.reshape(x.shape), x, 0)
+
+
+@jax.jit
+def _sum(tensors: list[Array], weights: Array) -> Array:
+    return (weights[:, None, None] * jnp.stack(tensors)).sum(0)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _mean_of_elected(tensors: list[Array], weights: Array, by_size: bool) -> Array:
+    stack = jnp.stack(tensors)
+    # Before they are weighted, as in PEFT: a negative weight turns what was elected.
+    votes = stack if by_size else jnp.sign(stack)
+    elected = jnp.where(votes.sum(0) >= 0, 1, -1)
+    follows = jnp.sign(stack) == elected
+    weighted = jnp.where(follows, weights[:, None, None] * stack, 0)
+    return weighted.sum(0) / jnp.maximum(follows.sum(0), 1)

@@ -74,23 +74,17 @@ class LoraParam(meta.AxisMetadata):
             InputError: if a magnitude is to be taken out again: what length the columns had is
                 not known any more.
         """
-        if isinstance(self.base, QuantizedTensor):
-            base = dequantize(self.base, jnp.float32)
-        else:
-            base = meta.unbox(self.base)
-        kernel_shape = base.shape[self.lora_A.ndim - 2 :]
+        if self.magnitude is not None and sign < 0:
+            raise InputError(
+                f"{self.path}: a merged DoRA cannot be taken out again; keep the base instead"
+            )
+        shape, own = leaf_shape(self.base)
+        kernel_shape = shape[self.lora_A.ndim - 2 :]
         contracting = contracting_axes(self.contracting, self.path, len(kernel_shape))
         check_shapes(dataclasses.replace(self, contracting=contracting))
-        delta = dense_delta(self.lora_A, self.lora_B, self.scaling, kernel_shape, contracting)
-        _, own = leaf_shape(self.base)
-        dense = base.astype(jnp.float32) + sign * delta
-        if self.magnitude is not None:
-            if sign < 0:
-                raise InputError(
-                    f"{self.path}: a merged DoRA cannot be taken out again; keep the base instead"
-                )
-            dense = dense * self._scale_of_columns(dense, contracting)
-        return dense.astype(own if dtype is None else dtype)
+        factors = (self.lora_A, self.lora_B, self.scaling, self.magnitude)
+        dtype = jnp.dtype(own if dtype is None else dtype)
+        return _adapted(self.base, *factors, sign, contracting, dtype)
 
     def shifted_bias(self, bias: Array, sign: float) -> Array:
         """b + sign·scaling·bias_B for the layer's own bias, in float32.
@@ -106,17 +100,6 @@ class LoraParam(meta.AxisMetadata):
             )
         delta = self.scaling[..., None] * self.lora_B_bias.astype(jnp.float32)
         return bias.astype(jnp.float32) + sign * delta.reshape(bias.shape)
-
-    def _scale_of_columns(self, dense: Array, contracting: tuple[int, ...]) -> Array:
-        """What gives the columns of a dense sum their magnitudes, shaped to multiply it."""
-        assert self.magnitude is not None
-        stack = self.scaling.ndim
-        axes = tuple(stack + axis for axis in contracting)
-        # A constant in gradients, as in `dora_linear`.
-        norm = jax.lax.stop_gradient(jnp.sqrt(jnp.sum(jnp.square(dense), axis=axes, keepdims=True)))
-        scale = self.magnitude.astype(jnp.float32).reshape(norm.shape) / norm
-        unadapted = (self.scaling == 0).reshape(self.scaling.shape + (1,) * (norm.ndim - stack))
-        return jnp.where(unadapted, 1.0, scale)
 
     def linear(self, x: Array, kernel: Array | QuantizedTensor, precision: Any = None) -> Array:
         """The layer y = x·W for inputs (..., d_in), with `kernel` the base as a matrix."""
@@ -165,6 +148,41 @@ class LoraParam(meta.AxisMetadata):
 
     def remove_axis(self, index: int, params: dict[Any, Any]) -> "LoraParam":
         return dataclasses.replace(self, base=meta.remove_axis(self.base, index, params))
+
+
+@functools.partial(jax.jit, static_argnums=(5, 6, 7), inline=True)
+def _adapted(
+    base: Any,
+    lora_A: Array,
+    lora_B: Array,
+    scaling: Array,
+    magnitude: Array | None,
+    sign: float,
+    contracting: tuple[int, ...],
+    dtype: Any,
+) -> Array:
+    """W0 + sign·scaling·A·B, its columns as long as the magnitudes say, rounded once."""
+    quantized = isinstance(base, QuantizedTensor)
+    base = dequantize(base, jnp.float32) if quantized else meta.unbox(base)
+    kernel_shape = base.shape[lora_A.ndim - 2 :]
+    delta = dense_delta(lora_A, lora_B, scaling, kernel_shape, contracting)
+    dense = base.astype(jnp.float32) + sign * delta
+    if magnitude is not None:
+        dense = dense * _scale_of_columns(dense, scaling, magnitude, contracting)
+    return dense.astype(dtype)
+
+
+def _scale_of_columns(
+    dense: Array, scaling: Array, magnitude: Array, contracting: tuple[int, ...]
+) -> Array:
+    """What gives the columns of a dense sum their magnitudes, shaped to multiply it."""
+    stack = scaling.ndim
+    axes = tuple(stack + axis for axis in contracting)
+    # A constant in gradients, as in `dora_linear`.
+    norm = jax.lax.stop_gradient(jnp.sqrt(jnp.sum(jnp.square(dense), axis=axes, keepdims=True)))
+    scale = magnitude.astype(jnp.float32).reshape(norm.shape) / norm
+    unadapted = (scaling == 0).reshape(scaling.shape + (1,) * (norm.ndim - stack))
+    return jnp.where(unadapted, 1.0, scale)
 
 
 def box_adapters(params: Params, layouts: Layouts | None = None) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """DoRA: the magnitude of every output learned apart from its direction."""
 
+import functools
 from typing import Any
 
 import jax
@@ -87,6 +88,7 @@ def column_scale(
     return jnp.where(jnp.asarray(scaling) == 0, 1.0, scale)
 
 
+@functools.partial(jax.jit, inline=True)
 def column_norm(kernel: Any, lora_A: Array, lora_B: Array, scaling: Any) -> Float[Array, " d_out"]:
     """‖W0 + scaling·A·B‖ of every column, without the dense sum, in float32.
 

@@ -2,6 +2,7 @@
 
 import functools
 import zlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -101,9 +102,8 @@ def fresh_adapter(
     targets = find_targets(base_params, config, layouts=layouts)
     for target in targets:
         a, b = _factors(key, target, config)
-        scaling = jnp.asarray(target.of_matrices(target.scalings), jnp.float32)
-        scaling = scaling.reshape(target.lead)
-        values = (a.astype(dtype), b.astype(dtype), scaling)
+        scaling = np.asarray(target.of_matrices(target.scalings), np.float32).reshape(target.lead)
+        values = (a.astype(dtype), b.astype(dtype), jax.device_put(scaling))
         leaves.update(zip(adapter_names(target.path), values, strict=True))
         if config.use_dora:
             leaves[magnitude_name(target.path)] = magnitudes(params[target.path], target, *values)
@@ -128,8 +128,13 @@ def fresh_adapter(
 def magnitudes(weight: Any, target: Target, a: Array, b: Array, scaling: Array) -> Array:
     """‖W0 + scaling·A·B‖ of every column of a target, float32, one layer at a time."""
     _check_values(target.path, weight, "use_dora measures")
-    contracting = target.layout.contracting or (0,)
+    return _norms(target.layout.contracting or (0,), len(target.lead), (weight, a, b, scaling))
 
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _norms(
+    contracting: tuple[int, ...], lead: int, parts: tuple[Any, Array, Array, Array]
+) -> Array:
     def of_layer(parts: Any) -> Array:
         kernel, *factors = parts
         if not isinstance(kernel, QuantizedTensor) or kernel.contracting != contracting:
@@ -137,9 +142,9 @@ def magnitudes(weight: Any, target: Target, a: Array, b: Array, scaling: Array) 
         return column_norm(kernel, *factors)
 
     of_all = of_layer
-    for _ in target.lead:
+    for _ in range(lead):
         of_all = functools.partial(jax.lax.map, of_all)
-    return of_all((weight, a, b, scaling))
+    return of_all(parts)
 
 
 def with_dropout(key: Key, adapter: Params, rate: float) -> dict[str, Any]:
@@ -178,55 +183,107 @@ def with_dropout(key: Key, adapter: Params, rate: float) -> dict[str, Any]:
 
 def fold_in_name(key: Key, name: str) -> Key:
     """A key for one name, whatever other names there are."""
-    return jax.random.fold_in(key, np.uint32(zlib.crc32(name.encode())))
+    return jax.random.fold_in(key, _number_of(name))
+
+
+def _number_of(name: str) -> np.uint32:
+    return np.uint32(zlib.crc32(name.encode()))
 
 
 def _factors(key: Key, target: Target, config: LoraConfig) -> tuple[Array, Array]:
     """A (*lead, d_in, rank) and B (*lead, rank, d_out), padded to the largest rank."""
-    width = max(target.ranks)
-    pairs = []
-    for name, rank in zip(target.names, target.ranks, strict=True):
-        own = fold_in_name(key, name)
-        a, b = _of_layer(own, target, rank, config) if rank else _nothing(target)
-        none, pad = (0, 0), (0, width - rank)
-        pairs.append((jnp.pad(a, (none, none, pad)), jnp.pad(b, (none, pad, none))))
-    a, b = (jnp.concatenate(factors) for factors in zip(*pairs, strict=True))
-    return a.reshape(*target.lead, *a.shape[1:]), b.reshape(*target.lead, *b.shape[1:])
+    width, pairs, order = max(target.ranks), [], []
+    for rank in sorted(set(target.ranks)):
+        layers = [i for i, own in enumerate(target.ranks) if own == rank]
+        a, b = _of_layers(key, [target.names[i] for i in layers], target, rank, config)
+        if rank < width:
+            none, pad = (0, 0), (0, width - rank)
+            a, b = jnp.pad(a, (none, none, none, pad)), jnp.pad(b, (none, none, pad, none))
+        pairs.append((a, b))
+        order += layers
+    (a, b), *others = pairs
+    if others:
+        back = np.argsort(order)
+        a, b = (jnp.concatenate(factors)[back] for factors in zip(*pairs, strict=True))
+    return a.reshape(*target.lead, *a.shape[2:]), b.reshape(*target.lead, *b.shape[2:])
 
 
-def _of_layer(key: Key, target: Target, rank: int, config: LoraConfig) -> tuple[Array, Array]:
-    """The factors of a layer's matrices, (experts, d_in, rank) and (experts, rank, d_out)."""
-    keys = key[None] if target.experts is None else jax.random.split(key, target.experts)
-    return jax.vmap(lambda own: _factor_pair(own, target, rank, config))(keys)
-
-
-def _factor_pair(key: Key, target: Target, rank: int, config: LoraConfig) -> tuple[Array, Array]:
-    key_a, key_b = jax.random.split(key)
+def _of_layers(
+    key: Key, names: list[str], target: Target, rank: int, config: LoraConfig
+) -> tuple[Array, Array]:
+    """The factors of layers of one rank, (layers, experts, d_in, rank) and (..., rank, d_out)."""
+    init, experts = config.init_lora_weights, target.experts
     shape_a, shape_b = (target.d_in, rank), (rank, target.d_out)
+    lead = (len(names), experts or 1)
+    if not rank:
+        return jnp.zeros((*lead, *shape_a)), jnp.zeros((*lead, *shape_b))
+    numbers = np.array([_number_of(name) for name in names])
+    if init == "orthogonal" and not is_embedding(target.path):
+        return _orthogonal(_keys(key, numbers, experts, 3), shape_a, shape_b)
+    keys_a, keys_b = _keys(key, numbers, experts, 2)
     if is_embedding(target.path):
-        a = jnp.zeros(shape_a) if config.init_lora_weights else jax.random.normal(key_a, shape_a)
-        return a, jax.random.normal(key_b, shape_b)
-    if config.init_lora_weights == "gaussian":
-        return jax.random.normal(key_a, shape_a) / rank, jnp.zeros(shape_b)
-    if config.init_lora_weights == "orthogonal":
-        return _orthogonal(key, target, rank)
-    a = _uniform(key_a, shape_a, target.d_in)
+        a = jnp.zeros((*lead, *shape_a)) if init else _normal(keys_a, shape_a)
+        return a, _normal(keys_b, shape_b)
+    a = (
+        _normal(keys_a, shape_a) / rank
+        if init == "gaussian"
+        else _uniform(keys_a, shape_a, target.d_in**-0.5)
+    )
+    if init:
+        return a, jnp.zeros((*lead, *shape_b))
     # PEFT's B of all experts is one layer, with as many inputs.
-    fan_in = rank * (target.experts or 1)
-    b = jnp.zeros(shape_b) if config.init_lora_weights else _uniform(key_b, shape_b, fan_in)
-    return a, b
+    return a, _uniform(keys_b, shape_b, (rank * (experts or 1)) ** -0.5)
 
 
-def _orthogonal(key: Key, target: Target, rank: int) -> tuple[Array, Array]:
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _keys(key: Key, numbers: Array, experts: int | None, parts: int) -> list[Key]:
+    """So many keys (layers, experts) of matrices: of a layer's number, and there of an expert's."""
+
+    def of_layer(number: Array) -> Key:
+        own = jax.random.fold_in(key, number)
+        keys = own[None] if experts is None else jax.random.split(own, experts)
+        return jax.vmap(functools.partial(jax.random.split, num=parts))(keys)
+
+    keys = jax.vmap(of_layer)(numbers)
+    return [keys[:, :, i] for i in range(parts)]
+
+
+# Each kind of factor is a program of its own, which all targets share that have its shape: most of
+# the time of a start goes into compiling these.
+def _each(draw: Callable[..., Any], *keys: Key) -> Any:
+    # In turn: some generators draw other numbers for several keys at once.
+    of_layer = functools.partial(jax.lax.map, lambda own: draw(*own))
+    return jax.lax.map(of_layer, keys)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _normal(keys: Key, shape: tuple[int, ...]) -> Array:
+    return _each(lambda key: jax.random.normal(key, shape), keys)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _uniform(keys: Key, shape: tuple[int, ...], bound: Array | float) -> Array:
+    """Numbers within ±bound."""
+    return _each(lambda key: jax.random.uniform(key, shape, minval=-bound, maxval=bound), keys)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _orthogonal(
+    keys: list[Key], shape_a: tuple[int, int], shape_b: tuple[int, int]
+) -> tuple[Array, Array]:
     """A from the even rows of an orthogonal matrix, B from the odd ones, so that A·B = 0.
 
     Source: PEFT's `init_lora_weights="orthogonal"`, and its factor of a tenth.
     """
-    key_q, key_a, key_b = jax.random.split(key, 3)
-    q, _ = jnp.linalg.qr(jax.random.normal(key_q, (rank, rank)))
-    a = jax.random.normal(key_a, (target.d_in, rank // 2)) @ q[0::2]
-    b = q[1::2].T @ jax.random.normal(key_b, (rank // 2, target.d_out))
-    return a / 10, b / 10
+    (d_in, rank), (_, d_out) = shape_a, shape_b
+
+    def draw(key_q: Key, key_a: Key, key_b: Key) -> Any:
+        q, _ = jnp.linalg.qr(jax.random.normal(key_q, (rank, rank)))
+        a = jax.random.normal(key_a, (d_in, rank // 2)) @ q[0::2]
+        b = q[1::2].T @ jax.random.normal(key_b, (rank // 2, d_out))
+        return a / 10, b / 10
+
+    return _each(draw, *keys)
 
 
 def _biases_on_b(key: Key, target: Target, config: LoraConfig) -> Array:
@@ -236,7 +293,8 @@ def _biases_on_b(key: Key, target: Target, config: LoraConfig) -> Array:
     for name, rank in zip(target.names, target.ranks, strict=True):
         own = fold_in_name(key, f"{name}/lora_B_bias")
         random = rank and not config.init_lora_weights
-        biases.append(_uniform(own, shape, rank * count) if random else jnp.zeros(shape))
+        bound = (rank * count) ** -0.5 if random else 0.0
+        biases.append(_uniform(own[None, None], shape, bound)[0, 0] if random else jnp.zeros(shape))
     return jnp.concatenate(biases).reshape(*target.lead, -1)
 
 
@@ -250,16 +308,6 @@ def _check_ranks(target: Target) -> None:
                 f" {target.d_out}; a rank above {most} adds parameters and no directions: lower r,"
                 " or set this module's in rank_pattern"
             )
-
-
-def _uniform(key: Key, shape: tuple[int, ...], fan_in: int) -> Array:
-    bound = fan_in**-0.5
-    return jax.random.uniform(key, shape, minval=-bound, maxval=bound)
-
-
-def _nothing(target: Target) -> tuple[Array, Array]:
-    count = target.experts or 1
-    return jnp.zeros((count, target.d_in, 0)), jnp.zeros((count, 0, target.d_out))
 
 
 def _check_values(path: str, leaf: Any, what: str) -> None:

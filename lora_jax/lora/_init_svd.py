@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from .._config import LoraConfig
 from .._errors import InputError
@@ -99,11 +100,7 @@ def init_olora(
 
     def split(weight: Array, target: Target) -> tuple[Any, Array, Array]:
         check_rank(target)
-        q, r = jnp.linalg.qr(layer_matrices(weight, target).swapaxes(-1, -2))
-        width = max(target.ranks)
-        used = jnp.arange(width) < target.of_matrices(target.ranks)[:, None]
-        a = jnp.where(used[:, None, :], r[:, :width].swapaxes(-1, -2), 0.0)
-        b = jnp.where(used[:, :, None], q[..., :width].swapaxes(-1, -2), 0.0)
+        a, b = _orthogonal_factors(weight, target)
         a, b = as_adapter(a, b, target, config)
         return without_delta(weight, a, b, target, quant), a, b
 
@@ -220,12 +217,31 @@ def low_rank(
         InputError: for a rank above the target's smaller dimension.
     """
     check_rank(target)
+    a, b = _nearest_factors(weight, target, svd)
+    return as_adapter(a, b, target, config)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _nearest_factors(weight: Array, target: Target, svd: Callable[..., Any]) -> tuple[Array, Array]:
     width = max(target.ranks)
     scalings = jnp.asarray(target.of_matrices(target.scalings), jnp.float32)
     u, s, vt = svd(layer_matrices(weight, target), width)
-    used = jnp.arange(width) < target.of_matrices(target.ranks)[:, None]
+    used = _used(target)
     root = jnp.where(used, jnp.sqrt(s / jnp.where(used, scalings[:, None], 1.0)), 0.0)
-    return as_adapter(u * root[:, None, :], root[:, :, None] * vt, target, config)
+    return u * root[:, None, :], root[:, :, None] * vt
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _orthogonal_factors(weight: Array, target: Target) -> tuple[Array, Array]:
+    q, r = jnp.linalg.qr(layer_matrices(weight, target).swapaxes(-1, -2))
+    width, used = max(target.ranks), _used(target)
+    a = jnp.where(used[:, None, :], r[:, :width].swapaxes(-1, -2), 0.0)
+    return a, jnp.where(used[:, :, None], q[..., :width].swapaxes(-1, -2), 0.0)
+
+
+def _used(target: Target) -> np.ndarray:
+    """(matrices, width): which directions the rank of each matrix has."""
+    return np.arange(max(target.ranks)) < target.of_matrices(target.ranks)[:, None]
 
 
 def _randomized_svd(matrices: Array, width: int, niter: int) -> tuple[Array, Array, Array]:

@@ -1,5 +1,7 @@
 """The delta of an adapter: the only place where `scaling·A·B` is computed."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Float, Int
@@ -94,6 +96,7 @@ def look_up_delta(
     return (scaling * rows).astype(rows.dtype) @ lora_B
 
 
+@functools.partial(jax.jit, static_argnums=(3, 4), inline=True)
 def dense_delta(
     lora_A: Float[Array, "*stack d_in rank"],
     lora_B: Float[Array, "*stack rank d_out"],

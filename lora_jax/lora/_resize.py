@@ -1,6 +1,7 @@
 """Adapters of another rank, and the low-rank product nearest to a given one."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -58,17 +59,24 @@ def resize_adapter(
         path_b, path_scaling = f"{prefix}lora_B", f"{prefix}lora_scaling"
         if missing := [path for path in (path_b, path_scaling) if path not in leaves]:
             raise InputError(f"resize_adapter: {path_a} has no {missing[0]} beside it")
-        factor = jnp.asarray(leaves[path_scaling], jnp.float32)[..., None, None]
-        a, b = nearest_factors(leaves[path_a], factor * leaves[path_b], rank)
-        # A layer without an adapter stays one.
-        a, scaling = jnp.where(factor == 0, 0, a), jnp.where(factor == 0, 0, 1)[..., 0, 0]
-        leaves[path_a] = a.astype(leaves[path_a].dtype)
-        leaves[path_b] = b.astype(leaves[path_b].dtype)
-        leaves[path_scaling] = scaling.astype(jnp.float32)
+        scaling = jnp.asarray(leaves[path_scaling], jnp.float32)
         if (path_bias := f"{path_b}_bias") in leaves:
             bias = leaves[path_bias]
-            leaves[path_bias] = (factor[..., 0] * bias).astype(bias.dtype)
+            leaves[path_bias] = (scaling[..., None] * bias).astype(bias.dtype)
+        paths = (path_a, path_b, path_scaling)
+        resized = _resized(leaves[path_a], leaves[path_b], scaling, rank)
+        leaves |= dict(zip(paths, resized, strict=True))
     return tree_from_paths(leaves), unit_scaled(config, rank)
+
+
+@functools.partial(jax.jit, static_argnums=3)
+def _resized(a: Array, b: Array, scaling: Array, rank: int) -> tuple[Array, Array, Array]:
+    """The factors of another rank, and their scaling."""
+    factor = scaling[..., None, None]
+    new_a, new_b = nearest_factors(a, factor * b, rank)
+    # A layer without an adapter stays one.
+    new_a = jnp.where(factor == 0, 0, new_a)
+    return new_a.astype(a.dtype), new_b.astype(b.dtype), (scaling != 0).astype(jnp.float32)
 
 
 def unit_scaled(config: LoraConfig, rank: int) -> LoraConfig:
@@ -88,6 +96,7 @@ def unit_scaled(config: LoraConfig, rank: int) -> LoraConfig:
     )
 
 
+@functools.partial(jax.jit, static_argnums=2)
 def nearest_factors(
     lora_A: Float[Array, "*stack d_in width"], lora_B: Float[Array, "*stack width d_out"], rank: int
 ) -> tuple[Float[Array, "*stack d_in new"], Float[Array, "*stack new d_out"]]:

@@ -65,6 +65,8 @@ def unpack(codes: Array) -> tuple[Array, Array]:
     return codes >> 4, codes & 15
 
 
+# Traced once for each shape, however many layers read it.
+@functools.partial(jax.jit, static_argnums=1, inline=True)
 def lookup(index: Array, format: str) -> Array:
     """The float32 value at each index of 0..15."""
     if format == "int4":
@@ -104,6 +106,7 @@ def _zero_read_off(integer: Array) -> Array:
     return (integer & 0).astype(jnp.float32)
 
 
+@functools.partial(jax.jit, static_argnames="signed", inline=True)
 def dynamic_values(codes: Array, *, signed: bool = True) -> Array:
     """Float32 values of the dynamic 8-bit type, ascending in its 256 codes.
 

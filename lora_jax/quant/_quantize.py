@@ -60,22 +60,17 @@ def quantize(
     2017, "Quantization and Training of Neural Networks", equation 1.
     """
     axes = _contracted_axes(weight, stacked, contracting)
-    stack, kernel_shape = weight.shape[:stacked], weight.shape[stacked:]
-    features = tuple(i for i in range(len(kernel_shape)) if i not in axes)
-    d_in = math.prod(kernel_shape[i] for i in axes)
-    kernels = jnp.asarray(weight).reshape(-1, *kernel_shape)
-    kernels = kernels.transpose(0, *(i + 1 for i in (*axes, *features)))
-    matrices = kernels.reshape(len(kernels), d_in, -1)
-    arrays = _quantize_matrices(config, matrices)
-    _check_finite(weight, arrays)
-    arrays = jax.tree.map(lambda x: x.reshape(*stack, *x.shape[1:]), arrays)
+    array = jnp.asarray(weight)
+    arrays, finite = _quantize_kernels(config, stacked, axes, array)
+    if not isinstance(finite, Tracer) and not finite:
+        _refuse_not_finite(weight)
     return QuantizedTensor(
         *arrays,
         format=config.format,
         block_size=config.block_size,
-        kernel_shape=tuple(kernel_shape),
+        kernel_shape=tuple(weight.shape[stacked:]),
         contracting=axes,
-        dtype=matrices.dtype,
+        dtype=array.dtype,
     )
 
 
@@ -93,10 +88,24 @@ def config_of(q: QuantizedTensor) -> QuantConfig:
 _Arrays = tuple[Array, Array, Array | None, Array | None, Array | None]
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _quantize_matrices(config: QuantConfig, matrices: Array) -> _Arrays:
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _quantize_kernels(
+    config: QuantConfig, stacked: int, axes: tuple[int, ...], weight: Array
+) -> tuple[_Arrays, Array]:
+    """The arrays of all kernels, and whether every value is finite."""
+    stack, kernel_shape = weight.shape[:stacked], weight.shape[stacked:]
+    features = tuple(i for i in range(len(kernel_shape)) if i not in axes)
+    d_in = math.prod(kernel_shape[i] for i in axes)
+    kernels = weight.reshape(-1, *kernel_shape)
+    kernels = kernels.transpose(0, *(i + 1 for i in (*axes, *features)))
+    matrices = kernels.reshape(len(kernels), d_in, -1)
     # In turn rather than at once, so that only one matrix has float32 copies.
-    return jax.lax.map(functools.partial(_quantize_matrix, config), matrices)
+    arrays = jax.lax.map(functools.partial(_quantize_matrix, config), matrices)
+    # A block's absmax shows what its values are.
+    _, scales, _, nested_scales, offset = arrays
+    shown = (scales,) if offset is None else (nested_scales, offset)
+    finite = jnp.stack([jnp.isfinite(x).all() for x in shown]).all()
+    return jax.tree.map(lambda x: x.reshape(*stack, *x.shape[1:]), arrays), finite
 
 
 def _quantize_matrix(config: QuantConfig, matrix: Array) -> _Arrays:
@@ -200,14 +209,7 @@ def _contracted_axes(
     return axes
 
 
-def _check_finite(weight: Any, arrays: _Arrays) -> None:
-    """Refuse NaN and infinity where values are at hand; a block's absmax shows them."""
-    _, scales, _, nested_scales, offset = arrays
-    shown = scales if offset is None else (nested_scales, offset)
-    if isinstance(scales, Tracer) or all(
-        bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(shown)
-    ):
-        return
+def _refuse_not_finite(weight: Any) -> None:
     bad = np.argwhere(~np.isfinite(np.asarray(weight, np.float32)))
     if len(bad):
         first = tuple(int(i) for i in bad[0])

@@ -20,6 +20,7 @@ from lora_jax._tree import leaves_with_path, map_with_path
 from lora_jax.adapters import AdapterBank
 from lora_jax.lora import choose_rows
 from lora_jax.models import CausalLM, ModelConfig, generate, quantize_params
+from tests import compiled
 
 SHAPE = ModelConfig(
     vocab_size=40,
@@ -37,7 +38,7 @@ IDS = jax.random.randint(jax.random.key(3), (4, 6), 0, 40)
 
 @pytest.fixture(scope="module")
 def base():
-    return CausalLM(SHAPE).init(jax.random.key(0), IDS)["params"]
+    return compiled.init(CausalLM(SHAPE), jax.random.key(0), IDS)
 
 
 def config(**fields):
@@ -172,16 +173,16 @@ class Net(nn.Module):
 
 def test_layers_of_more_axes(base):
     model, x = Net(), jax.random.normal(jax.random.key(0), (3, 4, 6))
-    params = model.init(jax.random.key(1), x)["params"]
+    params = compiled.init(model, jax.random.key(1), x)
     adapted = lora_linen(model)
     layouts = adapted.layouts(params, x)
     own = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False, use_dora=True)
     bank = AdapterBank.empty(params, own, slots=2, layouts=layouts)
     adapter = init_adapter(jax.random.key(2), params, own, layouts=layouts)
     bank = bank.swap("a", adapter)
-    found = adapted.apply({"params": combine(params, bank.overlay([None, "a", "a"]))}, x)
-    assert close(found[0], model.apply({"params": params}, x)[0])
-    assert close(found[1:], adapted.apply({"params": combine(params, adapter)}, x)[1:])
+    found = compiled.apply(adapted, combine(params, bank.overlay([None, "a", "a"])), x)
+    assert close(found[0], compiled.apply(model, params, x)[0])
+    assert close(found[1:], compiled.apply(adapted, combine(params, adapter), x)[1:])
 
 
 def test_each_row_has_its_own_bias(base):
@@ -264,8 +265,8 @@ def test_what_no_row_can_have_is_refused_where_it_is_used(base):
     with pytest.raises(InputError, match=r"each of 3 rows, but its input has shape \(4, 6, 32\)"):
         logits(base, bank.overlay(["a"] * 3))
     x = jnp.ones((2, 6))
-    params = Raw().init(jax.random.key(0), x)["params"]
+    params = compiled.init(Raw(), jax.random.key(0), x)
     raw = LoraConfig(r=2, target_modules=["w"])
     bank = AdapterBank.empty(params, raw, slots=1)
     with pytest.raises(InputError, match="reads it as a whole"):
-        lora_linen(Raw()).apply({"params": combine(params, bank.overlay([None, None]))}, x)
+        compiled.apply(lora_linen(Raw()), combine(params, bank.overlay([None, None])), x)

@@ -26,6 +26,7 @@ from lora_jax._tree import leaves_with_path, tree_from_paths  # noqa: E402
 from lora_jax.adapters import load_adapter, save_adapter  # noqa: E402
 from lora_jax.lora import KernelLayout  # noqa: E402
 from lora_jax.models import load_pretrained  # noqa: E402
+from tests import compiled  # noqa: E402
 
 pytestmark = pytest.mark.oracle
 LAYOUTS = {"model/layers": KernelLayout(stack="model/layers")}
@@ -79,7 +80,7 @@ def their_logits(model):
 
 
 def logits(pretrained, params):
-    return lora_linen(pretrained.module).apply({"params": params}, jnp.asarray(IDS))
+    return compiled.apply(lora_linen(pretrained.module), params, jnp.asarray(IDS))
 
 
 def assert_near(got, expected):
@@ -117,7 +118,7 @@ def test_peft_computes_what_we_saved(base, tmp_path, fields):
     assert np.abs(plain - expected).max() > 1e-2 * np.abs(expected).max()
     assert_near(logits(pretrained, combine(pretrained.params, adapter)), expected)
     merged = merge_adapter(pretrained.params, adapter, layouts=LAYOUTS)
-    assert_near(pretrained.module.apply({"params": merged}, jnp.asarray(IDS)), expected)
+    assert_near(compiled.apply(pretrained.module, merged, jnp.asarray(IDS)), expected)
 
 
 @pytest.mark.filterwarnings("ignore:Adapter 'default'")  # PEFT takes a bias for a sharded factor
@@ -136,7 +137,7 @@ def test_what_peft_saved_is_read_and_written_again(base, tmp_path, fields):
     assert_near(logits(pretrained, combine(pretrained.params, adapter)), expected)
     merged = merge_adapter(pretrained.params, adapter, layouts=LAYOUTS)
     assert_near(their_logits(model.merge_and_unload()), expected)
-    assert_near(pretrained.module.apply({"params": merged}, jnp.asarray(IDS)), expected)
+    assert_near(compiled.apply(pretrained.module, merged, jnp.asarray(IDS)), expected)
     save_adapter(tmp_path / "ours", adapter, config, layouts=LAYOUTS)
     theirs, ours = (
         load_file(tmp_path / who / "adapter_model.safetensors") for who in ("theirs", "ours")
@@ -171,7 +172,7 @@ def test_the_same_is_trained_by_the_same_gradient(base, tmp_path, fields):
         params = combine(combine(pretrained.params, frozen), trained)
         return jnp.mean(logits(pretrained, params) ** 2)
 
-    gradient = combine(frozen, jax.grad(loss)(trained))
+    gradient = combine(frozen, jax.jit(jax.grad(loss))(trained))
     save_adapter(tmp_path / "g", gradient, config, layouts=LAYOUTS)
     ours = load_file(tmp_path / "g" / "adapter_model.safetensors")
     assert ours.keys() == theirs.keys()

@@ -15,6 +15,7 @@ transformers = pytest.importorskip("transformers")
 from lora_jax import combine, lora_linen, merge_adapter  # noqa: E402
 from lora_jax.adapters import load_adapter, save_adapter  # noqa: E402
 from lora_jax.models import load_pretrained, save_pretrained  # noqa: E402
+from tests import compiled  # noqa: E402
 
 pytestmark = pytest.mark.oracle
 IDS = np.arange(2, 26, dtype=np.int32).reshape(2, 12)
@@ -104,12 +105,12 @@ def close(found, expected, tolerance=1e-5):
 
 def forward(case, adapter):
     params = combine(case.ours.params, adapter)
-    return lora_linen(case.ours.module).apply({"params": params}, jnp.asarray(IDS))
+    return compiled.apply(lora_linen(case.ours.module), params, jnp.asarray(IDS))
 
 
 def test_logits(case):
     """Those of PEFT's unmerged model: unless tied, its head reads the plain table."""
-    base = case.ours.module.apply({"params": case.ours.params}, jnp.asarray(IDS))
+    base = compiled.apply(case.ours.module, case.ours.params, jnp.asarray(IDS))
     assert np.abs(base - case.expected).max() > 1e-2 * np.abs(case.expected).max()
     close(forward(case, case.adapter), case.expected)
 

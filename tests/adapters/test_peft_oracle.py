@@ -16,6 +16,7 @@ from lora_jax import LoraConfig, combine, init_adapter, lora_linen  # noqa: E402
 from lora_jax.adapters import load_adapter, save_adapter  # noqa: E402
 from lora_jax.lora import KernelLayout  # noqa: E402
 from lora_jax.models import load_pretrained  # noqa: E402
+from tests import compiled  # noqa: E402
 
 pytestmark = pytest.mark.oracle
 LAYOUTS = {"model/layers": KernelLayout(stack="model/layers")}
@@ -40,8 +41,8 @@ def check(model_dir, tmp_path, config):
         adapter["lm_head"]["kernel"] = 1.5 * adapter["lm_head"]["kernel"]
     save_adapter(tmp_path / "adapter", adapter, config, layouts=LAYOUTS, base_model="base")
     params = combine(pretrained.params, adapter)
-    ours = lora_linen(pretrained.module).apply({"params": params}, jnp.asarray(IDS))
-    base = pretrained.module.apply({"params": pretrained.params}, jnp.asarray(IDS))
+    ours = compiled.apply(lora_linen(pretrained.module), params, jnp.asarray(IDS))
+    base = compiled.apply(pretrained.module, pretrained.params, jnp.asarray(IDS))
     expected, words = theirs(model_dir, tmp_path / "adapter")
     assert not words
     largest = np.abs(expected).max()
@@ -100,7 +101,7 @@ def test_what_peft_saves_with_an_adapted_head_is_read(tmp_path, copies):
     pretrained = load_pretrained(tmp_path / "model")
     adapter, _ = load_adapter(tmp_path / "adapter", pretrained.params, layouts=LAYOUTS)
     params = combine(pretrained.params, adapter)
-    ours = lora_linen(pretrained.module).apply({"params": params}, jnp.asarray(IDS))
+    ours = compiled.apply(lora_linen(pretrained.module), params, jnp.asarray(IDS))
     with torch.no_grad():
         expected = model.eval()(torch.from_numpy(IDS).long()).logits.numpy()
     assert np.abs(ours - expected).max() <= 1e-5 * np.abs(expected).max()
@@ -124,7 +125,7 @@ def test_what_peft_trained_from_a_start_is_read(tmp_path, init):
     adapter, read = load_adapter(tmp_path / "adapter", pretrained.params, layouts=LAYOUTS)
     assert read.r == (4 if init == "orthogonal" else 8)
     params = combine(pretrained.params, adapter)
-    ours = lora_linen(pretrained.module).apply({"params": params}, jnp.asarray(IDS))
+    ours = compiled.apply(lora_linen(pretrained.module), params, jnp.asarray(IDS))
     with torch.no_grad():
         expected = model.eval()(torch.from_numpy(IDS).long()).logits.numpy()
     assert np.abs(ours - expected).max() <= 1e-5 * np.abs(expected).max()
@@ -143,7 +144,7 @@ def test_what_peft_trained_with_dora_is_read(tmp_path):
     adapter, read = load_adapter(tmp_path / "adapter", pretrained.params, layouts=LAYOUTS)
     assert read.use_dora
     params = combine(pretrained.params, adapter)
-    ours = lora_linen(pretrained.module).apply({"params": params}, jnp.asarray(IDS))
+    ours = compiled.apply(lora_linen(pretrained.module), params, jnp.asarray(IDS))
     with torch.no_grad():
         expected = model.eval()(torch.from_numpy(IDS).long()).logits.numpy()
     assert np.abs(ours - expected).max() <= 1e-5 * np.abs(expected).max()

@@ -23,6 +23,7 @@ from lora_jax.adapters import init_corda, init_eva, init_lora_ga, load_adapter, 
 from lora_jax.adapters._watch import input_moments, mean_gradients
 from lora_jax.lora import KernelLayout, find_targets
 from lora_jax.models import CausalLM, ModelConfig
+from tests import compiled
 
 KEY = jax.random.key(0)
 SHAPE = ModelConfig(
@@ -38,7 +39,7 @@ IDS = jax.random.randint(KEY, (2, 3, 10), 0, 40)
 SEGMENTS = jnp.ones((3, 10), jnp.int32).at[2, 6:].set(0)
 BATCHES = [{"input_ids": ids, "attention_mask": SEGMENTS} for ids in IDS]
 MODEL = CausalLM(SHAPE, remat="nothing")
-BASE = MODEL.init(KEY, IDS[0])["params"]
+BASE = compiled.init(MODEL, KEY, IDS[0])
 CONFIG = LoraConfig(
     r=3, lora_alpha=5, target_modules="all-linear", rank_pattern={r"layers\.1\..*q_proj": 2}
 )
@@ -56,7 +57,7 @@ def loss(params, batch):
 
 def close(got, want, error=1e-5):
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        np.testing.assert_allclose(a, b, rtol=0, atol=error * float(jnp.abs(b).max()))
+        np.testing.assert_allclose(a, b, rtol=0, atol=error * np.abs(b).max())
 
 
 class Heads(nn.Module):
@@ -83,7 +84,7 @@ def moments_of(model, params, x, mask=None, **options):
 
 def test_moments_are_those_of_the_inputs():
     x = jax.random.normal(KEY, (4, 5, 6))
-    params = Heads().init(KEY, x)["params"]
+    params = compiled.init(Heads(), KEY, x)
     mask = jnp.arange(20).reshape(4, 5) % 3 != 0
     found = moments_of(Heads(), params, x, mask)
     assert list(found) == ["query/kernel", "key/kernel", "out/kernel"]

@@ -1,5 +1,7 @@
 """Several adapters made into one: what holds whatever the numbers are."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,15 +19,20 @@ LAYOUTS = {"layers": KernelLayout(stack="layers")}
 PRUNING = ["ties", "dare_linear", "dare_ties", "magnitude_prune"]
 TYPES = ["svd", "linear", "cat", *PRUNING, *(f"{name}_svd" for name in PRUNING)]
 KEY = jax.random.key(7)
+
+
+def zeros(*shape):
+    return np.zeros(shape, np.float32)
+
+
 BASE = {
-    "layers": {"q": {"kernel": jnp.zeros((2, 5, 6))}, "v": {"kernel": jnp.zeros((2, 5, 3))}},
-    "embed": {"embedding": jnp.zeros((7, 5))},
-    "head": {"kernel": jnp.zeros((5, 7))},
+    "layers": {"q": {"kernel": zeros(2, 5, 6)}, "v": {"kernel": zeros(2, 5, 3)}},
+    "embed": {"embedding": zeros(7, 5)},
+    "head": {"kernel": zeros(5, 7)},
 }
 SINGLE = {
     "layers": {
-        str(i): {"q": {"kernel": jnp.zeros((5, 6))}, "v": {"kernel": jnp.zeros((5, 3))}}
-        for i in range(2)
+        str(i): {"q": {"kernel": zeros(5, 6)}, "v": {"kernel": zeros(5, 3)}} for i in range(2)
     },
     "embed": BASE["embed"],
 }
@@ -71,18 +78,20 @@ def assert_close(got, expected, tolerance=1e-5):
         np.testing.assert_allclose(got[path], delta, rtol=0, atol=tolerance * abs(delta).max())
 
 
-DIFFERENT = [
-    make(0, rank_pattern={"layers.1.q": 2}, use_rslora=True),
-    make(1, r=1, target_modules=["q", "v"]),
-    make(2, r=2, target_modules=["v"], layers_to_transform=[1], layers_pattern="layers"),
-]
+@functools.cache
+def different():
+    return [
+        make(0, rank_pattern={"layers.1.q": 2}, use_rslora=True),
+        make(1, r=1, target_modules=["q", "v"]),
+        make(2, r=2, target_modules=["v"], layers_to_transform=[1], layers_pattern="layers"),
+    ]
 
 
 @settings(max_examples=5, deadline=None)
 @given(weights=st.lists(st.floats(-2, 2, width=32), min_size=3, max_size=3))
 def test_cat_is_the_sum(weights):
-    adapter, config = combined(DIFFERENT, weights, "cat")
-    expected = summed(DIFFERENT, weights)
+    adapter, config = combined(different(), weights, "cat")
+    expected = summed(different(), weights)
     for path, delta in deltas(adapter).items():
         np.testing.assert_allclose(delta, expected[path], atol=1e-5)
     assert config.r == config.lora_alpha == 3 + 1 + 2
@@ -93,10 +102,10 @@ def test_cat_is_the_sum(weights):
 @pytest.mark.parametrize("rank", [None, 2, 6, 9])
 def test_svd_is_the_nearest_to_the_sum(rank):
     weights = [0.7, -1.2, 0.4]
-    adapter, config = combined(DIFFERENT, weights, "svd", svd_rank=rank)
+    adapter, config = combined(different(), weights, "svd", svd_rank=rank)
     assert config.r == config.lora_alpha == adapter["layers"]["q"]["lora_A"].shape[-1]
     assert config.r == (rank or 3)
-    for path, delta in summed(DIFFERENT, weights).items():
+    for path, delta in summed(different(), weights).items():
         u, s, vt = np.linalg.svd(delta, full_matrices=False)
         nearest = (u[..., : config.r] * s[..., None, : config.r]) @ vt[..., : config.r, :]
         np.testing.assert_allclose(deltas(adapter)[path], nearest, atol=1e-5 * s.max())
@@ -166,7 +175,7 @@ def test_biases_on_b_are_summed(kind):
 
 
 def test_biases_of_the_base_are_not_summed():
-    base = {"layers": {"q": {"kernel": jnp.zeros((2, 5, 6)), "bias": jnp.zeros((2, 6))}}}
+    base = {"layers": {"q": {"kernel": zeros(2, 5, 6), "bias": zeros(2, 6)}}}
     pair = make(0, base, target_modules=["q"], bias="all")
     with pytest.raises(InputError, match="adapter 0 holds layers/q/bias whole"):
         combined([pair], [1.0], "cat")
@@ -304,7 +313,7 @@ def test_an_adapter_without_its_whole_modules():
         ([(make(0)[0], make(1, r=2)[1])], {}, "rank 3, but the config gives 2; pass the config"),
         ([make(0)], {"layouts": None}, "pass the layouts the adapter was made with"),
         (
-            [make(0, target_modules=["embed"]), make(1, {"embed": {"embedding": jnp.zeros((8, 5))}},
+            [make(0, target_modules=["embed"]), make(1, {"embed": {"embedding": zeros(8, 5)}},
              target_modules=["embed"])],
             {},
             "adapters 0 and 1 differ in the shape of embed/embedding",

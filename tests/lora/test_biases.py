@@ -20,6 +20,7 @@ from lora_jax import (
 )
 from lora_jax._tree import leaves_with_path
 from lora_jax.lora import KernelLayout, extract_adapter, resize_adapter, scale_adapter
+from tests import compiled
 
 KEY = jax.random.key(0)
 STACK = {"layers": KernelLayout(stack="layers")}
@@ -34,7 +35,7 @@ class Block(nn.Module):
 
 
 def base():
-    params = Block().init(KEY, X)["params"]
+    params = compiled.init(Block(), KEY, X)
     params["q"]["bias"] = jnp.arange(6.0)
     return params
 
@@ -53,7 +54,7 @@ def made(**fields):
 
 
 def output(params):
-    return lora_linen(Block()).apply({"params": params}, X)
+    return compiled.apply(lora_linen(Block()), params, X)
 
 
 def test_a_bias_on_b_by_hand():
@@ -78,7 +79,7 @@ def test_the_merge_keeps_the_scaling_of_the_bias_on_b():
     bias = params["q"]["bias"] + 3.0 * adapter["q"]["lora_B_bias"]
     np.testing.assert_allclose(merged["q"]["bias"], bias, rtol=1e-6)
     expected = output(combine(params, adapter))
-    np.testing.assert_allclose(Block().apply({"params": merged}, X), expected, atol=1e-5)
+    np.testing.assert_allclose(compiled.apply(Block(), merged, X), expected, atol=1e-5)
     again = unmerge_adapter(merged, adapter)
     np.testing.assert_allclose(again["q"]["bias"], params["q"]["bias"], atol=1e-6)
     narrow = merge_adapter(params, adapter, dtype=jnp.bfloat16)["q"]["bias"]
@@ -162,7 +163,7 @@ def test_a_trained_bias_replaces_the_base_s():
     merged = merge_adapter(base(), adapter)
     assert (merged["norm"]["bias"] == 2).all()
     np.testing.assert_allclose(
-        Block().apply({"params": merged}, X), output(combine(base(), adapter)), atol=1e-5
+        compiled.apply(Block(), merged, X), output(combine(base(), adapter)), atol=1e-5
     )
     with pytest.raises(InputError, match="replaced the base's"):
         unmerge_adapter(merged, adapter)
@@ -201,10 +202,10 @@ def test_a_layer_that_only_reads_its_weight_cannot_add_a_bias():
         def __call__(self, x):
             return x @ self.param("kernel", nn.initializers.ones, (5, 6))
 
-    params = {"q": Own().init(KEY, X)["params"]}
+    params = {"q": compiled.init(Own(), KEY, X)}
     adapter = init_adapter(KEY, params, config(lora_bias=True))
     with pytest.raises(InputError, match="kernel: lora_bias needs a layer whose output is known"):
-        lora_linen(Own()).apply({"params": combine(params, adapter)["q"]}, X)
+        compiled.apply(lora_linen(Own()), combine(params, adapter)["q"], X)
 
 
 def test_shapes_that_do_not_fit():

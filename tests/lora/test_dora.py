@@ -19,6 +19,7 @@ from lora_jax import (
     unmerge_adapter,
 )
 from lora_jax.lora import column_norm
+from tests import compiled
 
 
 def normal(*shape, seed=0):
@@ -70,7 +71,7 @@ IDS = jnp.arange(10).reshape(2, 5)
 @pytest.mark.parametrize("quantized", [False, True])
 def test_every_layer_equals_its_merge(quantized):
     model = Model()
-    base = model.init(jax.random.key(0), IDS)["params"]
+    base = compiled.init(model, jax.random.key(0), IDS)
     layouts = lora_linen(model).layouts(base, IDS)
     if quantized:
         config = QuantConfig(block_size=32)
@@ -82,24 +83,23 @@ def test_every_layer_equals_its_merge(quantized):
         target_modules=["table", "query", "out", "last"],
     )  # fmt: skip
     adapter = trained(init_adapter(jax.random.key(1), base, config, layouts=layouts))
-    ours = lora_linen(model).apply({"params": combine(base, adapter)}, IDS)
+    ours = compiled.apply(lora_linen(model), combine(base, adapter), IDS)
     merged = merge_adapter(base, adapter, layouts=layouts, dtype=jnp.float32)
-    expected = model.apply({"params": merged}, IDS)
+    expected = compiled.apply(model, merged, IDS)
     assert (
-        np.abs(expected - model.apply({"params": jax.tree.map(lambda x: x, merged)}, IDS)).max()
-        == 0
+        np.abs(expected - compiled.apply(model, jax.tree.map(lambda x: x, merged), IDS)).max() == 0
     )
     np.testing.assert_allclose(ours, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
 
 
 def test_a_fresh_dora_changes_nothing():
     model = Model()
-    base = model.init(jax.random.key(0), IDS)["params"]
+    base = compiled.init(model, jax.random.key(0), IDS)
     layouts = lora_linen(model).layouts(base, IDS)
     config = LoraConfig(r=4, use_dora=True, target_modules=["table", "query", "out", "last"])
     adapter = init_adapter(jax.random.key(1), base, config, layouts=layouts)
-    ours = lora_linen(model).apply({"params": combine(base, adapter)}, IDS)
-    expected = model.apply({"params": base}, IDS)
+    ours = compiled.apply(lora_linen(model), combine(base, adapter), IDS)
+    expected = compiled.apply(model, base, IDS)
     np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
     mask = trainable_mask(adapter)["query"]
     assert mask == {

@@ -49,10 +49,10 @@ def test_output_and_gradients(rslora):
     def loss(x, a, b, m):
         return jnp.sum(weights * (dora_linear(x, jnp.asarray(KERNEL), a, b, scaling, m) + bias))
 
-    ours = dora_linear(jnp.asarray(X), jnp.asarray(KERNEL), a, b, scaling, m) + bias
+    ours = jax.jit(dora_linear)(X, KERNEL, a, b, scaling, m) + bias
     expected = y.detach().numpy()
     np.testing.assert_allclose(ours, expected, rtol=0, atol=2e-6 * np.abs(expected).max())
-    grads = jax.grad(loss, argnums=(0, 1, 2, 3))(jnp.asarray(X), a, b, m)
+    grads = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3)))(X, a, b, m)
     for got, want in zip(grads, theirs, strict=True):
         np.testing.assert_allclose(got, want, rtol=0, atol=2e-6 * np.abs(want).max())
 

@@ -59,7 +59,7 @@ def test_dora_is_that_of_each_expert_as_a_layer(tmp_path, turned, rslora):
         out = model.apply({"params": combine(base, adapter)}, X)
         return jnp.sum(jnp.sin(out)), out
 
-    grads, out = jax.grad(loss, has_aux=True)(adapter)
+    grads, out = jax.jit(jax.grad(loss, has_aux=True))(adapter)
     merged = merge_adapter(base, adapter, layouts=layouts)["mlp"]["w"]
     for e in range(EXPERTS):
         linear = torch.nn.Sequential(torch.nn.Linear(WIDTH, INNER, bias=False))

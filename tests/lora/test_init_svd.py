@@ -20,6 +20,7 @@ from lora_jax import (
     quantize,
 )
 from lora_jax.lora import KernelLayout
+from tests import compiled
 
 LAYOUTS = {
     "layers": KernelLayout(stack="layers"),
@@ -123,10 +124,10 @@ def test_a_table_is_quantized_along_its_rows():
     quantized, adapter = init_loftq(base, config, QuantConfig())
     q = quantized["embed_tokens"]["embedding"]
     assert q.contracting == (1,) and adapter["embed_tokens"]["embedding_lora_A"].shape == (64, 4)
-    found = lora_linen(Table()).apply({"params": combine(quantized, adapter)}, ids)
+    found = compiled.apply(lora_linen(Table()), combine(quantized, adapter), ids)
     merged = merge_adapter(quantized, adapter)["embed_tokens"]["embedding"]
     np.testing.assert_allclose(found, merged[ids], atol=1e-5)
     fresh = init_adapter(jax.random.key(2), quantized, config)
     assert fresh["embed_tokens"]["embedding_lora_A"].shape == (64, 4)
-    found = lora_linen(Table()).apply({"params": combine(quantized, fresh)}, ids)
+    found = compiled.apply(lora_linen(Table()), combine(quantized, fresh), ids)
     np.testing.assert_allclose(found, dequantize(q)[ids], atol=1e-6)

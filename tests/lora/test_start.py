@@ -36,7 +36,7 @@ CONFIG = LoraConfig(
 
 def close(got, want, error=1e-5):
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        np.testing.assert_allclose(a, b, rtol=0, atol=error * float(jnp.abs(b).max()))
+        np.testing.assert_allclose(a, b, rtol=0, atol=error * np.abs(b).max())
 
 
 @pytest.mark.parametrize(

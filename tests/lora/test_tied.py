@@ -30,6 +30,7 @@ from lora_jax.lora import (
     tied_config,
 )
 from lora_jax.models import CausalLM, ModelConfig
+from tests import compiled
 
 KEY = jax.random.key(0)
 IDS = jnp.arange(6)[None]
@@ -44,7 +45,7 @@ WEIGHTS, PREFIX = "adapter_model.safetensors", "base_model.model."
 
 @pytest.fixture(scope="module")
 def base():
-    return MODEL.init(KEY, IDS)["params"]
+    return compiled.init(MODEL, KEY, IDS)
 
 
 def config(**fields):
@@ -57,7 +58,7 @@ def made(base, **fields):
 
 
 def apply(base, adapter, module=MODEL):
-    return lora_linen(module).apply({"params": combine(base, adapter)}, IDS)
+    return compiled.apply(lora_linen(module), combine(base, adapter), IDS)
 
 
 def table_of(adapter):
@@ -78,7 +79,7 @@ def test_a_merge_parts_the_head_from_the_look_up(base, quantized):
     expected = apply(base, adapter)
     merged = jax.jit(lambda b, a: merge_adapter(b, a, layouts=LAYOUTS))(base, adapter)
     parted = CausalLM(dataclasses.replace(CONFIG, tie_word_embeddings=False))
-    same(parted.apply({"params": merged}, IDS), expected)
+    same(compiled.apply(parted, merged, IDS), expected)
     safe = merge_adapter(base, adapter, layouts=LAYOUTS, dtype=jnp.bfloat16, safe=True)
     assert safe["lm_head"]["kernel"].dtype == jnp.bfloat16
     with pytest.raises(InputError, match="head apart from its embedding; keep the base"):
@@ -90,7 +91,7 @@ def test_a_tied_adapter_reaches_both_and_merges_in_place(base):
     assert "embedding_lora_tied" in table_of(adapter)
     merged = merge_adapter(base, adapter, layouts=LAYOUTS)
     assert "lm_head" not in merged
-    expected = MODEL.apply({"params": merged}, IDS)
+    expected = compiled.apply(MODEL, merged, IDS)
     same(apply(base, adapter), expected)
     assert np.abs(apply(base, made(base)) - expected).max() > 0.1 * np.abs(expected).max()
     again = unmerge_adapter(merged, adapter, layouts=LAYOUTS)
@@ -156,7 +157,7 @@ def test_rows_are_the_head_s_too(base):
     adapter = combine(adapter, {"model": {"embed_tokens": {"embedding_lora_tokens": rows}}})
     merged = merge_adapter(base, adapter, layouts=LAYOUTS)
     assert "lm_head" not in merged
-    same(apply(base, adapter), MODEL.apply({"params": merged}, IDS))
+    same(apply(base, adapter), compiled.apply(MODEL, merged, IDS))
 
 
 def test_combined_and_resized_they_reach_what_they_did(base):

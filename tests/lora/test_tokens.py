@@ -21,6 +21,7 @@ from lora_jax import (
 )
 from lora_jax.lora import replace_rows, resize_adapter, scale_adapter
 from lora_jax.optim import freeze_base
+from tests import compiled
 
 KEY = jax.random.key(0)
 IDS = jnp.array([[9, 1, 4], [0, 4, 10]])
@@ -38,7 +39,7 @@ class Model(nn.Module):
 
 def start(tied, quantized=False, dtype="float32", **fields):
     model = Model(tied)
-    base = jax.tree.map(lambda x: x + 0.1, model.init(KEY, IDS)["params"])
+    base = jax.tree.map(lambda x: x + 0.1, compiled.init(model, KEY, IDS))
     if quantized:
         config = QuantConfig(block_size=32)
         base["wte"]["embedding"] = quantize(base["wte"]["embedding"], config, contracting=(1,))
@@ -58,7 +59,7 @@ def trained(adapter):
 
 
 def apply(model, base, adapter):
-    return lora_linen(model).apply({"params": combine(base, adapter)}, IDS)
+    return compiled.apply(lora_linen(model), combine(base, adapter), IDS)
 
 
 @pytest.mark.parametrize("quantized", [False, True])
@@ -66,11 +67,11 @@ def apply(model, base, adapter):
 def test_outputs_are_those_of_the_merged_weights(tied, quantized):
     model, base, adapter, _ = start(tied, quantized)
     fresh = {"wte": adapter["wte"]} | ({} if tied else {"head": adapter["head"]})
-    unchanged = lora_linen(model).apply({"params": base}, IDS)
+    unchanged = compiled.apply(lora_linen(model), base, IDS)
     np.testing.assert_allclose(apply(model, base, fresh), unchanged, rtol=0, atol=2e-5)
     adapter = trained(adapter)
     merged = merge_adapter(base, adapter, dtype=jnp.float32)
-    expected = model.apply({"params": merged}, IDS)
+    expected = compiled.apply(model, merged, IDS)
     assert np.abs(expected - unchanged).max() > 0.1
     scale = np.abs(expected).max()
     np.testing.assert_allclose(apply(model, base, adapter), expected, rtol=0, atol=1e-5 * scale)
@@ -89,7 +90,7 @@ def test_gradients_reach_the_rows_and_nothing_as_large_as_the_table(tied):
 
     def of_merged(adapter):
         dense = merge_adapter(base, adapter)
-        return jnp.sum(weights * jnp.sin(model.apply({"params": dense}, IDS)))
+        return jnp.sum(weights * jnp.sin(compiled.apply(model, dense, IDS)))
 
     expected = jax.grad(of_merged)(adapter)
     for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):

@@ -9,6 +9,7 @@ import pytest
 
 from lora_jax import combine, quantize, trainable_mask
 from lora_jax.optim import freeze_base
+from tests import compiled
 
 KEY = jax.random.key(0)
 
@@ -134,13 +135,13 @@ def test_training_the_adapter_leaves_the_base_alone():
     from lora_jax import LoraConfig, init_adapter, lora_linen
 
     model, x = nn.Sequential([nn.Dense(8), nn.relu, nn.Dense(3)]), jax.random.normal(KEY, (5, 4))
-    base = model.init(KEY, x)["params"]
+    base = compiled.init(model, KEY, x)
     before = jax.tree.map(bits, base)
     adapter = init_adapter(KEY, base, LoraConfig(r=2, target_modules="all-linear"))
     tx = freeze_base(optax.adamw(0.05, weight_decay=0.1))
 
     def loss(adapter, base):
-        out = lora_linen(model).apply({"params": combine(base, adapter)}, x)
+        out = compiled.apply(lora_linen(model), combine(base, adapter), x)
         return jnp.mean((out - 1) ** 2)
 
     @jax.jit

@@ -15,6 +15,7 @@ from flax.core import meta
 from lora_jax._errors import InputError
 from lora_jax._quant_config import QuantConfig
 from lora_jax.quant import QuantizedTensor, dequantize, look_up, partition_specs, quantize
+from tests import compiled
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = [
@@ -161,12 +162,12 @@ class Stack(nn.Module):
 
 def test_stands_for_a_parameter_in_a_scanned_module():
     model, x = Stack(), normal(5, 96)
-    params = model.init(jax.random.key(1), x)["params"]
+    params = compiled.init(model, jax.random.key(1), x)
     kernel = params["Dense_0"]["kernel"]
     q = quantize(kernel, stacked=1)
 
     def output(kernel, x):
-        return model.apply({"params": {"Dense_0": {"kernel": kernel}}}, x)
+        return compiled.apply(model, {"Dense_0": {"kernel": kernel}}, x)
 
     np.testing.assert_allclose(output(q, x), output(dequantize(q), x), rtol=1e-5, atol=1e-6)
     gradient = jax.jit(jax.grad(lambda x, q: output(q, x).sum()))(x, q)

@@ -11,6 +11,7 @@ from lora_jax import combine, lora_linen
 from lora_jax._commands import merge_directories
 from lora_jax.models import load_pretrained, save_pretrained
 from lora_jax.train import prepare, prepare_abstract, run
+from tests import compiled
 
 IDS = jnp.arange(3, 27).reshape(2, 12)
 
@@ -54,7 +55,7 @@ def test_from_a_config_to_a_merged_model(make_config, tied_dir, tmp_path, lora, 
     trained = {"embedding_lora_tokens"} if tied else {"embedding_lora_A"}
     assert trained <= moved <= {*trained, "embedding_lora_B"}
     params = combine(job.base, result.trainable)
-    expected = lora_linen(job.pretrained.module).apply({"params": params}, IDS)
+    expected = compiled.apply(lora_linen(job.pretrained.module), params, IDS)
     out = tmp_path / "merged"
     said = merge_directories(
         str(tied_dir), str(result.directory / "adapter"), str(out), "float32", None
@@ -62,5 +63,5 @@ def test_from_a_config_to_a_merged_model(make_config, tied_dir, tmp_path, lora, 
     assert "merged in float32" in said
     merged = load_pretrained(out)
     assert merged.config.tie_word_embeddings is tied
-    found = merged.module.apply({"params": merged.params}, IDS)
+    found = compiled.apply(merged.module, merged.params, IDS)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())

@@ -57,7 +57,7 @@ def test_gradient_equals_plain_autodiff(chunk):
         return -jnp.sum(picked * mask[:, 1:])
 
     found = jax.grad(chunked, argnums=(0, 1))(hidden, head)
-    expected = jax.grad(plain, argnums=(0, 1))(hidden, head)
+    expected = jax.jit(jax.grad(plain, argnums=(0, 1)))(hidden, head)
     for one, other in zip(found, expected, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6 * np.abs(other).max())
 
@@ -66,6 +66,7 @@ def test_untrained_targets_do_not_matter():
     hidden, head, ids, mask = draw(1)
     changed = jnp.where(mask, ids, (ids + 1) % VOCAB)
 
+    @jax.jit
     def value_and_grad(ids):
         return jax.value_and_grad(
             lambda h: next_token_loss(lambda x: x @ head, h, ids, mask, chunk=7)[0]
@@ -126,8 +127,9 @@ def test_gradient_of_half_precision_states(argnums):
         return next_token_loss(lambda h: h @ head, hidden, ids, mask, chunk=6)[0]
 
     half = hidden.astype(jnp.bfloat16), head.astype(jnp.bfloat16)
-    found = jax.tree.leaves(jax.grad(loss, argnums)(*half))
-    exact = jax.tree.leaves(jax.grad(loss, argnums)(*(x.astype(jnp.float32) for x in half)))
+    gradient = jax.jit(jax.grad(loss, argnums))
+    found = jax.tree.leaves(gradient(*half))
+    exact = jax.tree.leaves(gradient(*(x.astype(jnp.float32) for x in half)))
     for one, other in zip(found, exact, strict=True):
         assert one.dtype == jnp.bfloat16
         np.testing.assert_allclose(np.float32(one), other, atol=0.02 * np.abs(other).max())
@@ -153,7 +155,7 @@ def test_whatever_stands_around_the_loss(around, argnums):
             return around(loss)(hidden, head, codes, key)
         return around(lambda h, w: loss(h, w, codes, key))(hidden[None], head)[0]
 
-    plain = jax.grad(loss, argnums)(hidden, head, codes, key)
+    plain = jax.jit(jax.grad(loss, argnums))(hidden, head, codes, key)
     found = jax.jit(jax.grad(wrapped, argnums))(hidden, head)
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(plain), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5 * np.abs(other).max())

@@ -15,6 +15,7 @@ from lora_jax.adapters import load_adapter
 from lora_jax.models import load_pretrained
 from lora_jax.quant import QuantizedTensor
 from lora_jax.train import load_config, prepare, prepare_abstract, run
+from tests import compiled
 
 IDS = jnp.arange(3, 27).reshape(2, 12)
 
@@ -31,14 +32,14 @@ def test_its_adapter_goes_with_the_base_as_it_is(make_config, base_dir, fields, 
     job = prepare(config)
     result = run(job)
     trained = combine(job.base, result.trainable)
-    expected = lora_linen(job.pretrained.module).apply({"params": trained}, IDS)
+    expected = compiled.apply(lora_linen(job.pretrained.module), trained, IDS)
     written = json.loads((result.directory / "adapter" / "adapter_config.json").read_text())
     assert written["init_lora_weights"] is True and not written["loftq_config"]
     assert written["r"] == (8 if quant is None else 4)
     base = load_pretrained(base_dir, quant=quant)
     adapter, _ = load_adapter(result.directory / "adapter", base.params, layouts=base.layouts)
     params = combine(base.params, adapter)
-    ours = lora_linen(base.module).apply({"params": params}, IDS)
+    ours = compiled.apply(lora_linen(base.module), params, IDS)
     np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
@@ -62,11 +63,11 @@ def test_a_start_from_data_is_saved_plain_and_goes_on(make_config, base_dir, fie
     job = prepare(config)
     result = run(job)
     trained = combine(job.base, result.trainable)
-    expected = lora_linen(job.pretrained.module).apply({"params": trained}, IDS)
+    expected = compiled.apply(lora_linen(job.pretrained.module), trained, IDS)
     base = load_pretrained(base_dir)
     adapter, read = load_adapter(result.directory / "adapter", base.params, layouts=base.layouts)
     params = combine(base.params, adapter)
-    ours = lora_linen(base.module).apply({"params": params}, IDS)
+    ours = compiled.apply(lora_linen(base.module), params, IDS)
     np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
     if fields["init_lora_weights"] == "eva":
         assert read.eva_config == job.config.lora.eva_config

@@ -16,6 +16,7 @@ from lora_jax import (
 )
 from lora_jax.lora import KernelLayout
 from lora_jax.transform._contraction import Contraction, contraction_of
+from tests import compiled
 
 X = jnp.ones((2, 5, 4))
 
@@ -41,7 +42,7 @@ def stacked(axis=0, length=3):
 
 def test_attention_in_a_stack():
     model = stacked()
-    params = model.init(jax.random.key(0), X)["params"]
+    params = compiled.init(model, jax.random.key(0), X)
     expected = {
         f"layers/attn/{name}/kernel": KernelLayout((0, 1) if name == "out" else (0,), "layers")
         for name in ("query", "key", "value", "out")
@@ -53,7 +54,7 @@ def test_attention_in_a_stack():
 
 def test_a_quantized_stack():
     model = stacked()
-    params = model.init(jax.random.key(0), X)["params"]
+    params = compiled.init(model, jax.random.key(0), X)
     expected = lora_linen(model).layouts(params, X)
     query = params["layers"]["attn"]["query"]
     query["kernel"] = quantize(query["kernel"], stacked=1)
@@ -114,7 +115,7 @@ def test_a_stack_that_is_the_whole_model():
 
     options = dict(variable_axes={"params": 0}, split_rngs={"params": True}, length=3)
     model = nn.scan(Layer, **options)()
-    params = model.init(jax.random.key(0), X)["params"]
+    params = compiled.init(model, jax.random.key(0), X)
     layouts = lora_linen(model).layouts(params, X)
     assert layouts == {"": KernelLayout(stack=""), "up/kernel": KernelLayout((0,), "")}
     config = LoraConfig(r=2, target_modules=["up"], rank_pattern={"1.up": 1})
@@ -124,7 +125,7 @@ def test_a_stack_that_is_the_whole_model():
 
 def test_another_stacking_axis_is_refused():
     model = stacked(axis=1)
-    params = model.init(jax.random.key(0), X)["params"]
+    params = compiled.init(model, jax.random.key(0), X)
     with pytest.raises(InputError, match="along the first axis"):
         lora_linen(model).layouts(params, X)
 
@@ -138,7 +139,7 @@ def test_stacks_in_stacks_are_refused():
             x, _ = nn.scan(inner, length=2, **options)(name="layers")(x, None)
             return x
 
-    params = Twice().init(jax.random.key(0), X)["params"]
+    params = compiled.init(Twice(), jax.random.key(0), X)
     with pytest.raises(InputError, match="need one stack"):
         lora_linen(Twice()).layouts(params, X)
 

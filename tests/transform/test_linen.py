@@ -20,6 +20,7 @@ from lora_jax import (
 )
 from lora_jax._tree import leaves_with_path, map_with_path
 from lora_jax.lora import KernelLayout, rule_for
+from tests import compiled
 
 KEY = jax.random.key(0)
 RANDOM = dict(r=2, lora_alpha=3, init_lora_weights=False)
@@ -35,7 +36,7 @@ def close(one, other, rtol=2e-5):
 
 
 def start(model, *args, targets="all-linear", layouts=None, quantized=False, **fields):
-    params = model.init(jax.random.key(1), *args)["params"]
+    params = compiled.init(model, jax.random.key(1), *args)
     params = jax.tree.map(lambda x: x + 0.1 * inputs(*x.shape), params)
     layouts = lora_linen(model, layouts=layouts).layouts(params, *args)
     if quantized:
