@@ -1,7 +1,9 @@
 """What every test runs under, and what many of them share: a tiny base and rows to train it on."""
 
+import gc
 import json
 import os
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
@@ -52,6 +54,7 @@ CONFIG = ModelConfig(
     eos_token_id=1,
     pad_token_id=2,
 )
+MOST_MAPPINGS = 30_000
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 
 
@@ -66,6 +69,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if "slow" in item.keywords:
             item.add_marker(skip)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_programs() -> Iterator[None]:
+    """Programs are let go before they fill the process: each takes some of its memory mappings.
+
+    Linux allows 65,530, and a compiler that gets no more of them crashes.
+    """
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > MOST_MAPPINGS:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,7 @@
 """`lora inspect ADAPTER` as a person meets it."""
 
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -64,6 +66,7 @@ def test_what_it_refuses(adapter_dir, base_dir, tmp_path, capsys, words, message
     other = tmp_path / "other"
     other.mkdir()
     save_file({"model.x.weight": np.ones(2, np.float32)}, other / "model.safetensors")
+    shutil.copyfile(base_dir / "config.json", other / "config.json")
     places = {"ADAPTER": str(adapter_dir), "BASE": str(base_dir), "OTHER": str(other)}
     with pytest.raises(SystemExit) as stop:
         main(["inspect", *(places.get(word, word) for word in words)])

@@ -366,7 +366,8 @@ def test_nothing_is_overwritten(model_dir, config, params):
 
 def test_failure_while_writing_leaves_nothing(tmp_path, config, params):
     class Broken:
-        files = (tmp_path / "no_such_tokenizer.json",)
+        def save(self, directory):
+            raise OSError(28, "No space left on device")
 
     with pytest.raises(InputError, match="cannot write"):
         save_pretrained(tmp_path / "m", params, config, dtype="float32", tokenizer=Broken())

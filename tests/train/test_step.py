@@ -63,8 +63,9 @@ def gradient(step, adapter, base, batches):
     return state.opt_state, metrics
 
 
-def assert_close(found, expected, tolerance=2e-6):
-    """Relative to the norm, leaf by leaf; sums in another order differ by about 1e-6."""
+def assert_close(found, expected, tolerance=4e-6):
+    """Relative to the norm, leaf by leaf; float32 sums in another order differ by up to 1e-6 on
+    some processors and 2e-6 on others."""
     assert jax.tree.structure(found) == jax.tree.structure(expected)
     paths = jax.tree.leaves_with_path(expected)
     for (path, e), f in zip(paths, jax.tree.leaves(found), strict=True):
