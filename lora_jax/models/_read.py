@@ -42,9 +42,9 @@ def read_leaf(
     transpose = is_transposed(path)
     if not stacked_axes(path, family):
         tensor = parts[0].read() if quant is None else _read_finite(parts[0])
-        tensor = tensor.T if transpose else tensor
         if quant is None:
-            return jnp.array(tensor, dtype)
+            return _turned(tensor).astype(dtype) if transpose else jnp.array(tensor, dtype)
+        tensor = tensor.T if transpose else tensor
         return _quantized(
             jnp.asarray(tensor), quant, contracting=contracted_axes(path), dtype=dtype
         )
@@ -53,10 +53,22 @@ def read_leaf(
     stack = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), stack)
     for i, part in enumerate(parts):
         tensor = part.read() if quant is None else _read_finite(part)
-        filled = _fill(stack, tensor, i, transpose=transpose, quant=quant)
+        apart = transpose and quant is None
+        tensor = _turned(tensor) if apart else tensor
+        filled = _fill(stack, tensor, i, transpose=transpose and not apart, quant=quant)
         # Without waiting, many tensors are read before the first is written.
         stack = jax.block_until_ready(filled)
     return stack
+
+
+@jax.jit
+def _turned(tensor: Any) -> jax.Array:
+    """The transpose, as a program of its own.
+
+    Together with writing it into a stack XLA:CPU moves one number at a time, at 0.17 GB/s where
+    the two programs take 0.42 (bfloat16, 2048 x 5632, two cores).
+    """
+    return tensor.T
 
 
 def _read_quantized(
