@@ -7,7 +7,7 @@ from typing import Any
 from .._errors import InputError, nearest
 from ._activations import ACTIVATIONS
 from ._config import ModelConfig
-from ._families import FAMILIES, FULL, SLIDING, Family, no_rope
+from ._families import FAMILIES, FULL, SLIDING, Family
 from ._rope import LongRope, read_rope, write_rope
 
 _OWN = ("rope_scaling", "eos_token_id", "layer_types", "no_rope_layers")
@@ -63,8 +63,9 @@ def config_from_hf(raw: Mapping[str, Any], where: str = "config.json") -> ModelC
     layers = values["num_hidden_layers"]
     if values.get("sliding_window") is not None:
         values["layer_types"] = _layer_types(raw, family, layers, where)
-    if raw.get("no_rope_layers") or family is FAMILIES["smollm3"]:
-        values["no_rope_layers"] = tuple(raw.get("no_rope_layers") or no_rope(raw, layers))
+    if family.no_rope_layers is not None:
+        given = raw.get("no_rope_layers") or family.no_rope_layers(raw, layers)
+        values["no_rope_layers"] = tuple(given)
     try:
         config = ModelConfig(**values)
         scaling = read_rope(
@@ -207,9 +208,9 @@ def config_to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
     for name in extra:
         if raw[name] in (unset[name], ()) and name not in family.defaults:
             del raw[name]
-    if config.model_type in ("qwen2", "qwen3", "smollm3"):
+    if family.windows_on_request:
         raw["use_sliding_window"] = config.windows is not None
-    if config.family.positions:
+    if family.positions:
         for name in ("rope_theta", "rope_scaling", "head_dim", "num_key_value_heads"):
             raw.pop(name)
     implied = family.layer_types and family.layer_types(raw, config.num_hidden_layers)

@@ -83,6 +83,10 @@ class Family:
     """Keys of `config.json` that would change the numbers, and the one value that is known."""
     layer_types: Callable[[Mapping[str, Any], int], list[str]] | None = None
     """The kinds of layers where `config.json` has no list of them."""
+    no_rope_layers: Callable[[Mapping[str, Any], int], list[int]] | None = None
+    """Which layers have rotary positions where `config.json` does not say; None means all."""
+    windows_on_request: bool = False
+    """Whether windows count only with `use_sliding_window`."""
     buffers: tuple[str, ...] = (".rotary_emb.inv_freq",)
     """Ends of tensors in files that are no parameters."""
 
@@ -128,18 +132,13 @@ def _upper_layers(raw: Mapping[str, Any], layers: int) -> list[str]:
 
 def _where_no_rope(raw: Mapping[str, Any], layers: int) -> list[str]:
     """Windows in the layers without rotary positions, if at all."""
-    rotary = raw.get("no_rope_layers") or no_rope(raw, layers)
+    rotary = raw.get("no_rope_layers") or _but_every_fourth(raw, layers)
     windows = raw.get("use_sliding_window") and raw.get("sliding_window") is not None
     return [SLIDING if windows and not r else FULL for r in rotary]
 
 
-def no_rope(raw: Mapping[str, Any], layers: int) -> list[int]:
-    """1 for layers with rotary positions, 0 for every n-th without.
-
-    Example:
-        >>> no_rope({"no_rope_layer_interval": 2}, 4)
-        [1, 0, 1, 0]
-    """
+def _but_every_fourth(raw: Mapping[str, Any], layers: int) -> list[int]:
+    """1 for layers with rotary positions; 0 for every fourth, or what the config says, without."""
     every = raw.get("no_rope_layer_interval") or 4
     return [int((i + 1) % every != 0) for i in range(layers)]
 
@@ -173,6 +172,7 @@ FAMILIES: dict[str, Family] = {
         mlp_bias=False,
         defaults=_QWEN,
         layer_types=_upper_layers,
+        windows_on_request=True,
     ),
     "qwen3": Family(
         "Qwen3ForCausalLM",
@@ -180,6 +180,7 @@ FAMILIES: dict[str, Family] = {
         mlp_bias=False,
         defaults=_QWEN | {"head_dim": 128},
         layer_types=_upper_layers,
+        windows_on_request=True,
     ),
     "gemma": Family(
         "GemmaForCausalLM",
@@ -245,6 +246,8 @@ FAMILIES: dict[str, Family] = {
             "rope_theta": 2e6,
         },
         layer_types=_where_no_rope,
+        no_rope_layers=_but_every_fourth,
+        windows_on_request=True,
     ),
     "olmo2": Family(
         "Olmo2ForCausalLM",

@@ -1,10 +1,8 @@
 """Every family against transformers and PEFT: logits, gradients, text, adapters and files."""
 
 import copy
-import importlib.util
 import json
 import shutil
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -17,15 +15,13 @@ from lora_jax.adapters import load_adapter, save_adapter
 from lora_jax.models import generate, load_pretrained, save_pretrained
 from lora_jax.models._checkpoint import read_config
 from lora_jax.models._families import FAMILIES
+from tests.models import families
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.oracle
 
-_spec = importlib.util.spec_from_file_location("families", Path(__file__).with_name("families.py"))
-families = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(families)
 relative, some_ids = families.relative, families.some_ids
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17], [20], [30, 31, 32]]
