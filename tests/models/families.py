@@ -113,6 +113,28 @@ def ours(name: str) -> Pretrained:
     return load_pretrained(saved(name))
 
 
+def same_as_their_greedy(model: Any, prompts: list[list[int]], got: list[list[int]]) -> int:
+    """Compare texts with transformers' for a batch padded on the left, token for token up to where
+    its two best logits nearly tie; returns how many tokens were compared."""
+    import torch
+
+    length, tokens = max(map(len, prompts)), len(got[0])
+    ids = torch.tensor([[0] * (length - len(p)) + p for p in prompts])
+    mask = torch.tensor([[0] * (length - len(p)) + [1] * len(p) for p in prompts])
+    out = model.generate(
+        ids, attention_mask=mask, max_new_tokens=tokens, do_sample=False, pad_token_id=0,
+        return_dict_in_generate=True, output_scores=True,
+    )  # fmt: skip
+    best = torch.stack(out.scores, 1).topk(2).values
+    gaps = (best[..., 0] - best[..., 1]).numpy()
+    compared = 0
+    for row, expected, gap in zip(got, out.sequences[:, length:].tolist(), gaps, strict=True):
+        clear = int(np.argmax(gap < 1e-3)) if (gap < 1e-3).any() else len(expected)
+        assert row[:clear] == expected[:clear]
+        compared += clear
+    return compared
+
+
 def some_ids(rows: int = 2, length: int = 24) -> np.ndarray:
     return np.random.default_rng(0).integers(3, VOCABULARY, (rows, length))
 

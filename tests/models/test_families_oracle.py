@@ -56,20 +56,7 @@ def test_greedy_text_of_a_padded_batch(name):
     # And they stretch all rows by the longest one's length, ours each by its own.
     prompts = PROMPTS[:1] if "dynamic" in name else PROMPTS
     got = generate(pretrained.module, pretrained.params, prompts, max_new_tokens=TOKENS)
-    length = max(map(len, prompts))
-    ids = torch.tensor([[0] * (length - len(p)) + p for p in prompts])
-    mask = torch.tensor([[0] * (length - len(p)) + [1] * len(p) for p in prompts])
-    out = model.generate(
-        ids, attention_mask=mask, max_new_tokens=TOKENS, do_sample=False, pad_token_id=0,
-        return_dict_in_generate=True, output_scores=True,
-    )  # fmt: skip
-    best = torch.stack(out.scores, 1).topk(2).values
-    gaps = (best[..., 0] - best[..., 1]).numpy()
-    compared = 0
-    for row, expected, gap in zip(got, out.sequences[:, length:].tolist(), gaps, strict=True):
-        clear = int(np.argmax(gap < 1e-3)) if (gap < 1e-3).any() else len(expected)
-        assert row[:clear] == expected[:clear]
-        compared += clear
+    compared = families.same_as_their_greedy(model, prompts, got)
     assert compared > 0.6 * TOKENS * len(prompts)
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from lora_jax.models import generate, load_pretrained, save_pretrained
+from tests.models import families
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -117,20 +118,7 @@ def test_greedy_text_of_a_padded_batch(tmp_path, name):
     model = reference(name)
     pretrained = load_pretrained(saved(model, tmp_path))
     got = generate(pretrained.module, pretrained.params, PROMPTS, max_new_tokens=48)
-    length = max(map(len, PROMPTS))
-    ids = torch.tensor([[0] * (length - len(p)) + p for p in PROMPTS])
-    mask = torch.tensor([[0] * (length - len(p)) + [1] * len(p) for p in PROMPTS])
-    out = model.generate(
-        ids, attention_mask=mask, max_new_tokens=48, do_sample=False, pad_token_id=0,
-        return_dict_in_generate=True, output_scores=True,
-    )  # fmt: skip
-    best = torch.stack(out.scores, 1).topk(2).values
-    gaps = (best[..., 0] - best[..., 1]).numpy()
-    compared = 0
-    for row, expected, gap in zip(got, out.sequences[:, length:].tolist(), gaps, strict=True):
-        clear = int(np.argmax(gap < 1e-3)) if (gap < 1e-3).any() else len(expected)
-        assert row[:clear] == expected[:clear]
-        compared += clear
+    compared = families.same_as_their_greedy(model, PROMPTS, got)
     assert compared > 0.8 * 48 * len(PROMPTS)
 
 
