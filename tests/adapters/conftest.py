@@ -2,6 +2,8 @@
 
 import json
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -35,3 +37,37 @@ def safetensors_shapes():
         return {key: tuple(entry["shape"]) for key, entry in header.items() if key[0] != "_"}
 
     return read
+
+
+@pytest.fixture(scope="session")
+def biased_llama(tmp_path_factory):
+    """A random Llama with biases: its directory, as read here, and a function to its logits."""
+    import torch
+    import transformers
+
+    from lora_jax import lora_linen
+    from lora_jax.models import load_pretrained
+
+    torch.manual_seed(0)
+    shape = transformers.LlamaConfig(
+        vocab_size=40,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.3,
+        attention_bias=True,
+        mlp_bias=True,
+        tie_word_embeddings=False,
+    )
+    directory = tmp_path_factory.mktemp("model")
+    transformers.LlamaForCausalLM(shape).save_pretrained(directory)
+    pretrained = load_pretrained(directory)
+    model = lora_linen(pretrained.module)
+
+    def base(ids):
+        run = jax.jit(lambda params: model.apply({"params": params}, jnp.asarray(ids)))
+        return directory, pretrained, run
+
+    return base

@@ -1,7 +1,5 @@
 """Every variant under every start that PEFT has: made there, read and merged here, and back."""
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -9,11 +7,10 @@ torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
-from lora_jax import combine, lora_linen, merge_adapter  # noqa: E402
+from lora_jax import combine, merge_adapter  # noqa: E402
 from lora_jax._tree import leaves_with_path  # noqa: E402
 from lora_jax.adapters import load_adapter, save_adapter  # noqa: E402
 from lora_jax.lora import KernelLayout  # noqa: E402
-from lora_jax.models import load_pretrained  # noqa: E402
 
 pytestmark = pytest.mark.oracle
 LAYOUTS = {"model/layers": KernelLayout(stack="model/layers")}
@@ -36,30 +33,8 @@ CELLS = [
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    torch.manual_seed(0)
-    shape = transformers.LlamaConfig(
-        vocab_size=40,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.3,
-        attention_bias=True,
-        mlp_bias=True,
-        tie_word_embeddings=False,
-    )
-    directory = tmp_path_factory.mktemp("model")
-    transformers.LlamaForCausalLM(shape).save_pretrained(directory)
-    pretrained = load_pretrained(directory)
-    model = lora_linen(pretrained.module)
-
-    @jax.jit
-    def logits(params):
-        return model.apply({"params": params}, jnp.asarray(IDS))
-
-    return directory, pretrained, logits
+def base(biased_llama):
+    return biased_llama(IDS)
 
 
 def torch_base(directory):

@@ -3,7 +3,6 @@
 import warnings
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -11,11 +10,10 @@ torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
-from lora_jax import LoraConfig, combine, init_adapter, lora_linen  # noqa: E402
+from lora_jax import LoraConfig, combine, init_adapter  # noqa: E402
 from lora_jax._tree import map_with_path  # noqa: E402
 from lora_jax.adapters import load_adapter, save_adapter, weighted_adapter  # noqa: E402
 from lora_jax.lora import KernelLayout  # noqa: E402
-from lora_jax.models import load_pretrained  # noqa: E402
 
 pytestmark = pytest.mark.oracle
 LAYOUTS = {"model/layers": KernelLayout(stack="model/layers")}
@@ -23,30 +21,8 @@ IDS = np.arange(3, 27, dtype=np.int32).reshape(2, 12)
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    torch.manual_seed(0)
-    shape = transformers.LlamaConfig(
-        vocab_size=40,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.3,
-        attention_bias=True,
-        mlp_bias=True,
-        tie_word_embeddings=False,
-    )
-    directory = tmp_path_factory.mktemp("model")
-    transformers.LlamaForCausalLM(shape).save_pretrained(directory)
-    pretrained = load_pretrained(directory)
-    model = lora_linen(pretrained.module)
-
-    @jax.jit
-    def logits(params):
-        return model.apply({"params": params}, jnp.asarray(IDS))
-
-    return directory, pretrained, logits
+def base(biased_llama):
+    return biased_llama(IDS)
 
 
 def adapter_of(pretrained, seed, **fields):
