@@ -22,6 +22,10 @@ class KernelLayout:
         experts: Whether the first axis of a single layer's parameter numbers experts, each with
             a matrix and an adapter of its own; `contracting` then counts the axes behind it.
             Experts that `nn.vmap` makes of whole modules may be a `stack` instead.
+        window: Sizes of a convolution's window; its axes and that of the input's features are
+            the contracted ones, in this order.  `"all-linear"` leaves convolutions out.
+        groups: Into how many groups a convolution divides its input features; the kernel has the
+            axis of one group.
 
     Example:
         >>> query = KernelLayout(contracting=(0,))      # (d, heads, head_dim)
@@ -29,11 +33,14 @@ class KernelLayout:
         >>> layers = KernelLayout(stack="model/layers")  # (layers, d_in, d_out)
         >>> up = KernelLayout(contracting=(0,), experts=True)    # (experts, d_in, d_out)
         >>> down = KernelLayout(contracting=(1,), experts=True)  # (experts, d_out, d_in)
+        >>> conv = KernelLayout(contracting=(0, 1, 2), window=(3, 3))  # (3, 3, d_in, d_out)
     """
 
     contracting: tuple[int, ...] | None = None
     stack: str | None = None
     experts: bool = False
+    window: tuple[int, ...] | None = None
+    groups: int = 1
 
     @property
     def leading_axes(self) -> int:

@@ -106,7 +106,8 @@ def _matched(params: Params, wanted: "_Matcher", layouts: Layouts | None) -> tup
         names = paths_of_layers(target_name(path), layout, leaf_shape(leaf)[0])
         chosen = [wanted(name, path) for name in names]
         all_linear = wanted.config.target_modules == "all-linear"
-        if any(chosen) and not (all_linear and layout.contracting == ()):
+        linear = layout.contracting != () and layout.window is None
+        if any(chosen) and (linear or not all_linear):
             layout = dataclasses.replace(layout, contracting=known_contracting(layouts, path, leaf))
             targets.append(_target(path, leaf, names, chosen, wanted.config, layout))
     return tuple(targets)

@@ -77,8 +77,8 @@ class LoraLinen:
         Example:
             >>> model = nn.DenseGeneral((2, 3), name="query")
             >>> params = model.init(jax.random.key(0), jnp.ones((1, 4)))["params"]
-            >>> lora_linen(model).layouts(params, jnp.ones((1, 4)))
-            {'kernel': KernelLayout(contracting=(0,), stack=None, experts=False)}
+            >>> lora_linen(model).layouts(params, jnp.ones((1, 4)))["kernel"].contracting
+            (0,)
         """
         shapes = {p: leaf_shape(x)[0] for p, x in leaves_with_path(params)}
         recorder = _Recorder(shapes, self.layouts_of_params or {})
