@@ -33,3 +33,8 @@ from .quant import dequantize as dequantize
 from .quant import quantize as quantize
 from .quant import quantized_matmul as quantized_matmul
 from .transform import lora_linen as lora_linen
+from .transform import lora_nnx as lora_nnx
+from .transform import nnx_adapter as nnx_adapter
+from .transform import nnx_layouts as nnx_layouts
+from .transform import nnx_params as nnx_params
+from .transform import with_nnx_params as with_nnx_params

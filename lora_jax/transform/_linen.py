@@ -91,7 +91,7 @@ class LoraLinen:
         return {p: x for p, x in found.items() if rule_for(given, p).contracting is None} | own
 
 
-def lora_linen(module: nn.Module, *, layouts: Layouts | None = None) -> LoraLinen:
+def lora_linen(module: Any, *, layouts: Layouts | None = None) -> LoraLinen:
     """Let a Linen module use adapters and quantized weights, as it is.
 
     Args:
@@ -102,6 +102,9 @@ def lora_linen(module: nn.Module, *, layouts: Layouts | None = None) -> LoraLine
     Returns:
         An object whose `apply` has the module's signature.
 
+    Raises:
+        InputError: if `module` is no Linen module.
+
     Example:
         >>> from lora_jax import LoraConfig, combine, init_adapter
         >>> model, x = nn.Dense(3, name="head"), jnp.ones((2, 4))
@@ -111,6 +114,11 @@ def lora_linen(module: nn.Module, *, layouts: Layouts | None = None) -> LoraLine
         >>> lora_linen(model).apply({"params": combine(base_params, adapter)}, x).shape
         (2, 3)
     """
+    if not isinstance(module, nn.Module):
+        raise InputError(
+            f"lora_linen: takes a flax.linen.Module, not {type(module).__name__}; for NNX there is"
+            " lora_nnx"
+        )
     return LoraLinen(module, layouts)
 
 
