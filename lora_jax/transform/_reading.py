@@ -151,11 +151,20 @@ def _programs(params: Mapping[str, Any]) -> Iterator[Any]:
 
 
 def _scan(params: Mapping[str, Any], given: list[_Known], reading: Reading) -> list[_Known]:
-    consts, begin = params["num_consts"], params["num_consts"] + params["num_carry"]
+    consts, carry = _sizes_of_scan(params)
+    begin = consts + carry
     slices = [_without_first(x) if isinstance(x, _View) else x for x in given[begin:]]
     reading.scans.append([x.path for x in slices if isinstance(x, _View)])
     made = _loop(params["jaxpr"].jaxpr, [*given[:begin], *slices], consts, reading, len(slices))
-    return [x if i < params["num_carry"] or x is _INPUT else None for i, x in enumerate(made)]
+    return [x if i < carry or x is _INPUT else None for i, x in enumerate(made)]
+
+
+def _sizes_of_scan(params: Mapping[str, Any]) -> tuple[int, int]:
+    """How many constants and how many carried arrays a scan has."""
+    if "num_consts" in params:  # up to JAX 0.11
+        return params["num_consts"], params["num_carry"]
+    consts, carry, _ = params["ft_in"].unpack()
+    return len(consts), len(carry)
 
 
 def _loop(
