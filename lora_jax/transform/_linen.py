@@ -1,6 +1,7 @@
 """Any Linen module with its adapter: layers intercepted, the module itself unchanged."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -27,6 +28,7 @@ from ..lora import (
 )
 from ..quant import QuantizedTensor, look_up, quantized_matmul
 from ._contraction import contraction_of
+from ._convolution import Convolution, convolution_of, convolve, is_linear_in_kernel
 
 ADAPTED = (LoraParam, RowParam)
 """A parameter with one adapter, or with one for each row of a batch."""
@@ -37,8 +39,8 @@ class LoraLinen:
     """A Linen module that reads adapters and quantized weights from its params tree.
 
     `apply` takes what the module's own `apply` takes, with `combine(base_params, adapter)`
-    as the params.  `Dense`, `DenseGeneral`, `Einsum` and `Embed` use the factored form; any
-    other module that reads an adapted parameter gets W0 + scaling·A·B.
+    as the params.  `Dense`, `DenseGeneral`, `Einsum`, `Conv`, `ConvTranspose` and `Embed` use the
+    factored form; any other module that reads an adapted parameter gets W0 + scaling·A·B.
     """
 
     module: nn.Module
@@ -67,8 +69,9 @@ class LoraLinen:
 
         Returns:
             For every kernel, by path: its contracted axes (Dense, DenseGeneral, Einsum and
-            Embed; none for a convolution), and the path of the `nn.scan` or `nn.vmap` it is
-            stacked under.  For every such stack, by its path, a rule for what else is in it.
+            Embed, and with window and groups Conv and ConvTranspose), and the path of the
+            `nn.scan` or `nn.vmap` it is stacked under.  For every such stack, by its path, a rule
+            for what else is in it.
             Rules given to `lora_linen` come first.
 
         Raises:
@@ -154,6 +157,8 @@ def _inputs(args: tuple, kwargs: dict) -> tuple:
 
 def _product(module: Any, param: Any, x: Array, rest: tuple[Any, ...]) -> Array | None:
     """The layer's output in factored form; None where only the dense weight will do."""
+    if (convolution := convolution_of(module)) is not None:
+        return _convolution(module, param, x, convolution)
     contraction = contraction_of(module, x.ndim, rest)
     if contraction is None or (isinstance(param, TokenParam) and contraction.kernel != (0,)):
         return None
@@ -184,6 +189,29 @@ def _product(module: Any, param: Any, x: Array, rest: tuple[Any, ...]) -> Array 
         return y
     shape = [n if i >= len(free) else 1 for i, n in zip(contraction.output, y.shape, strict=True)]
     return y + bias.reshape(shape)
+
+
+def _convolution(module: Any, param: Any, x: Array, convolution: Convolution) -> Array | None:
+    """As `_product`, for a convolution."""
+    if not isinstance(param, ADAPTED):
+        return None
+    param = dataclasses.replace(param, contracting=convolution.contracting)
+    check_shapes(param)
+    bias = module.get_variable("params", "bias") if module.use_bias else None
+    if not is_linear_in_kernel(module):
+        own = {"kernel": param.unbox(), "bias": bias}
+        return module.clone(parent=None).apply({"params": own}, x)
+    base = meta.unbox(param.base)
+    x, _, bias = module.promote_dtype(
+        x, jnp.zeros((), base.dtype), meta.unbox(bias), dtype=module.dtype
+    )
+    kernel = as_matrix(base, convolution.contracting)
+    # Rows that have an adapter each are those of the first axis: a single example gets one.
+    lacking = max(len(convolution.window) + 2 - x.ndim, 0)
+    one = functools.partial(convolve, module, convolution)
+    y = param.convolution(x.reshape(*(1,) * lacking, *x.shape), kernel, one, convolution.groups)
+    y = y.reshape(y.shape[lacking:])
+    return y if bias is None else y + bias
 
 
 def _is_matrix(base: Any, contracting: tuple[int, ...]) -> bool:
@@ -240,6 +268,7 @@ class _Recorder:
         self.given = given
         self.stacks: set[str] = set()
         self.contracting: dict[str, tuple[int, ...]] = {}
+        self.convolutions: dict[str, Convolution] = {}
 
     def __call__(self, next_fun: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
         module, prefix = context.module, "/".join(context.module.path)
@@ -259,6 +288,9 @@ class _Recorder:
     def _note(self, module: nn.Module, prefix: str, args: tuple, inside: dict[str, Any]) -> None:
         name = "embedding" if type(module) is nn.Embed else "kernel"
         if name not in inside:
+            return
+        if (convolution := convolution_of(module)) is not None:
+            self.convolutions[f"{prefix}/{name}" if prefix else name] = convolution
             return
         contracting: tuple[int, ...] = (0,)
         if type(module) is not nn.Embed:
@@ -281,7 +313,11 @@ class _Recorder:
             p: KernelLayout(axes, stack_of(p), rule_for(self.given, p).experts)
             for p, axes in self.contracting.items()
         }
-        return stacks | kernels
+        convolutions = {
+            p: KernelLayout(c.contracting, stack_of(p), window=c.window, groups=c.groups)
+            for p, c in self.convolutions.items()
+        }
+        return stacks | kernels | convolutions
 
 
 def _check_stack(

@@ -84,7 +84,7 @@ def test_flags_names_convolutions_and_norms():
     mask = jax.ShapeDtypeStruct(X.shape[:2], bool)
     layouts = lora_linen(model).layouts(params, X, True, mask=mask)
     assert layouts == {
-        "conv/kernel": KernelLayout(()),
+        "conv/kernel": KernelLayout((0, 1), window=(3,)),
         "layers": KernelLayout(stack="layers"),
         "layers/up/kernel": KernelLayout((0,), "layers"),
     }
