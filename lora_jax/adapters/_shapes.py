@@ -67,11 +67,10 @@ def file_axes(path: str, axes: int, layout: KernelLayout) -> tuple[int, ...]:
         (3, 2, 0, 1)
     """
     order = tuple(range(axes))
-    contracting = layout.contracting or ()
-    if layout.window is not None and is_kernel(path) and axes == len(contracting) + 1:
-        *window, features = contracting
+    contracting = layout.contracting
+    if layout.window and contracting and is_kernel(path) and axes == len(contracting) + 1:
         (out,) = set(order) - set(contracting)
-        return (out, features, *window)
+        return (out, contracting[-1], *contracting[:-1])
     return order[::-1] if is_transposed(path) else order
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax.core import meta
 
 from .._errors import InputError
-from .._tree import leaves_with_path, tree_from_paths
+from .._tree import leaves_with_path, map_with_path, partition
 from .._typing import Array, Key, Params
 from ..quant import QuantizedTensor, dequantize
 from ._convolution import Convolve, lora_convolution
@@ -253,8 +253,8 @@ def box_adapters(params: Params, layouts: Layouts | None = None) -> dict[str, An
                 f"{path}: the base has no parameter beside it; this adapter was made for"
                 " another base"
             )
-    rest = {path: leaf for path, leaf in leaves.items() if path not in used}
-    return tree_from_paths(rest | boxed)
+    bare = partition(params, used.__contains__)[1]
+    return dict(map_with_path(lambda path, leaf: boxed.get(path, leaf), bare))
 
 
 def row_param(param: LoraParam, rows: Array) -> RowParam:

@@ -32,6 +32,8 @@ from ._convolution import Convolution, convolution_of, convolve, is_linear_in_ke
 
 ADAPTED = (LoraParam, RowParam)
 """A parameter with one adapter, or with one for each row of a batch."""
+KNOWN = (*ADAPTED, TokenParam, QuantizedTensor)
+"""Boxes that layers open themselves."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +42,8 @@ class LoraLinen:
 
     `apply` takes what the module's own `apply` takes, with `combine(base_params, adapter)`
     as the params.  `Dense`, `DenseGeneral`, `Einsum`, `Conv`, `ConvTranspose` and `Embed` use the
-    factored form; any other module that reads an adapted parameter gets W0 + scaling·A·B.
+    factored form; any other module that reads an adapted parameter gets W0 + scaling·A·B.  A
+    function of your own under `nn.map_variables` finds boxes, which `nn.meta.unbox` opens.
     """
 
     module: nn.Module
@@ -86,7 +89,8 @@ class LoraLinen:
         shapes = {p: leaf_shape(x)[0] for p, x in leaves_with_path(params)}
         recorder = _Recorder(shapes, self.layouts_of_params or {})
         # Collections such as batch statistics are not at hand: let the module make its own.
-        kwargs = {"mutable": DenyList("params"), **kwargs}
+        own = {"mutable": DenyList("params"), "rngs": {"params": jax.random.key(0)}}
+        kwargs = {**own, **kwargs}
 
         # Arrays and shapes are traced; flags, strings and functions stay as they are.
         leaves, structure = jax.tree.flatten((args, kwargs))
@@ -136,17 +140,37 @@ def _intercept(next_fun: Callable, args: tuple, kwargs: dict, context: Any) -> A
     Nothing may come from a closure: `nn.jit` reuses a trace when only a closure changed.
     """
     module, method = context.module, context.method_name
+    if isinstance(module, _NORMS) and method == "__call__" and _has_boxes(module.layer_instance):
+        return _opened(module, args, kwargs)
     layer = _LOOK_UPS.get(method) if type(module) is nn.Embed else None
     name = "embedding" if layer else "kernel"
     if (layer or method == "__call__") and module.has_variable("params", name):
         param, inputs = module.get_variable("params", name), _inputs(args, kwargs)
-        known = isinstance(param, (*ADAPTED, TokenParam, QuantizedTensor))
+        known = isinstance(param, KNOWN)
         if layer and known and inputs:
             return layer(module, param, *inputs)
         if not layer and known and inputs:
             out = _product(module, param, jnp.asarray(inputs[0]), inputs[1:])
             return next_fun(*args, **kwargs) if out is None else out
     return next_fun(*args, **kwargs)
+
+
+_NORMS = (nn.WeightNorm, nn.SpectralNorm)
+"""Modules that map every array of another's parameters: they must not find the parts of a box."""
+
+
+def _has_boxes(module: nn.Module) -> bool:
+    leaves = (leaf for _, leaf in leaves_with_path(module.variables.get("params", {})))
+    return any(isinstance(leaf, KNOWN) for leaf in leaves)
+
+
+def _opened(module: nn.Module, args: tuple, kwargs: dict) -> Any:
+    """The module's output with dense weights in the place of all boxes below it."""
+
+    def forward(module: nn.Module) -> Any:
+        return module(*args, **kwargs)
+
+    return nn.map_variables(forward, "params", meta.unbox)(module)
 
 
 def _inputs(args: tuple, kwargs: dict) -> tuple:

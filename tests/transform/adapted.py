@@ -28,11 +28,13 @@ def start(model, *args, targets="all-linear", layouts=None, quantized=False, cal
     Args:
         call: Arguments of `apply` by name.
     """
-    call, keys = call or {}, {"params": jax.random.key(1), **(call or {}).get("rngs", {})}
+    call = call or {}
+    keys = {"params": jax.random.key(1), **call.get("rngs", {})}
     named = {k: v for k, v in call.items() if k not in ("mutable", "rngs")}
+    rngs = {"rngs": keys} if "rngs" in call else {}
     state = dict(jax.jit(lambda: model.init(keys, *args, **named))())
     params = jax.tree.map(lambda x: x + 0.1 * inputs(*x.shape), state.pop("params"))
-    layouts = lora_linen(model, layouts=layouts).layouts(params, *args, **{**call})
+    layouts = lora_linen(model, layouts=layouts).layouts(params, *args, **named, **rngs)
     if quantized:
         params = map_with_path(lambda path, x: in_four_bits(path, x, layouts), params)
     config = LoraConfig(target_modules=targets, **{**RANDOM, **fields})

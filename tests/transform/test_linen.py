@@ -247,15 +247,6 @@ def test_unknown_modules_read_the_adapted_weight(name):
         lora_linen(model, layouts=layouts).apply({"params": dropped}, x)
 
 
-def test_recurrent_cells():
-    class Cell(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            return nn.RNN(nn.GRUCell(3, name="cell"))(x)
-
-    check(Cell(), inputs(2, 5, 4))
-
-
 def test_partitioned_parameters():
     class Sharded(nn.Module):
         @nn.compact
