@@ -73,6 +73,9 @@ def save_adapter(
     has.  PEFT's A lies along a parameter's last axis, or along the middle one of experts whose
     module has `is_transposed`: say in the layouts that this axis is contracted.
 
+    PEFT adapts no transposed convolution: one's tensors have a convolution's form, and only this
+    library reads them.
+
     Args:
         directory: Where to; an adapter already there is replaced.
         adapter: As from `init_adapter`.
@@ -195,7 +198,6 @@ def _pair_tensors(
     names = paths_of_layers(module, layout, a.shape)
     lengths = _vectors(f"{prefix}lora_magnitude", leaves, "use_dora", config.use_dora, len(names))
     biases = _vectors(f"{prefix}lora_B_bias", leaves, "lora_bias", config.lora_bias, len(names))
-    of_lengths = magnitude_shape(b.shape[-1], layout)
     # (layers, experts, ...), one of each where there is no such axis.
     a, b = (x.reshape(len(names), -1, *x.shape[-2:]) for x in (a, b))
     scalings = scalings.reshape(len(names), -1)
@@ -232,7 +234,8 @@ def _pair_tensors(
         yield key_a, one_a
         yield key_b, one_b
         if lengths is not None:
-            yield f"{key}.lora_magnitude_vector", lengths[i].reshape(of_lengths)
+            shape = magnitude_shape(lengths[i].size, layout)
+            yield f"{key}.lora_magnitude_vector", lengths[i].reshape(shape)
         if biases is not None:
             yield f"{key}.lora_B.bias", biases[i]
         tied = tied_table(tree_from_paths(leaves))
