@@ -78,7 +78,6 @@ def partition(tree: Params, mask: Mask) -> tuple[dict[str, Any], dict[str, Any]]
         >>> partition({"a": {"kernel": 1, "lora_A": 2}}, lambda path: path.endswith("lora_A"))
         ({'a': {'lora_A': 2}}, {'a': {'kernel': 1}})
     """
-    leaves = dict(leaves_with_path(tree))
     if callable(mask):
         chosen = mask
     else:
@@ -86,9 +85,21 @@ def partition(tree: Params, mask: Mask) -> tuple[dict[str, Any], dict[str, Any]]
         # Whatever is no mapping is one leaf here, a quantized tensor too.
         bare = [tree_from_paths(dict.fromkeys(dict(leaves_with_path(t)), 0)) for t in (tree, mask)]
         chex.assert_trees_all_equal_structs(*bare)
-    selected = {path: leaf for path, leaf in leaves.items() if chosen(path)}
-    rest = {path: leaf for path, leaf in leaves.items() if path not in selected}
-    return tree_from_paths(selected), tree_from_paths(rest)
+    selected = {path for path, _ in leaves_with_path(tree) if chosen(path)}
+    return _select(tree, selected.__contains__), _select(tree, lambda path: path not in selected)
+
+
+def _select(tree: Params, chosen: Callable[[str], bool], prefix: str = "") -> dict[str, Any]:
+    """The leaves whose paths are chosen, under the names they have: Flax's may hold a "/"."""
+    kept: dict[str, Any] = {}
+    for name, value in tree.items():
+        path = f"{prefix}/{name}" if prefix else str(name)
+        if isinstance(value, Mapping):
+            if below := _select(value, chosen, path):
+                kept[name] = below
+        elif chosen(path):
+            kept[name] = value
+    return kept
 
 
 def combine(base: Params, overlay: Params) -> dict[str, Any]:
@@ -112,6 +123,11 @@ def _combine(base: Params, overlay: Params, prefix: str) -> dict[str, Any]:
     for name, value in overlay.items():
         path = f"{prefix}/{name}" if prefix else str(name)
         if name not in merged:
+            if isinstance(value, Mapping) and any(k.startswith(f"{name}/") for k in merged):
+                raise ValueError(
+                    f"combine: the base has parameters whose own names begin with {path}/ (as those"
+                    " of nn.WeightNorm do), and no tree of paths can lie over them; leave them out"
+                )
             merged[name] = value
         elif isinstance(value, Mapping) != isinstance(merged[name], Mapping):
             raise ValueError(f"combine: {path} is a leaf in one tree and a subtree in the other")

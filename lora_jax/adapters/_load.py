@@ -14,7 +14,6 @@ from .._config import LoraConfig
 from .._errors import InputError
 from .._files import open_tensors
 from .._hub import local_directory
-from .._names import is_transposed
 from .._tree import leaves_with_path, tree_from_paths
 from .._typing import Params
 from ..lora import (
@@ -33,6 +32,7 @@ from ..lora import (
     leaf_shape,
     magnitude_name,
     matched_targets,
+    rule_for,
     saved_modules,
     shared_table,
     target_name,
@@ -58,6 +58,7 @@ from ._peft import (
     whole_keys,
 )
 from ._reader import Reader
+from ._shapes import check_window, factor_shapes, file_axes, from_file, magnitude_shape
 
 
 def load_adapter(
@@ -176,6 +177,7 @@ def _read_target(
     target: Target, keys: Mapping[str, str], take: Reader, config: LoraConfig
 ) -> Iterator[tuple[str, Any]]:
     """`lora_A`, `lora_B`, `lora_scaling` and more of a target, padded to its largest rank."""
+    check_window("load_adapter", target.path, target.d_in, target.layout)
     width, count, pairs, lengths, biases = max(target.ranks), target.experts or 1, [], [], []
     for name, rank in zip(target.names, target.ranks, strict=True):
         a, b = np.zeros((count, target.d_in, 0)), np.zeros((count, 0, target.d_out))
@@ -183,11 +185,12 @@ def _read_target(
         if rank:
             key = keys.get(name, module_key(name))
             key_a, key_b = factor_keys(key, target.path)
-            whole_a = take(key_a, (count * rank, target.d_in))
-            whole_b = take(key_b, (target.d_out, rank * count))
-            a, b = unpack(whole_a, whole_b, count)
+            shapes = factor_shapes(count * rank, target.d_in, target.d_out, target.layout)
+            whole = from_file(take(key_a, shapes[0]), take(key_b, shapes[1]))
+            a, b = unpack(*whole, count)
             if config.use_dora:
-                length = take(f"{key}.lora_magnitude_vector", length.shape)
+                shape = magnitude_shape(length.size, target.layout)
+                length = take(f"{key}.lora_magnitude_vector", shape)
             if config.lora_bias:
                 bias = take(f"{key}.lora_B.bias", bias.shape)
         lengths.append(length.reshape(count, -1))
@@ -250,11 +253,17 @@ def _drop_copies(
             if key not in bare:
                 continue
             value = take.file.get_tensor(bare[key])
-            if not _equals(value.T if is_transposed(path) else value, leaf, i if stacked else None):
+            own = _own_axes(path, value, layouts)
+            if not _equals(own, leaf, i if stacked else None):
                 take.foreign.append(
                     f"{bare[key]} {value.shape} is a weight of the base, and not this base's {path}"
                 )
             take.unread.remove(bare[key])
+
+
+def _own_axes(path: str, value: np.ndarray, layouts: Layouts | None) -> np.ndarray:
+    """A file's weight in the order of axes that it has here."""
+    return value.transpose(np.argsort(file_axes(path, value.ndim, rule_for(layouts, path))))
 
 
 def _equals(value: np.ndarray, leaf: Any, layer: int | None) -> bool:
@@ -280,6 +289,6 @@ def _read_whole(path: str, leaf: Any, layouts: Layouts | None, take: Reader) -> 
     own = shape[1:] if stacked else shape
     # An adapted layer's bias lies below PEFT's wrapper.
     keys = [below_wrapper(key) if below_wrapper(key) in take.unread else key for key in keys]
-    values = [take(key, own[::-1] if is_transposed(path) else own) for key in keys]
-    values = [v.T if is_transposed(path) else v for v in values]
+    shape = tuple(own[axis] for axis in file_axes(path, len(own), rule_for(layouts, path)))
+    values = [_own_axes(path, take(key, shape), layouts) for key in keys]
     return jnp.asarray(np.stack(values) if stacked else values[0])

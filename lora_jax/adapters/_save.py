@@ -3,10 +3,11 @@
 A directory holds `adapter_config.json` and `adapter_model.safetensors`; the keys are
 `base_model.model.<dotted module>.lora_A.weight` (rank, d_in) and `.lora_B.weight`
 (d_out, rank), a pair for every single layer; those of experts are (experts·rank, d_in) and
-(d_out, rank·experts).  Of an embedding they are `lora_embedding_A` (rank, vocabulary) and
-`lora_embedding_B` (d, rank); of a head that is tied to it, the head's pair too.  A bias on B is
-`.lora_B.bias` (d_out,); a bias of the base that was trained is `<dotted module>.base_layer.bias` in
-an adapted layer, and `<dotted module>.bias` elsewhere.
+(d_out, rank·experts), those of a convolution (rank, d_in, *window) and (d_out, rank, 1, ...).  Of
+an embedding they are `lora_embedding_A` (rank, vocabulary) and `lora_embedding_B` (d, rank); of a
+head that is tied to it, the head's pair too.  A bias on B is `.lora_B.bias` (d_out,); a bias of the
+base that was trained is `<dotted module>.base_layer.bias` in an adapted layer, and
+`<dotted module>.bias` elsewhere.
 """
 
 import json
@@ -20,7 +21,6 @@ import numpy as np
 from .._config import LoraConfig
 from .._errors import InputError
 from .._files import atomic_directory, atomic_file, write_tensors
-from .._names import is_transposed
 from .._tree import leaves_with_path, tree_from_paths
 from .._typing import Params
 from ..lora import (
@@ -51,6 +51,7 @@ from ._peft import (
     tokens_key,
     whole_keys,
 )
+from ._shapes import check_start, check_window, file_axes, magnitude_shape, to_file
 from ._tokens import saved_tokens
 
 
@@ -72,6 +73,9 @@ def save_adapter(
     has.  PEFT's A lies along a parameter's last axis, or along the middle one of experts whose
     module has `is_transposed`: say in the layouts that this axis is contracted.
 
+    PEFT adapts no transposed convolution: one's tensors have a convolution's form, and only this
+    library reads them.
+
     Args:
         directory: Where to; an adapter already there is replaced.
         adapter: As from `init_adapter`.
@@ -81,9 +85,9 @@ def save_adapter(
 
     Raises:
         InputError: if the adapter is not the config's (its modules, ranks, scaling), if a
-            part of it cannot be written (a layer without a name, an embedding whose start
-            moved the base), if its start moved the base as no reader can again, or if the disk is
-            full.
+            part of it cannot be written (a layer without a name, a convolution with groups, an
+            embedding whose start moved the base), if its start moved the base as no reader can
+            again, or if the disk is full.
 
     Example:
         >>> import jax, tempfile
@@ -189,6 +193,8 @@ def _pair_tensors(
         raise InputError(
             f"{path_a} has shape {a.shape}: pass the layouts the adapter was made with"
         )
+    check_window("save_adapter", param, a.shape[-2], layout)
+    check_start(param, layout, config)
     names = paths_of_layers(module, layout, a.shape)
     lengths = _vectors(f"{prefix}lora_magnitude", leaves, "use_dora", config.use_dora, len(names))
     biases = _vectors(f"{prefix}lora_B_bias", leaves, "lora_bias", config.lora_bias, len(names))
@@ -224,11 +230,12 @@ def _pair_tensors(
             )
         key = keys.get(name, module_key(name))
         key_a, key_b = factor_keys(key, param)
-        one_a, one_b = pack(a[i, ..., :rank], b[i, :, :rank])
+        one_a, one_b = to_file(*pack(a[i, ..., :rank], b[i, :, :rank]), layout)
         yield key_a, one_a
         yield key_b, one_b
         if lengths is not None:
-            yield f"{key}.lora_magnitude_vector", lengths[i]
+            shape = magnitude_shape(lengths[i].size, layout)
+            yield f"{key}.lora_magnitude_vector", lengths[i].reshape(shape)
         if biases is not None:
             yield f"{key}.lora_B.bias", biases[i]
         tied = tied_table(tree_from_paths(leaves))
@@ -308,4 +315,5 @@ def _whole_tensors(
     scaling = leaves.get(adapter_names(f"{path.rpartition('/')[0]}/kernel")[2], 0)
     adapted = np.broadcast_to(np.asarray(scaling) != 0, len(keys))
     for key, value, inside in zip(keys, values, adapted, strict=True):
-        yield below_wrapper(key) if inside else key, value.T if is_transposed(path) else value
+        axes = file_axes(path, value.ndim, rule_for(layouts, path))
+        yield below_wrapper(key) if inside else key, value.transpose(axes)

@@ -10,9 +10,10 @@ import jax.numpy as jnp
 from flax.core import meta
 
 from .._errors import InputError
-from .._tree import leaves_with_path, tree_from_paths
+from .._tree import leaves_with_path, map_with_path, partition
 from .._typing import Array, Key, Params
 from ..quant import QuantizedTensor, dequantize
+from ._convolution import Convolve, lora_convolution
 from ._dora import column_scale, dora_linear
 from ._layout import Layouts, contracting_axes, matrix_shape
 from ._linear import dense_delta, drop, look_up_delta, lora_delta, lora_linear
@@ -58,12 +59,12 @@ class LoraParam(meta.AxisMetadata):
         if self.dropout_key is not None and not is_embedding(self.path):
             raise InputError(
                 f"{self.path}: lora_dropout needs a layer whose input is known (Dense,"
-                " DenseGeneral, Einsum, Embed); set lora_dropout to 0 or exclude this module"
+                " DenseGeneral, Einsum, Conv, Embed); set lora_dropout to 0 or exclude this module"
             )
         if self.lora_B_bias is not None:
             raise InputError(
                 f"{self.path}: lora_bias needs a layer whose output is known (Dense, DenseGeneral,"
-                " Einsum); set lora_bias to false or exclude this module"
+                " Einsum, Conv); set lora_bias to false or exclude this module"
             )
         return self.shifted(1.0)
 
@@ -98,7 +99,8 @@ class LoraParam(meta.AxisMetadata):
                 f"{self.path}: lora_B_bias {self.lora_B_bias.shape} does not fit the layer's bias"
                 f" {bias.shape}; this adapter was made for another base"
             )
-        delta = self.scaling[..., None] * self.lora_B_bias.astype(jnp.float32)
+        scaling = jax.lax.stop_gradient(self.scaling)[..., None]
+        delta = scaling * self.lora_B_bias.astype(jnp.float32)
         return bias.astype(jnp.float32) + sign * delta.reshape(bias.shape)
 
     def linear(self, x: Array, kernel: Array | QuantizedTensor, precision: Any = None) -> Array:
@@ -115,6 +117,22 @@ class LoraParam(meta.AxisMetadata):
             dropout_key=self.dropout_key,
             dropout_rate=0.0 if self.dropout_rate is None else self.dropout_rate,
             precision=precision,
+        )
+
+    def convolution(self, x: Array, kernel: Array, convolve: Convolve, groups: int) -> Array:
+        """The layer y = x∗W without its bias, with `kernel` the base as a matrix."""
+        return lora_convolution(
+            x,
+            kernel,
+            self.lora_A,
+            self.lora_B,
+            self.scaling,
+            convolve,
+            groups=groups,
+            magnitude=self.magnitude,
+            lora_B_bias=self.lora_B_bias,
+            dropout_key=self.dropout_key,
+            dropout_rate=0.0 if self.dropout_rate is None else self.dropout_rate,
         )
 
     def look_up(self, ids: Array, rows: Array, table: Any) -> Array:
@@ -235,8 +253,8 @@ def box_adapters(params: Params, layouts: Layouts | None = None) -> dict[str, An
                 f"{path}: the base has no parameter beside it; this adapter was made for"
                 " another base"
             )
-    rest = {path: leaf for path, leaf in leaves.items() if path not in used}
-    return tree_from_paths(rest | boxed)
+    bare = partition(params, used.__contains__)[1]
+    return dict(map_with_path(lambda path, leaf: boxed.get(path, leaf), bare))
 
 
 def row_param(param: LoraParam, rows: Array) -> RowParam:

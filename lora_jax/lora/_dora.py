@@ -1,6 +1,7 @@
 """DoRA: the magnitude of every output learned apart from its direction."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ from .._tree import vary_together
 from .._typing import Array, Key
 from ..quant import QuantizedTensor, dequantize
 from ._layout import as_matrix
-from ._linear import base_product, drop, lora_delta, lora_linear
+from ._linear import base_product, drop, lora_delta
 
 
 def dora_linear(
@@ -45,15 +46,30 @@ def dora_linear(
 
     Source: Liu et al. 2024, "DoRA", equations 5 and 11.
     """
+
+    def product(x: Array) -> Array:
+        return base_product(x, kernel, precision)
+
+    def delta(x: Array) -> Array:
+        return lora_delta(x, lora_A, lora_B, scaling)
+
     c = column_scale(kernel, lora_A, lora_B, scaling, magnitude)
-    if dropout_key is None:
-        y = lora_linear(x, kernel, lora_A, lora_B, scaling, precision=precision)
-        return scale_columns(y, c)
-    dropped = drop(x, dropout_key, dropout_rate)
-    base = (base_product(inputs, kernel, precision) for inputs in (x, dropped))
-    whole, part = base
-    delta = lora_delta(dropped, lora_A, lora_B, scaling)
-    return (whole + (c - 1) * part + c * delta).astype(x.dtype)
+    dropped = None if dropout_key is None else drop(x, dropout_key, dropout_rate)
+    return dora_sum(product, delta, x, dropped, c)
+
+
+def dora_sum(
+    product: Callable[[Array], Array],
+    delta: Callable[[Array], Array],
+    x: Array,
+    dropped: Array | None,
+    c: Float[Array, " d_out"],
+) -> Array:
+    """A layer's product and delta with its columns scaled by c, as `dora_linear` has them."""
+    if dropped is None:
+        return scale_columns(product(x) + delta(x), c)
+    whole = product(x)
+    return (whole + (c - 1) * product(dropped) + c * delta(dropped)).astype(whole.dtype)
 
 
 def scale_columns(y: Float[Array, "*batch d"], c: Float[Array, " d"]) -> Float[Array, "*batch d"]:

@@ -15,8 +15,8 @@ class KernelLayout:
 
     Args:
         contracting: Axes of a single layer's kernel that meet the input; the others make
-            the output.  Empty for a layer that is no plain contraction, such as a convolution:
-            `"all-linear"` leaves it out.
+            the output.  Empty for a layer that is no plain contraction, such as one with a kernel
+            for every place: `"all-linear"` leaves it out.
         stack: Path of the module whose parameters carry a leading layer axis (as under
             `nn.scan`; `""` for the outermost), or None.
         experts: Whether the first axis of a single layer's parameter numbers experts, each with
@@ -71,7 +71,7 @@ def contracting_axes(contracting: tuple[int, ...] | None, path: str, axes: int) 
     if contracting == ():
         raise InputError(
             f"{path} has {axes} axes and belongs to a layer that is no plain contraction (a"
-            " convolution, say); exclude it, or say which axes make up its input:"
+            " subclass of one, say); exclude it, or say which axes make up its input:"
             f' lora_linen(module, layouts={{"{path}": KernelLayout(contracting=...)}})'
         )
     top = path.split("/")[0]

@@ -1,6 +1,7 @@
 """The delta of an adapter: the only place where `scaling·A·B` is computed."""
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -96,6 +97,30 @@ def look_up_delta(
     scaling = jax.lax.stop_gradient(jnp.asarray(scaling, jnp.float32))
     rows = jnp.take(lora_A, ids, axis=0)
     return (scaling * rows).astype(rows.dtype) @ lora_B
+
+
+def convolution_delta(
+    x: Array,
+    lora_A: Float[Array, "window_and_features rank"],
+    lora_B: Float[Array, "rank d_out"],
+    scaling: Float[Array, ""] | float,
+    convolve: Callable[[Array, Array], Array],
+    groups: int = 1,
+    lora_B_bias: Float[Array, " d_out"] | None = None,
+) -> Array:
+    """scaling·((x∗A)·B + bias_B); of groups each has the same A, and its own columns of B.
+
+    Example: see `lora_convolution`.
+    """
+    scaling = jax.lax.stop_gradient(jnp.asarray(scaling, jnp.float32))
+    a = (scaling * lora_A).astype(x.dtype)  # not the sum, which may be too large for 16 bits
+    h = convolve(x, jnp.tile(a, groups))
+    h = h.reshape(*h.shape[:-1], groups, -1)
+    b = lora_B.astype(h.dtype).reshape(len(lora_B), groups, -1)
+    delta = jnp.einsum("...gr,rgo->...go", h, b).reshape(*h.shape[:-2], -1)
+    if lora_B_bias is None:
+        return delta
+    return delta + (scaling * lora_B_bias.astype(jnp.float32)).astype(delta.dtype)
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4), inline=True)

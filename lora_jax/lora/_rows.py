@@ -1,6 +1,7 @@
 """Several adapters at once, each row of a batch through one of them or through none."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,8 +13,9 @@ from jaxtyping import Float, Int
 from .._errors import InputError
 from .._tree import leaves_with_path, map_with_path, tree_from_paths
 from .._typing import Array, Key, Params
+from ._convolution import Convolve
 from ._dora import column_scale, scale_columns
-from ._linear import base_product, drop, look_up_delta, lora_delta
+from ._linear import base_product, convolution_delta, drop, look_up_delta, lora_delta
 from ._targets import is_embedding, leaf_shape
 
 ROWS = "lora_rows"
@@ -109,8 +111,8 @@ class RowParam(meta.AxisMetadata):
             return jnp.full(leaf_shape(self.base)[0], jnp.nan, leaf_shape(self.base)[1])
         raise InputError(
             f"{self.path}: rows of one batch cannot each have a weight of their own in a module"
-            " that reads it as a whole; only Dense, DenseGeneral, Einsum and Embed take an adapter"
-            " for each row: exclude this module"
+            " that reads it as a whole; only Dense, DenseGeneral, Einsum, Conv and Embed take an"
+            " adapter for each row: exclude this module"
         )
 
     def replace_boxed(self, val: Any) -> Any:
@@ -124,17 +126,35 @@ class RowParam(meta.AxisMetadata):
 
     def linear(self, x: Array, kernel: Any, precision: Any = None) -> Array:
         """The layer for inputs (batch, ..., d_in), with `kernel` the base as a matrix."""
+
+        def product(x: Array) -> Array:
+            return base_product(x, kernel, precision)
+
+        return self._sum(x, kernel, product, lora_delta)
+
+    def convolution(self, x: Array, kernel: Array, convolve: Convolve, groups: int) -> Array:
+        """The layer for inputs (batch, ..., d_in), without its bias."""
+
+        def product(x: Array) -> Array:
+            return convolve(x, kernel)
+
+        def delta(x: Array, a: Array, b: Array, scaling: Array, *bias: Array) -> Array:
+            return convolution_delta(x, a, b, scaling, convolve, groups, *bias)
+
+        return self._sum(x, kernel, product, delta)
+
+    def _sum(self, x: Array, kernel: Any, product: Callable, delta: Callable) -> Array:
+        """A layer's product, and for each row its own delta."""
         self._check_batch(x)
-        base, dropped = base_product(x, kernel, precision), self._dropped(x)
+        base, dropped = product(x), self._dropped(x)
         biases = () if self.lora_B_bias is None else (self._of_rows(self.lora_B_bias),)
-        delta = jax.vmap(lora_delta)(dropped, *self._factors(), *biases)
+        deltas = jax.vmap(delta)(dropped, *self._factors(), *biases)
         if self.magnitude is None:
-            return base + delta
+            return base + deltas
         if self.dropout_key is None:
-            return self.scaled(base + delta, kernel)
-        c = self._spread(self._column_scales(kernel), x)
-        part = base_product(dropped, kernel, precision)
-        return (base + (c - 1) * part + c * delta).astype(x.dtype)
+            return self.scaled(base + deltas, kernel)
+        c = self._spread(self._column_scales(kernel), base)
+        return (base + (c - 1) * product(dropped) + c * deltas).astype(base.dtype)
 
     def look_up(self, ids: Array, rows: Array, table: Any) -> Array:
         """What an embedding gives for ids (batch, ...), with `rows` what its table gives."""

@@ -350,6 +350,12 @@ def _target(
             f" {shape}; name it in target_modules, or say that it has experts:"
             f' {{"{path}": KernelLayout(contracting=(0,), experts=True)}}'
         )
+    window = tuple(kernel_shape[axis] for axis in contracting[:-1])
+    if layout.window not in (None, window):
+        raise InputError(
+            f"{path}: its layout has the window {layout.window}, but the kernel {kernel_shape} has"
+            f" {window}; take layouts from lora_linen(module).layouts(params, *inputs)"
+        )
     d_in, d_out = matrix_shape(kernel_shape, contracting)
     own = [pattern_name(name, path, config) for name in names]
     return Target(

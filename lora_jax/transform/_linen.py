@@ -8,14 +8,21 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax.core import DenyList
+from flax.core import DenyList, meta
 
 from .._errors import InputError
 from .._tree import is_below, leaves_with_path
 from .._typing import Array, Params
-from ..lora import KernelLayout, Layouts, box_adapters, leaf_shape, rule_for
+from ..lora import (
+    KernelLayout,
+    Layouts,
+    box_adapters,
+    leaf_shape,
+    rule_for,
+)
 from ._contraction import contraction_of
-from ._product import KNOWN, attended, looked_up, product
+from ._convolution import Convolution, convolution_of, convolved, is_linear_in_kernel
+from ._product import ADAPTED, KNOWN, attended, looked_up, product
 from ._reading import Reading, read_program
 
 
@@ -24,8 +31,9 @@ class LoraLinen:
     """A Linen module that reads adapters and quantized weights from its params tree.
 
     `apply` takes what the module's own `apply` takes, with `combine(base_params, adapter)`
-    as the params.  `Dense`, `DenseGeneral`, `Einsum` and `Embed` use the factored form; any
-    other module that reads an adapted parameter gets W0 + scaling·A·B.
+    as the params.  `Dense`, `DenseGeneral`, `Einsum`, `Conv`, `ConvTranspose` and `Embed` use the
+    factored form; any other module that reads an adapted parameter gets W0 + scaling·A·B.  A
+    function of your own under `nn.map_variables` finds boxes, which `nn.meta.unbox` opens.
     """
 
     module: nn.Module
@@ -70,19 +78,15 @@ class LoraLinen:
         """
         recorder = _Recorder(params, self.layouts_of_params or {})
         # Collections such as batch statistics are not at hand: let the module make its own.
-        kwargs = {"mutable": DenyList("params"), **kwargs}
+        # Random keys are no inputs: what comes of them and the parameters alone is no product.
+        fixed = {"mutable": kwargs.pop("mutable", DenyList("params"))}
+        fixed["rngs"] = kwargs.pop("rngs", {"params": jax.random.key(0)})
 
-        # Arrays and shapes are traced; flags, strings and functions stay as they are.
-        leaves, structure = jax.tree.flatten((args, kwargs))
-        traced = {i: leaf for i, leaf in enumerate(leaves) if hasattr(leaf, "shape")}
-
-        def trace(params: Params, traced: dict[int, Any]) -> Any:
-            given = [traced.get(i, leaf) for i, leaf in enumerate(leaves)]
-            args, kwargs = jax.tree.unflatten(structure, given)
+        def run(params: Params, *args: Any, **kwargs: Any) -> Any:
             with nn.intercept_methods(recorder):
-                return self.module.apply({"params": params}, *args, **kwargs)
+                return self.module.apply({"params": params}, *args, **kwargs, **fixed)
 
-        reading = read_program(trace, params, traced)
+        reading = read_program(run, params, *args, **kwargs)
         given, found = self.layouts_of_params or {}, recorder.layouts(reading)
         own = {
             p: dataclasses.replace(x, stack=rule_for(found, p).stack) if x.stack is None else x
@@ -128,6 +132,8 @@ def _intercept(next_fun: Callable, args: tuple, kwargs: dict, context: Any) -> A
     Nothing may come from a closure: `nn.jit` reuses a trace when only a closure changed.
     """
     module, method = context.module, context.method_name
+    if isinstance(module, _NORMS) and method == "__call__" and _has_boxes(module.layer_instance):
+        return _opened(module, args, kwargs)
     layer = _LOOK_UPS.get(method) if type(module) is nn.Embed else None
     name = "embedding" if layer else "kernel"
     if (layer or method == "__call__") and module.has_variable("params", name):
@@ -141,6 +147,24 @@ def _intercept(next_fun: Callable, args: tuple, kwargs: dict, context: Any) -> A
     return next_fun(*args, **kwargs)
 
 
+_NORMS = (nn.WeightNorm, nn.SpectralNorm)
+"""Modules that map every array of another's parameters: they must not find the parts of a box."""
+
+
+def _has_boxes(module: nn.Module) -> bool:
+    leaves = (leaf for _, leaf in leaves_with_path(module.variables.get("params", {})))
+    return any(isinstance(leaf, KNOWN) for leaf in leaves)
+
+
+def _opened(module: nn.Module, args: tuple, kwargs: dict) -> Any:
+    """The module's output with dense weights in the place of all boxes below it."""
+
+    def forward(module: nn.Module) -> Any:
+        return module(*args, **kwargs)
+
+    return nn.map_variables(forward, "params", meta.unbox)(module)
+
+
 def _inputs(args: tuple, kwargs: dict) -> tuple:
     """A layer's arguments by position, however they were given."""
     named = (kwargs[name] for name in ("inputs", "query", "einsum_str") if name in kwargs)
@@ -148,12 +172,33 @@ def _inputs(args: tuple, kwargs: dict) -> tuple:
 
 
 def _product(module: Any, param: Any, x: Array, rest: tuple[Any, ...]) -> Array | None:
+    """The layer's output in factored form; None where only the dense weight will do."""
+    if (convolution := convolution_of(module)) is not None:
+        return _convolution(module, param, x, convolution)
     contraction = contraction_of(module, x.ndim, rest)
     if contraction is None:
         return None
     bias = module.get_variable("params", "bias") if module.use_bias else None
     promote = functools.partial(module.promote_dtype, dtype=module.dtype)
     return product(param, x, contraction, bias, promote, module.precision)
+
+
+def _convolution(module: Any, param: Any, x: Array, convolution: Convolution) -> Array | None:
+    """As `_product`, for a convolution."""
+    if not isinstance(param, ADAPTED):
+        return None
+    bias = module.get_variable("params", "bias") if module.use_bias else None
+    if not is_linear_in_kernel(module):
+        own = {"kernel": convolution.adapted(param).unbox(), "bias": bias}
+        return module.clone(parent=None).apply({"params": own}, x)
+
+    def convolve(x: Array, kernel: Array) -> Array:
+        width = kernel.shape[-2] if convolution.turned else kernel.shape[-1]
+        layer = module.clone(parent=None, features=width, use_bias=False)
+        return layer.apply({"params": {"kernel": kernel}}, x)
+
+    promote = functools.partial(module.promote_dtype, dtype=module.dtype)
+    return convolved(param, x, convolution, bias, promote, convolve)
 
 
 def _look_up(module: Any, param: Any, ids: Array) -> Array:

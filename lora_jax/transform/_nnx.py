@@ -4,7 +4,7 @@ import functools
 from collections.abc import Iterator
 from typing import Any
 
-import jax
+import jax  # noqa: F401 (the examples use it)
 import jax.numpy as jnp
 from flax import nnx
 
@@ -14,7 +14,8 @@ from .._typing import Array, Params
 from ..lora import TRAINED, KernelLayout, Layouts, adapted_param, box_adapters, rule_for
 from ..quant import QuantizedTensor
 from ._contraction import contraction_of
-from ._product import KNOWN, attended, looked_up, product
+from ._convolution import convolution_of, convolved, is_linear_in_kernel
+from ._product import ADAPTED, KNOWN, attended, looked_up, product
 from ._reading import Reading, read_program
 
 _PLACE = "lora_place"
@@ -38,8 +39,9 @@ def lora_nnx(module: Any, adapter: Params | None = None, *, layouts: Layouts | N
 
     It is of the same structure, and its class is derived from the given module's.  Its variables
     are new, on the same arrays: `nnx.Param` is the base, `nnx.LoRAParam` what is trained,
-    `LoraConstant` the rest of the adapter.  `Linear`, `LinearGeneral`, `Einsum` and `Embed` use the
-    factored form; any other module that reads an adapted parameter gets W0 + scaling·A·B.
+    `LoraConstant` the rest of the adapter.  `Linear`, `LinearGeneral`, `Einsum`, `Conv`,
+    `ConvTranspose` and `Embed` use the factored form; any other module that reads an adapted
+    parameter gets W0 + scaling·A·B.
 
     Args:
         module: Any NNX module; it is not changed.  It may hold quantized weights.
@@ -169,16 +171,11 @@ def nnx_layouts(module: Any, *args: Any, **kwargs: Any) -> dict[str, KernelLayou
         (0, 1)
     """
     _check_module(module)
-    params = nnx_params(module)
-    leaves, structure = jax.tree.flatten((args, kwargs))
-    traced = {i: leaf for i, leaf in enumerate(leaves) if hasattr(leaf, "shape")}
 
-    def trace(params: Params, traced: dict[int, Any]) -> Any:
-        given = [traced.get(i, leaf) for i, leaf in enumerate(leaves)]
-        args, kwargs = jax.tree.unflatten(structure, given)
+    def run(params: Params, *args: Any, **kwargs: Any) -> Any:
         return with_nnx_params(module, params)(*args, **kwargs)
 
-    return _layouts(read_program(trace, params, traced))
+    return _layouts(read_program(run, nnx_params(module), *args, **kwargs))
 
 
 def _layouts(reading: Reading) -> dict[str, KernelLayout]:
@@ -262,6 +259,8 @@ def _adapted_class(kind: type, names: tuple[str, ...]) -> type:
         nnx.Linear: {"__call__": _called},
         nnx.LinearGeneral: {"__call__": _called},
         nnx.Einsum: {"__call__": _called},
+        nnx.Conv: {"__call__": _convolved},
+        nnx.ConvTranspose: {"__call__": _convolved},
         nnx.Embed: {"__call__": _looked_up, "attend": _attended},
     }
     opened = {
@@ -304,6 +303,22 @@ def _called(module: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         if out is not None:
             return out
     return _plain_class(type(module)).__call__(module, inputs, *args, **kwargs)
+
+
+def _convolved(module: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+    """The convolution in factored form, or the layer's own with the dense weight."""
+    kind, inputs, param = _plain_class(type(module)), jnp.asarray(inputs), _boxed(module, "kernel")
+    convolution = convolution_of(module, kind)
+    if convolution is None or not isinstance(param, ADAPTED) or not is_linear_in_kernel(module):
+        return kind.__call__(module, inputs, *args, **kwargs)
+
+    def convolve(x: Array, kernel: Array) -> Array:
+        layer = object.__new__(kind)
+        vars(layer).update(vars(module), kernel=nnx.Param(kernel), bias=None, use_bias=False)
+        return kind.__call__(layer, x, *args, **kwargs)
+
+    bias = None if module.bias is None else module.bias[...]
+    return convolved(param, inputs, convolution, bias, _promote(module), convolve)
 
 
 def _looked_up(module: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:

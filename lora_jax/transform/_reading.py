@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from jax.extend import core
 
-from .._tree import leaves_with_path, tree_from_paths
+from .._tree import map_with_path
 from .._typing import Params
 from ..lora import KernelLayout, leaf_shape
 
@@ -60,13 +60,16 @@ class Reading:
         return {path for paths in self.scans for path in paths}
 
 
-def read_program(function: Callable[..., Any], params: Params, *args: Any) -> Reading:
-    """Trace `function(params, *args)`, and follow each parameter to what it is multiplied with.
+def read_program(
+    function: Callable[..., Any], params: Params, *args: Any, **kwargs: Any
+) -> Reading:
+    """Trace a function of parameters, and follow each of them to what it is multiplied with.
 
     Args:
         function: Any function of a nested dict of parameters.
         params: Arrays, quantized tensors (taken for the dense ones) or shapes.
-        *args: Arrays or shapes.
+        *args, **kwargs: Inputs: arrays and shapes are traced; flags, strings and functions stay as
+            they are.
 
     Returns:
         For every parameter that meets another array: the contracted axes of a product, those of a
@@ -81,18 +84,25 @@ def read_program(function: Callable[..., Any], params: Params, *args: Any) -> Re
         >>> reading.uses["out"].contracting
         (0, 1)
     """
-    leaves = {path: leaf_shape(leaf) for path, leaf in leaves_with_path(params)}
-    dense = tree_from_paths({p: jax.ShapeDtypeStruct(*leaf) for p, leaf in leaves.items()})
-    closed = jax.make_jaxpr(function)(dense, *args)
-    paths = [path for path, _ in leaves_with_path(dense)]
-    # JAX flattens dicts in the order of their sorted keys.
-    order = jax.tree.leaves(tree_from_paths({path: i for i, path in enumerate(paths)}))
+    dense = map_with_path(lambda _, leaf: jax.ShapeDtypeStruct(*leaf_shape(leaf)), params)
+    inputs, structure = jax.tree.flatten((args, kwargs))
+    traced = {i: leaf for i, leaf in enumerate(inputs) if hasattr(leaf, "shape")}
+
+    def program(params: Params, traced: dict[int, Any]) -> Any:
+        given = [traced.get(i, leaf) for i, leaf in enumerate(inputs)]
+        args, kwargs = jax.tree.unflatten(structure, given)
+        return function(params, *args, **kwargs)
+
+    closed = jax.make_jaxpr(program)(dense, traced)
+    # In the order in which JAX takes them.
+    paths = jax.tree.leaves(map_with_path(lambda path, _: path, dense))
+    views = [
+        _View(path, tuple((axis,) for axis in range(leaf.ndim)), leaf.shape)
+        for path, leaf in zip(paths, jax.tree.leaves(dense), strict=True)
+    ]
     reading = Reading()
-    known: list[_Known] = [_INPUT] * len(closed.jaxpr.invars)
-    for place, number in enumerate(order):
-        sizes = leaves[paths[number]][0]
-        known[place] = _View(paths[number], tuple((i,) for i in range(len(sizes))), sizes)
-    _walk(closed.jaxpr, known, reading)
+    rest = [_INPUT] * (len(closed.jaxpr.invars) - len(views))
+    _walk(closed.jaxpr, [*views, *rest], reading)
     return reading
 
 

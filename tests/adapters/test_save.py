@@ -2,13 +2,14 @@
 
 import os
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from lora_jax import InputError, LoraConfig, init_adapter, quantize
+from lora_jax import InputError, LoraConfig, init_adapter, lora_linen, quantize
 from lora_jax._tree import leaves_with_path
 from lora_jax.adapters import load_adapter, save_adapter
 from lora_jax.lora import KernelLayout
@@ -190,3 +191,35 @@ def test_a_quantized_stack_asks_for_its_layout():
     with pytest.raises(InputError, match="q_proj/kernel has 3 axes, and a shape alone"):
         init_adapter(KEY, params, config())
     init_adapter(KEY, params, config(), layouts=LAYOUTS)
+
+
+class Convolutions(nn.Module):
+    """A stack of convolutions, and one turned around."""
+
+    @nn.compact
+    def __call__(self, x):
+        class Block(nn.Module):
+            @nn.compact
+            def __call__(self, x, _):
+                return nn.Conv(4, (3, 2), name="conv")(x), None
+
+        many = dict(variable_axes={"params": 0}, split_rngs={"params": True}, length=2)
+        x, _ = nn.scan(Block, **many)(name="layers")(x, None)
+        return nn.ConvTranspose(6, (2, 2), transpose_kernel=True, name="up")(x)
+
+
+def test_convolutions_come_back(tmp_path, safetensors_shapes):
+    x = jnp.ones((1, 4, 4, 4))
+    params = Convolutions().init(KEY, x)["params"]
+    layouts = lora_linen(Convolutions()).layouts(params, x)
+    own = config(target_modules=["conv", "up"], rank_pattern={"0.conv": 2}, use_dora=True)
+    adapter = init_adapter(KEY, params, own, layouts=layouts)
+    save_adapter(tmp_path, adapter, own, layouts=layouts)
+    shapes = safetensors_shapes(tmp_path / "adapter_model.safetensors")
+    assert shapes[f"{PREFIX}layers.0.conv.lora_A.weight"] == (2, 4, 3, 2)
+    assert shapes[f"{PREFIX}layers.1.conv.lora_B.weight"] == (4, 3, 1, 1)
+    assert shapes[f"{PREFIX}up.lora_A.weight"] == (3, 4, 2, 2)
+    assert shapes[f"{PREFIX}up.lora_magnitude_vector"] == (1, 6, 1, 1)
+    loaded, again = load_adapter(tmp_path, params, layouts=layouts)
+    assert again == own
+    jax.tree.map(np.testing.assert_array_equal, loaded, adapter)

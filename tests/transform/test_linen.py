@@ -15,67 +15,10 @@ from lora_jax import (
     init_adapter,
     lora_linen,
     merge_adapter,
-    quantize,
     with_dropout,
 )
-from lora_jax._tree import leaves_with_path, map_with_path
-from lora_jax.lora import KernelLayout, rule_for
-from tests import compiled
-
-KEY = jax.random.key(0)
-RANDOM = dict(r=2, lora_alpha=3, init_lora_weights=False)
-
-
-def inputs(*shape):
-    return jax.random.normal(jax.random.key(7), shape)
-
-
-def close(one, other, rtol=2e-5):
-    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
-        np.testing.assert_allclose(a, b, rtol=0, atol=rtol * (1e-3 + np.abs(b).max()))
-
-
-def start(model, *args, targets="all-linear", layouts=None, quantized=False, **fields):
-    params = compiled.init(model, jax.random.key(1), *args)
-    params = jax.tree.map(lambda x: x + 0.1 * inputs(*x.shape), params)
-    layouts = lora_linen(model, layouts=layouts).layouts(params, *args)
-    if quantized:
-        params = map_with_path(lambda path, x: in_four_bits(path, x, layouts), params)
-    config = LoraConfig(target_modules=targets, **{**RANDOM, **fields})
-    return params, init_adapter(KEY, params, config, layouts=layouts), layouts
-
-
-def in_four_bits(path, x, layouts):
-    if not path.endswith("kernel"):
-        return x
-    rule = rule_for(layouts, path)
-    count = len(rule.contracting or (0,))
-    return quantize(x, stacked=int(rule.stack is not None), contracting=count)
-
-
-def check(model, *args, rtol=2e-5, given=None, **options):
-    """The claim of this file; returns the parts for further checks."""
-    params, adapter, layouts = start(model, *args, **options)
-    adapted = lora_linen(model, layouts=given)
-
-    def ours(adapter, params):
-        out = adapted.apply({"params": combine(params, adapter)}, *args)
-        return jnp.sum(jnp.sin(out)), out
-
-    def merged(adapter, params):
-        weights = nn.meta.unbox(merge_adapter(params, adapter, layouts=layouts))
-        out = model.apply({"params": weights}, *args)
-        return jnp.sum(jnp.sin(out)), out
-
-    both = jax.jit(lambda *trees: [jax.grad(f, has_aux=True)(*trees) for f in (ours, merged)])
-    (our_gradient, our_out), (gradient, out) = both(adapter, params)
-    close(our_out, out, rtol)
-    close(our_gradient, gradient, rtol)
-    factors = [g for path, g in leaves_with_path(our_gradient) if path.endswith("lora_A")]
-    assert factors and all(jnp.abs(g).max() > 0 for g in factors)
-    scalings = [g for path, g in leaves_with_path(our_gradient) if path.endswith("scaling")]
-    assert not any(jnp.any(g) for g in scalings)
-    return params, adapter, layouts
+from lora_jax.lora import KernelLayout
+from tests.transform.adapted import KEY, RANDOM, check, close, inputs, start
 
 
 class Compact(nn.Module):
@@ -270,17 +213,27 @@ class Wrapped(nn.Module):
         return Subclass(3, name="dense")(x)
 
 
-class Convolution(nn.Module):
+class Masked(nn.Module):
     @nn.compact
     def __call__(self, x):
-        return nn.Conv(3, (2,), name="conv")(x)
+        mask = jnp.arange(2 * 4 * 3).reshape(2, 4, 3) % 3 != 1
+        return nn.Conv(3, (2,), mask=mask, name="conv")(x)
+
+
+class Unshared(nn.Module):
+    """A matrix for each place."""
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.ConvLocal(3, (2,), name="conv")(x)
 
 
 FALLBACKS = {
     "raw": (Raw(), ["w"], {"w": KernelLayout((1,))}),
     "subclass": (Wrapped(), ["dense"], None),
     "own product": (OwnProduct(), ["dense"], None),
-    "convolution": (Convolution(), ["conv"], {"conv": KernelLayout((0, 1))}),
+    "masked convolution": (Masked(), ["conv"], None),
+    "unshared convolution": (Unshared(), ["conv"], {"conv": KernelLayout((1,))}),
 }
 
 
@@ -292,15 +245,6 @@ def test_unknown_modules_read_the_adapted_weight(name):
     with pytest.raises(InputError, match=f"{targets[0]}.*lora_dropout needs a layer"):
         dropped = combine(params, with_dropout(KEY, adapter, 0.1))
         lora_linen(model, layouts=layouts).apply({"params": dropped}, x)
-
-
-def test_recurrent_cells():
-    class Cell(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            return nn.RNN(nn.GRUCell(3, name="cell"))(x)
-
-    check(Cell(), inputs(2, 5, 4))
 
 
 def test_partitioned_parameters():
@@ -356,7 +300,7 @@ def test_another_method():
             return 2 * self.dense(x)
 
     x = inputs(2, 4)
-    params, adapter, _ = start(Two(), x)
+    params, adapter, *_ = start(Two(), x)
     variables = {"params": combine(params, adapter)}
     once, twice = (lora_linen(Two()).apply(variables, x, method=m) for m in (None, "twice"))
     np.testing.assert_allclose(twice, 2 * once, rtol=1e-6)
@@ -365,7 +309,7 @@ def test_another_method():
 def test_a_changed_scaling_reaches_a_cached_trace():
     """`nn.jit` keeps its trace, so a scaling in a closure would stay what it was."""
     model, x = Jitted(), inputs(2, 4)
-    params, adapter, _ = start(model, x)
+    params, adapter, *_ = start(model, x)
     outs = []
     for scaling in (0.0, 1.0, 2.0):
         adapter["dense"]["lora_scaling"] = jnp.float32(scaling)
@@ -382,7 +326,7 @@ def test_rank_patterns_in_a_stack():
 
 def test_adapter_for_another_base():
     model, x = Compact(), inputs(2, 4)
-    params, adapter, _ = start(model, x)
+    params, adapter, *_ = start(model, x)
     adapter["up"]["lora_A"] = jnp.ones((9, 2))
     with pytest.raises(InputError, match="up/kernel: .*made for another base"):
         lora_linen(model).apply({"params": combine(params, adapter)}, x)
