@@ -3,6 +3,7 @@ from . import evaluate as evaluate
 from . import models as models
 from . import optim as optim
 from . import plan as plan
+from . import report as report
 from . import train as train
 from ._config import LoraConfig as LoraConfig
 from ._errors import InputError as InputError
@@ -33,3 +34,8 @@ from .quant import dequantize as dequantize
 from .quant import quantize as quantize
 from .quant import quantized_matmul as quantized_matmul
 from .transform import lora_linen as lora_linen
+from .transform import lora_nnx as lora_nnx
+from .transform import nnx_adapter as nnx_adapter
+from .transform import nnx_layouts as nnx_layouts
+from .transform import nnx_params as nnx_params
+from .transform import with_nnx_params as with_nnx_params

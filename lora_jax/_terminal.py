@@ -1,11 +1,12 @@
 """What a command shows: a live progress bar on a terminal, plain lines elsewhere."""
 
+import dataclasses
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from .lora import pattern_counts
+from .lora import target_report
 from .train import Job, config_text, job_batches, steps_of
 
 
@@ -109,25 +110,10 @@ def human_bytes(count: float) -> str:
 
 
 def describe_job(job: Job) -> str:
-    """What a dry run prints: config, matched modules, counts, bytes, data, steps."""
-    counts, batches = job.counts(), job_batches(job)
-    lines = [config_text(job.config).rstrip(), "", "adapted modules:"]
-    if job.targets:
-        found = pattern_counts(job.base, job.config.lora, layouts=job.layouts)
-        lines += [f"  {field} {pattern!r} matches {n}" for (field, pattern), n in found.items()]
-    for target in job.targets:
-        adapted = [rank for rank in target.ranks if rank]
-        ranks = "/".join(map(str, sorted(set(adapted))))
-        lines.append(
-            f"  {target.path}: {len(adapted)} of {len(target.ranks)}, rank {ranks},"
-            f" {target.d_in} -> {target.d_out}"
-        )
-    lines += [
-        "",
-        f"trainable: {counts['trainable']:,} parameters, {human_bytes(counts['trainable_bytes'])}",
-        f"frozen: {counts['frozen']:,} parameters, {human_bytes(counts['frozen_bytes'])}",
-        f"attention: {job.pretrained.attention_path}",
-    ]
+    """What a dry run prints: config, what is adapted and what not, counts, bytes, data, steps."""
+    batches = job_batches(job)
+    lines = [config_text(job.config).rstrip(), "", *_adapted(job)]
+    lines.append(f"attention: {job.pretrained.attention_path}")
     for name, examples in (("training", job.train), ("held-out", job.eval)):
         report = examples.report
         lines.append(
@@ -139,3 +125,16 @@ def describe_job(job: Job) -> str:
         f"steps: {steps_of(job.config, batches):,} ({batches.batches_per_epoch:,} batches an epoch)"
     )
     return "\n".join(lines)
+
+
+def _adapted(job: Job) -> list[str]:
+    """What the run trains: by parameter where it trains an adapter."""
+    counts = job.counts()
+    lines = [
+        f"trainable: {counts['trainable']:,} parameters, {human_bytes(counts['trainable_bytes'])}",
+        f"frozen: {counts['frozen']:,} parameters, {human_bytes(counts['frozen_bytes'])}",
+    ]
+    if not job.targets:
+        return lines
+    report = target_report(job.base, job.lora, layouts=job.layouts)
+    return [str(dataclasses.replace(report, **counts)), "", *lines]

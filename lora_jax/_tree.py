@@ -178,3 +178,22 @@ def is_below(path: str, parent: str) -> bool:
         (True, False)
     """
     return not parent or path == parent or path.startswith(f"{parent}/")
+
+
+def vary_together(*arrays: Any) -> tuple[Any, ...]:
+    """The arrays, as ones that differ between the same devices of a mesh.
+
+    Under `jax.shard_map` JAX knows which arrays do, and sums the gradients of those that do not.  A
+    derivative of our own has to be told: all its arguments and gradients are of one kind then.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> [x.shape for x in vary_together(jnp.ones(3), jnp.ones(()))]
+        [(3,), ()]
+    """
+    own = [jax.typeof(x).manual_axis_type.varying for x in arrays]
+    every = frozenset[Any]().union(*own)
+    return tuple(
+        jax.lax.pcast(x, tuple(every - axes), to="varying") if every - axes else x
+        for x, axes in zip(arrays, own, strict=True)
+    )

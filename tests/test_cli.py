@@ -85,7 +85,8 @@ def test_what_does_not_fit_is_said_before_training(run_file: Path, capsys) -> No
 def test_dry_run_shows_targets_and_counts_and_writes_nothing(run_file: Path, tmp_path, capsys):
     main(["train", str(run_file), "--dry-run", "--lora.r", "2"])
     out = capsys.readouterr().out
-    assert "model/layers/self_attn/q_proj/kernel: 2 of 2, rank 2, 64 -> 64" in out
+    assert re.search(r"self_attn/q_proj/kernel +2 of 2 +2 +64 -> 64 +512", out)
+    assert re.search(r"model/norm/weight +64 +one axis", out)
     assert re.search(r"trainable: [\d,]+ parameters", out) and "frozen:" in out
     assert "steps: 2" in out
     assert not (tmp_path / "run").exists()

@@ -36,6 +36,8 @@ from ._linear import lora_delta as lora_delta
 from ._linear import lora_linear as lora_linear
 from ._merge import merge_adapter as merge_adapter
 from ._merge import unmerge_adapter as unmerge_adapter
+from ._report import TargetReport as TargetReport
+from ._report import target_report as target_report
 from ._resize import nearest_factors as nearest_factors
 from ._resize import resize_adapter as resize_adapter
 from ._resize import unit_scaled as unit_scaled

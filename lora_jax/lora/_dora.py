@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float
 
+from .._tree import vary_together
 from .._typing import Array, Key
 from ..quant import QuantizedTensor, dequantize
 from ._layout import as_matrix
@@ -71,7 +72,6 @@ def dora_sum(
     return (whole + (c - 1) * product(dropped) + c * delta(dropped)).astype(whole.dtype)
 
 
-@jax.custom_vjp
 def scale_columns(y: Float[Array, "*batch d"], c: Float[Array, " d"]) -> Float[Array, "*batch d"]:
     """c·y in the dtype of y, which alone is kept for the gradient: float32 would take twice that.
 
@@ -79,11 +79,16 @@ def scale_columns(y: Float[Array, "*batch d"], c: Float[Array, " d"]) -> Float[A
         >>> scale_columns(jnp.ones((2, 3), "bfloat16"), jnp.arange(3.0))[0].tolist()
         [0.0, 1.0, 2.0]
     """
+    return _scaled(*vary_together(y, c))
+
+
+@jax.custom_vjp
+def _scaled(y: Array, c: Array) -> Array:
     return (c * y).astype(y.dtype)
 
 
 def _scale_forward(y: Array, c: Array) -> tuple[Array, tuple[Array, Array]]:
-    return (c * y).astype(y.dtype), (y, c)
+    return _scaled(y, c), (y, c)
 
 
 def _scale_backward(kept: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
@@ -92,7 +97,7 @@ def _scale_backward(kept: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
     return (c * g).astype(y.dtype), jnp.sum(products.reshape(-1, len(c)), axis=0)
 
 
-scale_columns.defvjp(_scale_forward, _scale_backward)
+_scaled.defvjp(_scale_forward, _scale_backward)
 
 
 def column_scale(

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float, Int
 
+from .._tree import vary_together
 from .._typing import Array, Key
 from ..quant import QuantizedTensor, quantized_matmul
 
@@ -74,7 +75,8 @@ def lora_delta(
         (2, 3)
     """
     scaling = jax.lax.stop_gradient(jnp.asarray(scaling, jnp.float32))
-    delta = _delta(x, lora_A.astype(x.dtype), lora_B.astype(x.dtype), scaling)
+    factors = lora_A.astype(x.dtype), lora_B.astype(x.dtype)
+    delta = _delta(*vary_together(x, *factors, scaling))
     if lora_B_bias is None:
         return delta
     return delta + (scaling * lora_B_bias.astype(jnp.float32)).astype(x.dtype)

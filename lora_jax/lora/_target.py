@@ -39,6 +39,11 @@ class Target:
         layers = (len(self.names),) if self.stacked else ()
         return layers if self.experts is None else (*layers, self.experts)
 
+    @property
+    def parameters(self) -> int:
+        """Numbers in all its factors; what only pads layers to a common rank is none."""
+        return (self.experts or 1) * sum(self.ranks) * (self.d_in + self.d_out)
+
     def of_matrices(self, of_layers: Sequence[float]) -> np.ndarray:
         """One number for each matrix from one for each layer."""
         return np.repeat(of_layers, self.experts or 1)

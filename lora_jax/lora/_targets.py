@@ -35,7 +35,8 @@ from ._target import (
 )
 from ._tied import OUTPUT_HEADS, tied_config
 
-TRAINED = ("lora_A", "lora_B", "lora_B_bias", "lora_magnitude", "lora_tokens")
+FACTORS = ("lora_A", "lora_B")
+TRAINED = (*FACTORS, "lora_B_bias", "lora_magnitude", "lora_tokens")
 """Parts of an adapter that are trained."""
 
 

@@ -5,6 +5,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
@@ -296,7 +297,8 @@ def rope_rotations(
         frequencies = scaling.stretch(frequencies, lengths)
         sharpness = scaling.attention_factor
     angles = positions[..., None].astype(jnp.float32) * frequencies.astype(np.float32)
-    return sharpness * jnp.stack([jnp.cos(angles), jnp.sin(angles)])
+    # Without a barrier XLA computes them anew for each head of each layer that is written out.
+    return jax.lax.optimization_barrier(sharpness * jnp.stack([jnp.cos(angles), jnp.sin(angles)]))
 
 
 def rotate(

@@ -102,6 +102,12 @@ class QuantizedTensor(meta.AxisMetadata[Any]):
         """Bytes of all arrays that are kept."""
         return tree_bytes(self)
 
+    def __getitem__(self, index: Any) -> Any:
+        raise InputError(
+            f"a {self.format} weight {self.shape} is read by a module that knows only dense ones;"
+            " use lora_nnx(model) or lora_linen(model), or dequantize it"
+        )
+
     def unbox(self) -> Any:
         """The dense weight in its own shape and dtype."""
         return dequantize(self)

@@ -1,11 +1,16 @@
-"""What a Flax convolution's kernel means, and the same convolution with another kernel."""
+"""What a Linen convolution's kernel means, and the same convolution with other kernels."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import flax.linen as nn
+import jax.numpy as jnp
+from flax.core import meta
 
 from .._typing import Array
+from ..lora import as_matrix, check_shapes
+from ._product import ADAPTED
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,8 +49,31 @@ def convolution_of(module: nn.Module) -> Convolution | None:
     )
 
 
-def is_linear_in_kernel(module: Any) -> bool:
-    """Whether a convolution's output is known to be linear in its kernel as it is kept.
+def convolved(param: Any, x: Array, convolution: Convolution, module: Any) -> Array | None:
+    """What a Linen convolution computes from an adapted kernel; None where it opens it itself."""
+    if not isinstance(param, ADAPTED):
+        return None
+    param = dataclasses.replace(param, contracting=convolution.contracting)
+    check_shapes(param)
+    bias = module.get_variable("params", "bias") if module.use_bias else None
+    if not _is_linear_in_kernel(module):
+        own = {"kernel": param.unbox(), "bias": bias}
+        return module.clone(parent=None).apply({"params": own}, x)
+    base = meta.unbox(param.base)
+    x, _, bias = module.promote_dtype(
+        x, jnp.zeros((), base.dtype), meta.unbox(bias), dtype=module.dtype
+    )
+    kernel = as_matrix(base, convolution.contracting)
+    # Rows that have an adapter each are those of the first axis: a single example gets one.
+    lacking = max(len(convolution.window) + 2 - x.ndim, 0)
+    one = functools.partial(_convolve, module, convolution)
+    y = param.convolution(x.reshape(*(1,) * lacking, *x.shape), kernel, one, convolution.groups)
+    y = y.reshape(y.shape[lacking:])
+    return y if bias is None else y + bias
+
+
+def _is_linear_in_kernel(module: Any) -> bool:
+    """Whether the output is known to be linear in the kernel as it is kept.
 
     A mask lies over the kernel, not over its factors; a function of the user's own may be any.
     """
@@ -53,7 +81,7 @@ def is_linear_in_kernel(module: Any) -> bool:
     return all(getattr(module, name, None) is None for name in own)
 
 
-def convolve(module: Any, convolution: Convolution, x: Array, matrix: Array) -> Array:
+def _convolve(module: Any, convolution: Convolution, x: Array, matrix: Array) -> Array:
     """The module's convolution without its bias, with a kernel of any width given as a matrix.
 
     Flax itself computes it: its strides, paddings and dilations are not written again here.

@@ -13,27 +13,11 @@ from flax.core import DenyList, meta
 from .._errors import InputError
 from .._tree import is_below, leaves_with_path
 from .._typing import Array, Params
-from ..lora import (
-    KernelLayout,
-    Layouts,
-    LoraParam,
-    RowParam,
-    TokenParam,
-    as_matrix,
-    base_product,
-    box_adapters,
-    check_shapes,
-    leaf_shape,
-    rule_for,
-)
-from ..quant import QuantizedTensor, look_up, quantized_matmul
+from ..lora import KernelLayout, Layouts, box_adapters, leaf_shape, rule_for
 from ._contraction import contraction_of
-from ._convolution import Convolution, convolution_of, convolve, is_linear_in_kernel
-
-ADAPTED = (LoraParam, RowParam)
-"""A parameter with one adapter, or with one for each row of a batch."""
-KNOWN = (*ADAPTED, TokenParam, QuantizedTensor)
-"""Boxes that layers open themselves."""
+from ._convolution import convolution_of, convolved
+from ._product import KNOWN, attended, looked_up, product
+from ._reading import Reading, read_program
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,11 +55,11 @@ class LoraLinen:
             *args, **kwargs: Inputs as for `module.apply`, arrays or shapes.
 
         Returns:
-            For every kernel, by path: its contracted axes (Dense, DenseGeneral, Einsum and
-            Embed, and with window and groups Conv and ConvTranspose), and the path of the
-            `nn.scan` or `nn.vmap` it is stacked under.  For every such stack, by its path, a rule
-            for what else is in it.
-            Rules given to `lora_linen` come first.
+            For every parameter that is multiplied, by path: its contracted axes, found in the
+            program itself (none where it is used in another way), the window of a convolution,
+            whether it holds experts, and the path of the `nn.scan` or `nn.vmap` it is stacked
+            under.  For every such stack, by its path, a rule for what else is in it.  Rules given
+            to `lora_linen` come first.
 
         Raises:
             InputError: if parameters are stacked twice, or along another axis than the first.
@@ -86,11 +70,10 @@ class LoraLinen:
             >>> lora_linen(model).layouts(params, jnp.ones((1, 4)))["kernel"].contracting
             (0,)
         """
-        shapes = {p: leaf_shape(x)[0] for p, x in leaves_with_path(params)}
-        recorder = _Recorder(shapes, self.layouts_of_params or {})
+        recorder = _Recorder(params, self.layouts_of_params or {})
         # Collections such as batch statistics are not at hand: let the module make its own.
-        own = {"mutable": DenyList("params"), "rngs": {"params": jax.random.key(0)}}
-        kwargs = {**own, **kwargs}
+        kwargs = {"mutable": DenyList("params"), **kwargs}
+        rngs = {"params": jax.random.key(0)}
 
         # Arrays and shapes are traced; flags, strings and functions stay as they are.
         leaves, structure = jax.tree.flatten((args, kwargs))
@@ -100,10 +83,10 @@ class LoraLinen:
             given = [traced.get(i, leaf) for i, leaf in enumerate(leaves)]
             args, kwargs = jax.tree.unflatten(structure, given)
             with nn.intercept_methods(recorder):
-                return self.module.apply({"params": params}, *args, **kwargs)
+                return self.module.apply({"params": params}, *args, **{"rngs": rngs, **kwargs})
 
-        jax.eval_shape(trace, params, traced)
-        given, found = self.layouts_of_params or {}, recorder.layouts()
+        reading = read_program(trace, params, traced)
+        given, found = self.layouts_of_params or {}, recorder.layouts(reading)
         own = {
             p: dataclasses.replace(x, stack=rule_for(found, p).stack) if x.stack is None else x
             for p, x in given.items()
@@ -111,7 +94,7 @@ class LoraLinen:
         return {p: x for p, x in found.items() if rule_for(given, p).contracting is None} | own
 
 
-def lora_linen(module: nn.Module, *, layouts: Layouts | None = None) -> LoraLinen:
+def lora_linen(module: Any, *, layouts: Layouts | None = None) -> LoraLinen:
     """Let a Linen module use adapters and quantized weights, as it is.
 
     Args:
@@ -122,6 +105,9 @@ def lora_linen(module: nn.Module, *, layouts: Layouts | None = None) -> LoraLine
     Returns:
         An object whose `apply` has the module's signature.
 
+    Raises:
+        InputError: if `module` is no Linen module.
+
     Example:
         >>> from lora_jax import LoraConfig, combine, init_adapter
         >>> model, x = nn.Dense(3, name="head"), jnp.ones((2, 4))
@@ -131,6 +117,11 @@ def lora_linen(module: nn.Module, *, layouts: Layouts | None = None) -> LoraLine
         >>> lora_linen(model).apply({"params": combine(base_params, adapter)}, x).shape
         (2, 3)
     """
+    if not isinstance(module, nn.Module):
+        raise InputError(
+            f"lora_linen: takes a flax.linen.Module, not {type(module).__name__}; for NNX there is"
+            " lora_nnx"
+        )
     return LoraLinen(module, layouts)
 
 
@@ -180,124 +171,39 @@ def _inputs(args: tuple, kwargs: dict) -> tuple:
 
 
 def _product(module: Any, param: Any, x: Array, rest: tuple[Any, ...]) -> Array | None:
-    """The layer's output in factored form; None where only the dense weight will do."""
     if (convolution := convolution_of(module)) is not None:
-        return _convolution(module, param, x, convolution)
+        return convolved(param, x, convolution, module)
     contraction = contraction_of(module, x.ndim, rest)
-    if contraction is None or (isinstance(param, TokenParam) and contraction.kernel != (0,)):
+    if contraction is None:
         return None
-    base = param.base if isinstance(param, (*ADAPTED, TokenParam)) else param
-    if not _is_matrix(base, contraction.kernel):
-        base = meta.unbox(base)
-    kernel = _as_matrix(base, contraction.kernel)
     bias = module.get_variable("params", "bias") if module.use_bias else None
-    x, _, bias = module.promote_dtype(
-        x, jnp.zeros((), base.dtype), meta.unbox(bias), dtype=module.dtype
-    )
-    free = tuple(i for i in range(x.ndim) if i not in contraction.inputs)
-    features = tuple(i for i in range(base.ndim) if i not in contraction.kernel)
-    flat = x.transpose(*free, *contraction.inputs).reshape(*(x.shape[i] for i in free), -1)
-    if isinstance(param, ADAPTED):
-        check_shapes(dataclasses.replace(param, contracting=contraction.kernel))
-        y = param.linear(flat, kernel, module.precision)
-    elif isinstance(param, TokenParam):
-        product = base_product(flat, kernel, module.precision)
-        y = param.outputs(flat, product, module.precision)
-    elif isinstance(kernel, QuantizedTensor):
-        y = quantized_matmul(flat, kernel, precision=module.precision)
-    else:
-        return None
-    y = y.reshape(*(x.shape[i] for i in free), *(base.shape[i] for i in features))
-    y = y.transpose(contraction.output)
-    if bias is None:
-        return y
-    shape = [n if i >= len(free) else 1 for i, n in zip(contraction.output, y.shape, strict=True)]
-    return y + bias.reshape(shape)
-
-
-def _convolution(module: Any, param: Any, x: Array, convolution: Convolution) -> Array | None:
-    """As `_product`, for a convolution."""
-    if not isinstance(param, ADAPTED):
-        return None
-    param = dataclasses.replace(param, contracting=convolution.contracting)
-    check_shapes(param)
-    bias = module.get_variable("params", "bias") if module.use_bias else None
-    if not is_linear_in_kernel(module):
-        own = {"kernel": param.unbox(), "bias": bias}
-        return module.clone(parent=None).apply({"params": own}, x)
-    base = meta.unbox(param.base)
-    x, _, bias = module.promote_dtype(
-        x, jnp.zeros((), base.dtype), meta.unbox(bias), dtype=module.dtype
-    )
-    kernel = as_matrix(base, convolution.contracting)
-    # Rows that have an adapter each are those of the first axis: a single example gets one.
-    lacking = max(len(convolution.window) + 2 - x.ndim, 0)
-    one = functools.partial(convolve, module, convolution)
-    y = param.convolution(x.reshape(*(1,) * lacking, *x.shape), kernel, one, convolution.groups)
-    y = y.reshape(y.shape[lacking:])
-    return y if bias is None else y + bias
-
-
-def _is_matrix(base: Any, contracting: tuple[int, ...]) -> bool:
-    """Whether a quantized kernel is flattened as this layer needs it: that cannot be changed."""
-    return isinstance(base, QuantizedTensor) and contracting == base.contracting
-
-
-def _as_matrix(base: Any, contracting: tuple[int, ...]) -> Any:
-    """The kernel as (d_in, d_out)."""
-    if isinstance(base, QuantizedTensor):
-        return base
-    return as_matrix(base, contracting)
+    promote = functools.partial(module.promote_dtype, dtype=module.dtype)
+    return product(param, x, contraction, bias, promote, module.precision)
 
 
 def _look_up(module: Any, param: Any, ids: Array) -> Array:
-    base = param.base if isinstance(param, (*ADAPTED, TokenParam)) else param
-    empty = jnp.zeros((), base.dtype)
-    (empty,) = module.promote_dtype(empty, dtype=module.dtype, inexact=False)
-    if _is_matrix(base, (1,)):
-        rows = look_up(base, ids, empty.dtype)
-    else:
-        rows = jnp.take(meta.unbox(base).astype(empty.dtype), ids, axis=0)
-    if isinstance(param, TokenParam):
-        return param.rows(jnp.asarray(ids), rows)
-    if not isinstance(param, ADAPTED):
-        return rows
-    return param.look_up(jnp.asarray(ids), rows, meta.unbox(base))
+    promote = functools.partial(module.promote_dtype, dtype=module.dtype, inexact=False)
+    return looked_up(param, ids, promote)
 
 
 def _attend(module: Any, param: Any, query: Array) -> Array:
-    base = param.base if isinstance(param, (*ADAPTED, TokenParam)) else param
-    if isinstance(param, ADAPTED) and param.untied:
-        param = base
-    query, _ = module.promote_dtype(query, jnp.zeros((), base.dtype), dtype=module.dtype)
-    if isinstance(param, ADAPTED):
-        query = param.scaled(query, meta.unbox(base))
-    if _is_matrix(base, (1,)):
-        logits = quantized_matmul(query, base)
-    else:
-        logits = jnp.dot(query, meta.unbox(base).astype(query.dtype).T)
-    if isinstance(param, TokenParam):
-        return param.outputs(query, logits)
-    return logits + param.transposed(query) if isinstance(param, ADAPTED) else logits
+    return attended(param, query, functools.partial(module.promote_dtype, dtype=module.dtype))
 
 
 _LOOK_UPS = {"__call__": _look_up, "attend": _attend}
 
 
 class _Recorder:
-    """An interceptor that changes nothing and notes what every kernel's axes mean."""
+    """An interceptor that changes nothing and notes under which modules parameters are stacked."""
 
-    def __init__(self, shapes: Mapping[str, tuple[int, ...]], given: Layouts) -> None:
-        self.shapes = shapes
+    def __init__(self, params: Params, given: Layouts) -> None:
+        self.shapes = {path: leaf_shape(leaf)[0] for path, leaf in leaves_with_path(params)}
         self.given = given
         self.stacks: set[str] = set()
-        self.contracting: dict[str, tuple[int, ...]] = {}
-        self.convolutions: dict[str, Convolution] = {}
 
     def __call__(self, next_fun: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
         module, prefix = context.module, "/".join(context.module.path)
-        inside = dict(leaves_with_path(module.variables.get("params", {})))
-        for name, value in inside.items():
+        for name, value in leaves_with_path(module.variables.get("params", {})):
             path = f"{prefix}/{name}" if prefix else name
             outside, (here, _) = self.shapes.get(path, ()), leaf_shape(value)
             # A leaf that lost its leading axis is seen from inside a scan: the outermost such
@@ -305,43 +211,32 @@ class _Recorder:
             if len(here) < len(outside):
                 _check_stack(path, here, outside, rule_for(self.given, path).experts)
                 self.stacks.add(prefix)
-        if context.method_name == "__call__" and (inputs := _inputs(args, kwargs)):
-            self._note(module, prefix, inputs, inside)
         return next_fun(*args, **kwargs)
 
-    def _note(self, module: nn.Module, prefix: str, args: tuple, inside: dict[str, Any]) -> None:
-        name = "embedding" if type(module) is nn.Embed else "kernel"
-        if name not in inside:
-            return
-        if (convolution := convolution_of(module)) is not None:
-            self.convolutions[f"{prefix}/{name}" if prefix else name] = convolution
-            return
-        contracting: tuple[int, ...] = (0,)
-        if type(module) is not nn.Embed:
-            contraction = contraction_of(module, jnp.ndim(args[0]), args[1:])
-            if contraction is None and len(leaf_shape(inside[name])[0]) <= 2:
-                return
-            contracting = contraction.kernel if contraction else ()
-        self.contracting[f"{prefix}/{name}" if prefix else name] = contracting
-
-    def layouts(self) -> dict[str, KernelLayout]:
-        """One for every kernel, and one for whatever else stands in a stack."""
+    def layouts(self, reading: Reading) -> dict[str, KernelLayout]:
+        """One for every parameter that is multiplied, and one for whatever else is in a stack."""
 
         def stack_of(path: str) -> str | None:
             above = [s for s in self.stacks if path != s and is_below(path, s)]
             return min(above, key=len, default=None)
 
+        def layout(path: str, use: KernelLayout) -> KernelLayout:
+            stack = stack_of(path)
+            # What nn.vmap makes of modules looks like experts from inside a product.
+            found = use.experts and (stack is None or path in reading.stacked)
+            experts = found or rule_for(self.given, path).experts
+            lead = (stack is not None) + experts
+            axes = tuple(axis - lead for axis in use.contracting or ())
+            return dataclasses.replace(use, contracting=axes, stack=stack, experts=experts)
+
         outermost = sorted(s for s in self.stacks if stack_of(s) is None)
         stacks = {s: KernelLayout(stack=s) for s in outermost}
-        kernels = {
-            p: KernelLayout(axes, stack_of(p), rule_for(self.given, p).experts)
-            for p, axes in self.contracting.items()
+        found = {path: layout(path, use) for path, use in reading.uses.items()}
+        return stacks | {
+            path: own
+            for path, own in found.items()
+            if own.contracting or len(self.shapes[path]) - own.leading_axes > 2
         }
-        convolutions = {
-            p: KernelLayout(c.contracting, stack_of(p), window=c.window, groups=c.groups)
-            for p, c in self.convolutions.items()
-        }
-        return stacks | kernels | convolutions
 
 
 def _check_stack(
