@@ -229,7 +229,11 @@ def test_in_sixteen_bits():
 
 
 def test_what_is_refused_by_name():
-    x = inputs(2, 5, 4)
+    x = inputs(2, 5, 5, 4)
+    unshared = of(nn.ConvLocal, 3, (2, 2))  # over one axis its places are experts
+    with pytest.raises(InputError, match="conv/kernel has 4 axes and .* no plain contraction"):
+        start(unshared, x, **CONV)
+    x = x[0]
     masked = of(nn.Conv, 3, (2,), mask=np.ones((2, 4, 3)))
     params, adapter, layouts, _ = start(masked, x, **CONV)
     with pytest.raises(InputError, match="conv/kernel: lora_dropout needs a layer"):

@@ -233,7 +233,7 @@ FALLBACKS = {
     "subclass": (Wrapped(), ["dense"], None),
     "own product": (OwnProduct(), ["dense"], None),
     "masked convolution": (Masked(), ["conv"], None),
-    "unshared convolution": (Unshared(), ["conv"], {"conv": KernelLayout((1,))}),
+    "unshared convolution": (Unshared(), ["conv"], None),
 }
 
 
