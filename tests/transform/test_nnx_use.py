@@ -117,8 +117,9 @@ def test_the_same_tree_as_linen_s(dora):
         np.testing.assert_allclose(run(lora_nnx(model, own), IDS), out, rtol=1e-5, atol=1e-5)
 
 
-def test_an_adapter_for_each_row():
-    model, inputs, layouts, first = made("attention")
+@pytest.mark.parametrize("name", ["attention", "einsums", "convolutions"])
+def test_an_adapter_for_each_row(name):
+    model, inputs, layouts, first = made(name)
     config = LoraConfig(r=2, target_modules=KERNELS, lora_alpha=3, init_lora_weights=False)
     second = init_adapter(jax.random.key(7), nnx_params(model), config, layouts=layouts)
     slots = stack_adapters([first, second])
