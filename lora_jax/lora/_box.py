@@ -12,7 +12,7 @@ from flax.core import meta
 from .._errors import InputError
 from .._tree import leaves_with_path, map_with_path, partition
 from .._typing import Array, Key, Params
-from ..quant import QuantizedTensor, dequantize
+from ..quant import QuantizedTensor, ReadAsArray, dequantize
 from ._convolution import Convolve, lora_convolution
 from ._dora import column_scale, dora_linear
 from ._layout import Layouts, contracting_axes, matrix_shape
@@ -156,6 +156,9 @@ class LoraParam(meta.AxisMetadata):
         rate = 0.0 if self.dropout_rate is None else self.dropout_rate
         x = drop(x, self.dropout_key, rate)
         return lora_delta(x, self.lora_B.T, self.lora_A.T, self.scaling)
+
+    def __jax_array__(self) -> Array:
+        raise ReadAsArray(f"the adapted {self.path} is used as an array; read it by self.param")
 
     def replace_boxed(self, val: Any) -> Any:
         """The given value: an adapted weight cannot be split into its parts again."""

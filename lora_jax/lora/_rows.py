@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from .._errors import InputError
 from .._tree import leaves_with_path, map_with_path, tree_from_paths
 from .._typing import Array, Key, Params
+from ..quant import ReadAsArray
 from ._convolution import Convolve
 from ._dora import column_scale, scale_columns
 from ._linear import base_product, convolution_delta, drop, look_up_delta, lora_delta
@@ -114,6 +115,9 @@ class RowParam(meta.AxisMetadata):
             " that reads it as a whole; only Dense, DenseGeneral, Einsum, Conv and Embed take an"
             " adapter for each row: exclude this module"
         )
+
+    def __jax_array__(self) -> Array:
+        raise ReadAsArray(f"the adapted {self.path} is used as an array; read it by self.param")
 
     def replace_boxed(self, val: Any) -> Any:
         return val

@@ -13,7 +13,7 @@ from .._config import LoraConfig
 from .._errors import InputError, nearest
 from .._tree import leaves_with_path
 from .._typing import Array, Params
-from ..quant import QuantizedTensor, dequantize, look_up
+from ..quant import QuantizedTensor, ReadAsArray, dequantize, look_up
 from ._layout import Layouts, rule_for
 from ._target import LAYER_PARAMS, is_saved, is_within, target_name
 from ._targets import adapter_names, is_embedding, leaf_shape, token_names
@@ -67,6 +67,9 @@ class TokenParam(meta.AxisMetadata):
         """The layer's outputs (..., vocabulary) for inputs (..., d), given its base's."""
         own = jnp.dot(x, self.tokens.astype(x.dtype).T, precision=precision)
         return y.at[..., self.token_ids].set(own.astype(y.dtype), unique_indices=True)
+
+    def __jax_array__(self) -> Array:
+        raise ReadAsArray(f"the adapted {self.path} is used as an array; read it by self.param")
 
     def replace_boxed(self, val: Any) -> Any:
         return val

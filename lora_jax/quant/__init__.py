@@ -12,6 +12,7 @@ from ._matmul import quantized_matmul as quantized_matmul
 from ._quantize import config_of as config_of
 from ._quantize import quantize as quantize
 from ._tensor import QuantizedTensor as QuantizedTensor
+from ._tensor import ReadAsArray as ReadAsArray
 from ._tensor import dequantize as dequantize
 from ._tensor import look_up as look_up
 from ._tensor import partition_specs as partition_specs

@@ -18,6 +18,10 @@ from . import _gpu
 from ._codebook import GROUP, dynamic_values, lookup, unpack
 
 
+class ReadAsArray(InputError):
+    """A quantized or adapted parameter is computed with by what knows only arrays."""
+
+
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["codes", "scales", "zeros", "nested_scales", "offset"],
@@ -102,11 +106,22 @@ class QuantizedTensor(meta.AxisMetadata[Any]):
         """Bytes of all arrays that are kept."""
         return tree_bytes(self)
 
-    def __getitem__(self, index: Any) -> Any:
-        raise InputError(
-            f"a {self.format} weight {self.shape} is read by a module that knows only dense ones;"
-            " use lora_nnx(model) or lora_linen(model), or dequantize it"
+    def __repr__(self) -> str:
+        shape = getattr(self.codes, "shape", None) and self.shape
+        double = ", double_quant" if self.nested_scales is not None else ""
+        return (
+            f"QuantizedTensor({self.format}, shape={shape}, block_size={self.block_size}{double},"
+            f" {jnp.dtype(self.dtype).name})"
         )
+
+    def __jax_array__(self) -> Any:
+        raise ReadAsArray(
+            f"a weight in {self.format} {self.shape} is used as an array; let lora_linen or"
+            " lora_nnx wrap the model, read it by self.param, or call dequantize"
+        )
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.__jax_array__()
 
     def unbox(self) -> Any:
         """The dense weight in its own shape and dtype."""

@@ -1,16 +1,22 @@
 """Any Linen module with its adapter: layers intercepted, the module itself unchanged."""
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.core import DenyList, meta
+from flax.errors import (
+    ScopeCollectionNotFound,
+    ScopeParamNotFoundError,
+    ScopeParamShapeError,
+)
 
-from .._errors import InputError
+from .._errors import InputError, first_line
 from .._tree import is_below, leaves_with_path
 from .._typing import Array, Params
 from ..lora import (
@@ -20,6 +26,7 @@ from ..lora import (
     leaf_shape,
     rule_for,
 )
+from ..quant import ReadAsArray
 from ._contraction import contraction_of
 from ._convolution import Convolution, convolution_of, convolved, is_linear_in_kernel
 from ._product import ADAPTED, KNOWN, attended, looked_up, product
@@ -47,10 +54,12 @@ class LoraLinen:
             *args, **kwargs: Passed on to `module.apply` (`rngs`, `method`, `mutable`, ...).
 
         Raises:
-            InputError: if the adapter does not fit the base.
+            InputError: if the adapter does not fit the base, or the base does not fit the module;
+                if a module computes with a quantized or adapted parameter that it has not read by
+                `self.param`.
         """
         boxed = box_adapters(variables.get("params", {}), self.layouts_of_params)
-        with nn.intercept_methods(_intercept):
+        with nn.intercept_methods(_intercept), _told(self.module):
             return self.module.apply({**variables, "params": boxed}, *args, **kwargs)
 
     def layouts(self, params: Params, *args: Any, **kwargs: Any) -> dict[str, KernelLayout]:
@@ -83,7 +92,7 @@ class LoraLinen:
         fixed["rngs"] = kwargs.pop("rngs", {"params": jax.random.key(0)})
 
         def run(params: Params, *args: Any, **kwargs: Any) -> Any:
-            with nn.intercept_methods(recorder):
+            with nn.intercept_methods(recorder), _told(self.module):
                 return self.module.apply({"params": params}, *args, **kwargs, **fixed)
 
         reading = read_program(run, params, *args, **kwargs)
@@ -126,12 +135,32 @@ def lora_linen(module: Any, *, layouts: Layouts | None = None) -> LoraLinen:
     return LoraLinen(module, layouts)
 
 
+@contextlib.contextmanager
+def _told(module: nn.Module) -> Iterator[None]:
+    """Flax's errors of parameters that are not the module's, as errors of input."""
+    try:
+        yield
+    except (ScopeCollectionNotFound, ScopeParamNotFoundError, ScopeParamShapeError) as error:
+        raise InputError(
+            f"the parameters are not those of this {type(module).__name__}: {first_line(error)}"
+        ) from None
+
+
 def _intercept(next_fun: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
     """Replace a known layer's product; all it needs is in the params tree.
 
     Nothing may come from a closure: `nn.jit` reuses a trace when only a closure changed.
     """
-    module, method = context.module, context.method_name
+    try:
+        return _adapted_call(next_fun, args, kwargs, context.module, context.method_name)
+    except ReadAsArray as error:
+        where = f"{'/'.join(context.module.path) or 'the module'} ({type(context.module).__name__})"
+        raise InputError(f"{where}: {error}") from None
+
+
+def _adapted_call(
+    next_fun: Callable, args: tuple, kwargs: dict, module: nn.Module, method: str
+) -> Any:
     if isinstance(module, _NORMS) and method == "__call__" and _has_boxes(module.layer_instance):
         return _opened(module, args, kwargs)
     layer = _LOOK_UPS.get(method) if type(module) is nn.Embed else None

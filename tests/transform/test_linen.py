@@ -15,6 +15,7 @@ from lora_jax import (
     init_adapter,
     lora_linen,
     merge_adapter,
+    quantize,
     with_dropout,
 )
 from lora_jax.lora import KernelLayout
@@ -338,3 +339,40 @@ def test_adapter_for_another_base():
 
 def test_a_model_without_parameters():
     assert lora_linen(nn.Sequential([nn.tanh])).apply({}, jnp.zeros(2)).shape == (2,)
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_a_parameter_that_is_not_read_by_flax(quantized):
+    """It is named, and not cast."""
+
+    class Peeks(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            nn.Dense(8, name="dense")(x)
+            return x @ self.variables["params"]["dense"]["kernel"]
+
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return Peeks(name="peeks")(x)
+
+    x = jnp.ones((2, 64))
+    base = Model().init(jax.random.key(0), x)["params"]
+    config = LoraConfig(r=2, target_modules=["dense"])
+    tree = combine(base, init_adapter(jax.random.key(1), base, config))
+    if quantized:
+        base["peeks"]["dense"]["kernel"] = quantize(base["peeks"]["dense"]["kernel"])
+        tree = base
+    with pytest.raises(InputError, match=r"peeks \(Peeks\): .* is used as an array"):
+        lora_linen(Model()).apply({"params": tree}, x)
+
+
+@pytest.mark.parametrize(
+    "params", [{}, {"dense": {"kernel": jnp.ones((3, 4)), "bias": jnp.ones(4)}}]
+)
+def test_parameters_of_another_module(params):
+    model = nn.Sequential([nn.Dense(4, name="dense")])
+    with pytest.raises(InputError, match="are not those of this Sequential"):
+        lora_linen(model).apply({"params": params}, jnp.ones((2, 8)))
+    with pytest.raises(InputError, match="are not those of this Sequential"):
+        lora_linen(model).layouts(params, jnp.ones((2, 8)))
