@@ -26,6 +26,7 @@ from lora_jax import (
     with_nnx_params,
 )
 from lora_jax._tree import leaves_with_path, map_with_path
+from lora_jax.adapters import AdapterBank, load_adapter, save_adapter
 from lora_jax.lora import KernelLayout
 from lora_jax.transform import LoraConstant
 from tests.transform.nnx_models import IDS, KERNELS, Attention, Block, X, made, run
@@ -190,3 +191,17 @@ def test_quantized_weights_need_the_transform():
     with pytest.raises(InputError, match="lora_nnx"):
         model(jnp.ones((1, 64)))
     assert lora_nnx(model)(jnp.ones((1, 64))).shape == (1, 8)
+
+
+@pytest.mark.parametrize("name", ["attention", "stack"])
+def test_files_and_banks_serve_both(name, tmp_path):
+    model, inputs, layouts, adapter = made(name)
+    config = LoraConfig(r=2, target_modules=KERNELS, lora_alpha=3)
+    save_adapter(tmp_path, nnx_adapter(lora_nnx(model, adapter)), config, layouts=layouts)
+    loaded, read = load_adapter(tmp_path, nnx_params(model), layouts=layouts)
+    jax.tree.map(np.testing.assert_array_equal, loaded, adapter)
+    bank = AdapterBank.empty(nnx_params(model), read, slots=2, layouts=layouts)
+    bank = bank.swap("one", adapter)
+    adapted = lora_nnx(model, bank.overlay([None, "one"]), layouts=layouts)
+    alone = run(lora_nnx(model, adapter, layouts=layouts), inputs)
+    np.testing.assert_allclose(run(adapted, inputs)[1], alone[1], rtol=1e-5, atol=1e-5)
