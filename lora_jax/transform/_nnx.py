@@ -1,6 +1,7 @@
 """Any NNX module with its adapter, as a module again; the one that is given stays as it is."""
 
 import functools
+import types
 from collections.abc import Iterator
 from typing import Any
 
@@ -267,7 +268,10 @@ def _adapted_class(kind: type, names: tuple[str, ...]) -> type:
         name: property(functools.partial(_opened, name=name), _setter(name)) for name in names
     }
     body = {"_lora_names": names, "__doc__": kind.__doc__, "__module__": kind.__module__}
-    return type(kind.__name__, (kind,), body | opened | known.get(kind, {}))
+    members = body | opened | known.get(kind, {})
+    # A subclass has to say again whether it is a pytree.
+    own = {"pytree": kind._pytree__is_pytree}
+    return types.new_class(kind.__name__, (kind,), own, lambda space: space.update(members))
 
 
 def _setter(name: str) -> Any:

@@ -73,16 +73,21 @@ class Ensemble(nnx.Module):
         return run(self.members, jnp.stack([x, 2 * x, -x]))
 
 
-class Raw(nnx.Module):
-    """Kernels of the module's own, transposed, of three axes, and read in several ways."""
+class Raw(nnx.Module, pytree=False):
+    """Kernels of the module's own, transposed, of three axes, and read in several ways.
+
+    As modules were before they were pytrees: lists of modules need no `nnx.List`.
+    """
 
     def __init__(self, rngs):
         def normal(*shape):
             return nnx.Param(jax.random.normal(rngs.params(), shape) / 3)
 
         self.turned, self.heads, self.out = normal(8, 8), normal(2, 8, 4), normal(2, 4, 8)
+        self.more = [nnx.Linear(8, 8, rngs=rngs)]
 
     def __call__(self, x):
+        x = self.more[0](x)
         x = jnp.einsum("btd,hdk->bthk", x @ self.turned[...].T, self.heads.get_value())
         return jnp.einsum("bthk,hkd->btd", x, self.out)
 
