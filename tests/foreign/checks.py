@@ -1,0 +1,116 @@
+"""What holds of any model with an adapter, whoever wrote it: checks on functions of its params."""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from lora_jax import LoraConfig, init_adapter, merge_adapter, quantize
+from lora_jax._tree import leaves_with_path, map_with_path
+from lora_jax.lora import TRAINED, target_name
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """Somebody's model, alone and with an adapter, and what is known of its parameters.
+
+    `of_merged` computes with merged parameters, where that is not what `plain` does.
+    """
+
+    params: Any
+    layouts: Any
+    plain: Callable[[Any], jax.Array]
+    adapted: Callable[[Any, Any], jax.Array]
+    of_merged: Callable[[Any], jax.Array] | None = None
+    options: Any = dataclasses.field(default_factory=dict)
+
+    @functools.cached_property
+    def used(self) -> list[str]:
+        """All parameters that are multiplied or looked up."""
+        return [path for path, layout in self.layouts.items() if layout.contracting]
+
+    @functools.cached_property
+    def adapter(self) -> Any:
+        """A random one of all that can have one."""
+        names = "|".join(re.escape(target_name(path).replace("/", ".")) for path in self.used)
+        config = LoraConfig(r=2, target_modules=names, init_lora_weights=False, **self.options)
+        made = init_adapter(jax.random.key(1), self.params, config, layouts=self.layouts)
+        factors = [path for path, _ in leaves_with_path(made) if path.endswith("lora_A")]
+        assert len(factors) == len(self.used)
+        return made
+
+    def by_merge(self, params: Any, adapter: Any) -> jax.Array:
+        merged = merge_adapter(params, adapter, layouts=self.layouts)
+        return (self.of_merged or self.plain)(merged)
+
+    def four_bits(self) -> Any:
+        """The parameters, with all that are used in four bits."""
+
+        def leaf(path: str, x: Any) -> Any:
+            axes = self.layouts[path].contracting if path in self.used else None
+            return quantize(x, contracting=axes) if axes else x
+
+        return map_with_path(leaf, self.params)
+
+
+def check(model: Model) -> None:
+    """An adapter is its merge and has its gradients, on dense weights and on four bits."""
+    plain = jax.jit(model.plain)(model.params)
+    for params in (model.params, model.four_bits()):
+        out = jax.jit(model.adapted)(params, model.adapter)
+        close(out, jax.jit(model.by_merge)(params, model.adapter))
+        assert np.max(np.abs(out - plain)) > 0.01 * np.max(np.abs(plain))
+        own, expected = (
+            jax.jit(jax.grad(loss_of(f)))(model.adapter, params)
+            for f in (model.adapted, model.by_merge)
+        )
+        check_gradients(dict(leaves_with_path(own)), dict(leaves_with_path(expected)))
+    check_training(model)
+
+
+def check_gradients(own: dict[str, Any], expected: dict[str, Any]) -> None:
+    trained = {path for path in expected if path.endswith(TRAINED)}
+    assert trained <= own.keys()
+    for path in trained:
+        assert np.any(expected[path]), path
+        close(own[path], expected[path], 5e-5, path)
+
+
+def check_training(model: Model) -> None:
+    """A few steps of an optimizer lower the loss, and leave the base as it was."""
+    before = jax.tree.map(np.array, model.params)
+    optimizer = optax.adam(3e-2)
+
+    @jax.jit
+    def step(adapter: Any, state: Any, params: Any) -> Any:
+        loss, grads = jax.value_and_grad(loss_of(model.adapted))(adapter, params)
+        updates, state = optimizer.update(grads, state)
+        return optax.apply_updates(adapter, updates), state, loss
+
+    adapter, losses = model.adapter, []
+    state = optimizer.init(adapter)
+    for _ in range(6):
+        adapter, state, loss = step(adapter, state, model.params)
+        losses.append(float(loss))
+    assert losses[-1] < 0.9 * losses[0], losses
+    jax.tree.map(np.testing.assert_array_equal, model.params, before)
+    close(
+        jax.jit(model.adapted)(model.params, adapter),
+        jax.jit(model.by_merge)(model.params, adapter),
+    )
+
+
+def loss_of(forward: Callable[[Any, Any], jax.Array]) -> Callable[[Any, Any], jax.Array]:
+    return lambda adapter, params: jnp.mean(jnp.square(forward(params, adapter) - 1))
+
+
+def close(own: Any, expected: Any, rtol: float = 1e-5, what: str = "") -> None:
+    """Equal up to a part of the largest."""
+    largest = float(np.max(np.abs(expected)))
+    np.testing.assert_allclose(own, expected, rtol=0, atol=rtol * largest, err_msg=what)
