@@ -45,9 +45,19 @@ class Model:
         assert len(factors) == len(self.used)
         return made
 
-    def by_merge(self, params: Any, adapter: Any) -> jax.Array:
+    def _by_merge(self, params: Any, adapter: Any) -> jax.Array:
         merged = merge_adapter(params, adapter, layouts=self.layouts)
         return (self.of_merged or self.plain)(merged)
+
+    @functools.cached_property
+    def run(self) -> Any:
+        """Output and gradients of (adapter, params), as one program."""
+        return _with_gradients(self.adapted)
+
+    @functools.cached_property
+    def run_merged(self) -> Any:
+        """The same by dense merged weights."""
+        return _with_gradients(self._by_merge)
 
     def four_bits(self) -> Any:
         """The parameters, with all that are used in four bits."""
@@ -59,19 +69,24 @@ class Model:
         return map_with_path(leaf, self.params)
 
 
+def _with_gradients(forward: Callable[[Any, Any], jax.Array]) -> Any:
+    def compute(adapter: Any, params: Any) -> Any:
+        out, pull = jax.vjp(lambda adapter: forward(params, adapter), adapter)
+        (grads,) = pull(jax.grad(loss)(out))
+        return out, grads
+
+    return jax.jit(compute)
+
+
 def check(model: Model) -> None:
     """An adapter is its merge and has its gradients, on dense weights and on four bits."""
     plain = jax.jit(model.plain)(model.params)
     for params in (model.params, model.four_bits()):
-        out = jax.jit(model.adapted)(params, model.adapter)
-        close(out, jax.jit(model.by_merge)(params, model.adapter))
+        own, grads = model.run(model.adapter, params)
+        out, expected = model.run_merged(model.adapter, params)
+        close(own, out)
         assert np.max(np.abs(out - plain)) > 0.01 * np.max(np.abs(plain))
-        own, expected = (
-            jax.jit(jax.grad(loss_of(f)))(model.adapter, params)
-            for f in (model.adapted, model.by_merge)
-        )
-        check_gradients(dict(leaves_with_path(own)), dict(leaves_with_path(expected)))
-    check_training(model)
+        check_gradients(dict(leaves_with_path(grads)), dict(leaves_with_path(expected)))
 
 
 def check_gradients(own: dict[str, Any], expected: dict[str, Any]) -> None:
@@ -88,26 +103,23 @@ def check_training(model: Model) -> None:
     optimizer = optax.adam(3e-2)
 
     @jax.jit
-    def step(adapter: Any, state: Any, params: Any) -> Any:
-        loss, grads = jax.value_and_grad(loss_of(model.adapted))(adapter, params)
+    def update(adapter: Any, state: Any, grads: Any) -> Any:
         updates, state = optimizer.update(grads, state)
-        return optax.apply_updates(adapter, updates), state, loss
+        return optax.apply_updates(adapter, updates), state
 
     adapter, losses = model.adapter, []
     state = optimizer.init(adapter)
     for _ in range(6):
-        adapter, state, loss = step(adapter, state, model.params)
-        losses.append(float(loss))
+        out, grads = model.run(adapter, model.params)
+        losses.append(float(loss(out)))
+        adapter, state = update(adapter, state, grads)
     assert losses[-1] < 0.9 * losses[0], losses
     jax.tree.map(np.testing.assert_array_equal, model.params, before)
-    close(
-        jax.jit(model.adapted)(model.params, adapter),
-        jax.jit(model.by_merge)(model.params, adapter),
-    )
+    close(model.run(adapter, model.params)[0], model.run_merged(adapter, model.params)[0])
 
 
-def loss_of(forward: Callable[[Any, Any], jax.Array]) -> Callable[[Any, Any], jax.Array]:
-    return lambda adapter, params: jnp.mean(jnp.square(forward(params, adapter) - 1))
+def loss(out: jax.Array) -> jax.Array:
+    return jnp.mean(jnp.square(out - 1))
 
 
 def close(own: Any, expected: Any, rtol: float = 1e-5, what: str = "") -> None:

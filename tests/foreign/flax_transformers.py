@@ -11,7 +11,7 @@ import transformers as hf
 
 from lora_jax import combine, lora_linen, merge_adapter
 from lora_jax._tree import leaves_with_path
-from tests.foreign.checks import Model, check, close
+from tests.foreign.checks import Model, check, check_training, close
 
 IDS = jnp.array([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]])
 MASK = jnp.ones_like(IDS)
@@ -67,6 +67,7 @@ def main(name: str) -> None:
     )
     check_layouts(name, case)
     check(case)
+    check_training(case)
     if inputs is TEXT:
         check_cache(model, adapted, case, merged)
 
@@ -91,7 +92,7 @@ def check_layouts(name: str, case: Model) -> None:
 def check_cache(model: Any, adapted: Any, case: Model, merged: Any) -> None:
     """Text read in two parts is the text read at once, and text is generated as by the merge."""
     params = combine(case.params, case.adapter)
-    whole = case.adapted(case.params, case.adapter)
+    whole, _ = case.run(case.adapter, case.params)
     cache, length = model.init_cache(2, 8), 8
 
     @jax.jit

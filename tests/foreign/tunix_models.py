@@ -11,7 +11,6 @@ import optax
 from flax import nnx
 
 from lora_jax import (
-    combine,
     lora_nnx,
     merge_adapter,
     nnx_adapter,
@@ -19,8 +18,8 @@ from lora_jax import (
     nnx_params,
     with_nnx_params,
 )
-from lora_jax._tree import leaves_with_path
-from tests.foreign.checks import Model, check, check_gradients, close, loss_of
+from lora_jax._tree import leaves_with_path, tree_from_paths
+from tests.foreign.checks import Model, check, check_gradients, close, loss
 
 # Its models need JAX and Flax; what the package itself imports, trainers and data sets, stays out.
 spec = importlib.util.find_spec("tunix")
@@ -80,14 +79,13 @@ def main(name: str) -> None:
         for path, leaf in leaves_with_path(params)
         if leaf.ndim > 1
     }
-    # One jitted program of graph and state, as functions of plain arrays.
     case = Model(
         params,
         layouts,
         lambda params: with_nnx_params(model, params)(*inputs)[0],
-        lambda params, adapter: lora_nnx(
-            with_nnx_params(model, params), adapter, layouts=layouts
-        )(*inputs)[0],
+        lambda params, adapter: lora_nnx(with_nnx_params(model, params), adapter, layouts=layouts)(
+            *inputs
+        )[0],
     )
     check(case)
     check_loop(model, case, inputs)
@@ -104,3 +102,54 @@ def with_random_zeros(model: Any) -> Any:
         if not np.any(leaf)
     }
     return with_nnx_params(model, tree_from_paths(changed))
+
+
+def check_loop(model: Any, case: Model, inputs: Any) -> None:
+    """The gradients that NNX's own filters give, and its optimizer."""
+    adapted = lora_nnx(model, case.adapter, layouts=case.layouts)
+    optimizer = nnx.Optimizer(adapted, optax.adam(3e-2), wrt=nnx.LoRAParam)
+
+    def forward(adapted: Any) -> Any:
+        out, _ = adapted(*inputs)
+        return loss(out), out
+
+    @nnx.jit
+    def step(adapted: Any, optimizer: Any) -> Any:
+        trained = nnx.DiffState(0, nnx.LoRAParam)
+        (_, out), grads = nnx.value_and_grad(forward, argnums=trained, has_aux=True)(adapted)
+        optimizer.update(adapted, grads)
+        return out, grads
+
+    first, grads = step(adapted, optimizer)
+    own = {"/".join(map(str, path)): x.get_value() for path, x in nnx.to_flat_state(grads)}
+    _, expected = case.run_merged(case.adapter, case.params)
+    check_gradients(own, dict(leaves_with_path(expected)))
+    for _ in range(5):
+        tuned = nnx_adapter(adapted)
+        last, _ = step(adapted, optimizer)
+    assert loss(last) < 0.9 * loss(first)
+    jax.tree.map(np.testing.assert_array_equal, nnx_params(adapted), case.params)
+    merged = merge_adapter(case.params, tuned, layouts=case.layouts)
+    close(last, jax.jit(case.plain)(merged))
+
+
+def check_cache(model: Any, case: Model) -> None:
+    """Text read in two parts is the text read at once."""
+    config, length = model.config, 8
+    shape = (2, length, config.num_kv_heads, config.head_dim)
+    empty = {"k": jnp.zeros(shape), "v": jnp.zeros(shape), "end_index": jnp.zeros(2, jnp.int32)}
+    cache = {f"layer_{i}": empty for i in range(config.num_layers)}
+    adapted = lora_nnx(model, case.adapter, layouts=case.layouts)
+
+    @nnx.jit
+    def read(adapted: Any, cache: Any, ids: Any, places: Any) -> Any:
+        return adapted(ids, places, cache, jnp.arange(length) <= places[..., None])
+
+    first, cache = read(adapted, cache, IDS[:, :3], PLACES[:, :3])
+    second, cache = read(adapted, cache, IDS[:, 3:], PLACES[:, 3:])
+    whole, _ = case.run(case.adapter, case.params)
+    close(jnp.concatenate([first, second], axis=1), whole)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
