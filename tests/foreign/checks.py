@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -38,7 +37,7 @@ class Model:
     @functools.cached_property
     def adapter(self) -> Any:
         """A random one of all that can have one."""
-        names = "|".join(re.escape(target_name(path).replace("/", ".")) for path in self.used)
+        names = sorted({target_name(path).rpartition("/")[2] for path in self.used})
         config = LoraConfig(r=2, target_modules=names, init_lora_weights=False, **self.options)
         made = init_adapter(jax.random.key(1), self.params, config, layouts=self.layouts)
         factors = [path for path, _ in leaves_with_path(made) if path.endswith("lora_A")]
@@ -63,8 +62,10 @@ class Model:
         """The parameters, with all that are used in four bits."""
 
         def leaf(path: str, x: Any) -> Any:
-            axes = self.layouts[path].contracting if path in self.used else None
-            return quantize(x, contracting=axes) if axes else x
+            if path not in self.used:
+                return x
+            layout = self.layouts[path]
+            return quantize(x, stacked=layout.leading_axes, contracting=layout.contracting)
 
         return map_with_path(leaf, self.params)
 
