@@ -9,8 +9,10 @@ import pytest
 from flax import nnx
 
 from lora_jax import (
+    InputError,
     KernelLayout,
     LoraConfig,
+    choose_rows,
     combine,
     init_adapter,
     lora_linen,
@@ -18,6 +20,8 @@ from lora_jax import (
     merge_adapter,
     nnx_layouts,
     nnx_params,
+    stack_adapters,
+    with_dropout,
     with_nnx_params,
 )
 from lora_jax._tree import leaves_with_path
@@ -75,9 +79,11 @@ class Scanned(nn.Module):
 class Tied(nn.Module):
     """The head takes the embedding's table out of its variables."""
 
+    embedding: str = "embed"
+
     @nn.compact
     def __call__(self, ids):
-        embed = nn.Embed(7, 8, name="embed")
+        embed = nn.Embed(7, 8, name=self.embedding)
         x = jnp.tanh(embed(ids))
         table = embed.variables["params"]["embedding"]
         return nn.Dense(7, use_bias=False, parent=None).apply({"params": {"kernel": table.T}}, x)
@@ -139,6 +145,53 @@ def test_in_linen(kind):
             lambda params, adapter: adapted.apply({"params": combine(params, adapter)}, inputs),
         )
     )
+
+
+class Decoder(nn.Module):
+    """By these names a shared table is known for one."""
+
+    @nn.compact
+    def __call__(self, ids):
+        return Tied("wte", name="transformer")(ids)
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_a_head_shares_an_adapter_when_asked_to(asked):
+    params = compiled.init(Decoder(), jax.random.key(0), IDS)
+    config = LoraConfig(
+        r=2, target_modules=["wte"], init_lora_weights=False, ensure_weight_tying=asked
+    )
+    adapter = init_adapter(jax.random.key(1), params, config)
+    merged = merge_adapter(params, adapter)
+    table = merged["transformer"]["wte"]["embedding"]
+    head = table.T if asked else merged["lm_head"]["kernel"]
+    out = compiled.apply(lora_linen(Decoder()), combine(params, adapter), IDS)
+    close(out, jnp.tanh(table[IDS]) @ head)
+
+
+def test_a_shared_table_with_rows_that_are_trained():
+    model = Tied()
+    params = compiled.init(model, jax.random.key(0), IDS) | {"q": {"kernel": jnp.ones((8, 8))}}
+    rows = {"embed": [2, 4]}
+    config = LoraConfig(r=2, target_modules=["q"], trainable_token_indices=rows)
+    adapter = init_adapter(jax.random.key(1), params, config)
+    adapter["embed"]["embedding_lora_tokens"] += 1
+    out = compiled.apply(lora_linen(model), combine(params, adapter), IDS)
+    close(out, compiled.apply(model, merge_adapter(params, adapter), IDS))
+
+
+@pytest.mark.parametrize("how", ["dropout", "rows"])
+def test_what_a_head_cannot_do_with_another_module_s_table(how):
+    params = compiled.init(Decoder(), jax.random.key(0), IDS)
+    config = LoraConfig(r=2, target_modules=["wte"], ensure_weight_tying=True)
+    adapter = init_adapter(jax.random.key(1), params, config)
+    if how == "dropout":
+        adapter = with_dropout(jax.random.key(2), adapter, 0.5)
+    else:
+        slots = stack_adapters([adapter, adapter])
+        adapter = combine(slots, choose_rows(slots, jnp.array([0, 1])))
+    with pytest.raises(InputError, match="transformer/wte/embedding.*exclude this module"):
+        lora_linen(Decoder()).apply({"params": combine(params, adapter)}, IDS)
 
 
 class Cached(nn.Module):
