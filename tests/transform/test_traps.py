@@ -1,5 +1,6 @@
 """Models in which an adapter easily goes wrong, each of a few lines."""
 
+import dataclasses
 import functools
 
 import flax.linen as nn
@@ -24,7 +25,6 @@ from lora_jax import (
     with_dropout,
     with_nnx_params,
 )
-from lora_jax._tree import leaves_with_path
 from tests import compiled
 from tests.foreign.checks import Model, check, close
 
@@ -257,6 +257,16 @@ class Listed(nnx.Module):
         return functools.reduce(lambda x, layer: layer(x), self.layers, x)
 
 
+class Picked(nnx.Module):
+    """Experts that a loop in Python goes through by their numbers."""
+
+    def __init__(self, rngs):
+        self.experts = nnx.Param(jax.random.normal(rngs.params(), (3, 8, 8)))
+
+    def __call__(self, x):
+        return sum(jnp.tanh(x @ self.experts[...][i].T) for i in range(3))
+
+
 class Carried(nnx.Module):
     """Layers that a scan cuts, while it carries what they compute."""
 
@@ -269,16 +279,21 @@ class Carried(nnx.Module):
         return run(x, self.layers)
 
 
-AXES = {"turned": (1,), "heads": (1,), "out": (0, 1)}
+OWN = {"turned": KernelLayout((1,)), "heads": KernelLayout((1,)), "out": KernelLayout((0, 1))}
+LAYERS = {"layers": KernelLayout(stack="layers")}
+NNX = {
+    Listed: {f"layers/{i}/{name}": own for i in range(2) for name, own in OWN.items()},
+    Carried: LAYERS
+    | {f"layers/{n}": dataclasses.replace(own, stack="layers") for n, own in OWN.items()},
+    Picked: {"experts": KernelLayout((1,), experts=True)},
+}
 
 
-@pytest.mark.parametrize("kind", [Listed, Carried])
+@pytest.mark.parametrize("kind", NNX)
 def test_in_nnx(kind):
     model = kind(nnx.Rngs(0))
     params, layouts = nnx_params(model), nnx_layouts(model, X)
-    stack = "layers" if kind is Carried else None
-    for path, _ in leaves_with_path(params):
-        assert layouts[path] == KernelLayout(AXES[path.rpartition("/")[2]], stack)
+    assert layouts == NNX[kind]
 
     def adapted(params, adapter):
         return lora_nnx(with_nnx_params(model, params), adapter, layouts=layouts)(X)
