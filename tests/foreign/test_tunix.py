@@ -5,6 +5,6 @@ import pytest
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("model", ["llama", "llama-tied", "gemma", "gemma-fused"])
+@pytest.mark.parametrize("model", ["llama", "llama-tied", "qwen3-experts", "gemma", "gemma-fused"])
 def test_a_model_with_adapters(run_script, model):
     run_script("tunix", "tunix_models.py", model)

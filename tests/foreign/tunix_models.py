@@ -11,6 +11,7 @@ import optax
 from flax import nnx
 
 from lora_jax import (
+    KernelLayout,
     lora_nnx,
     merge_adapter,
     nnx_adapter,
@@ -28,6 +29,7 @@ sys.modules["tunix"] = importlib.util.module_from_spec(spec)
 
 from tunix.models.gemma import model as gemma  # noqa: E402
 from tunix.models.llama3 import model as llama  # noqa: E402
+from tunix.models.qwen3 import model as qwen3  # noqa: E402
 
 IDS = jnp.array([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]])
 PLACES = jnp.broadcast_to(jnp.arange(5), (2, 5))
@@ -43,10 +45,12 @@ GEMMA = {
     "use_post_attn_norm": True,
     "use_post_ffw_norm": True,
 }
+EXPERTS = {"use_tied_embedding": False, "num_experts": 4, "num_experts_per_tok": 2}
 REMAT = {"weight_tying": True, "remat_config": llama.RematConfig.BLOCK}
 MODELS = {
     "llama": (llama.Llama3, llama.ModelConfig(**SIZES, **LLAMA)),
     "llama-tied": (llama.Llama3, llama.ModelConfig(**SIZES, **LLAMA, **REMAT)),
+    "qwen3-experts": (qwen3.Qwen3, qwen3.ModelConfig(**SIZES, **LLAMA, **EXPERTS)),
     "gemma": (gemma.Gemma, gemma.ModelConfig(**SIZES, **GEMMA, num_kv_heads=2)),
     "gemma-fused": (gemma.Gemma, gemma.ModelConfig(**SIZES, **GEMMA, num_kv_heads=4)),
 }
@@ -64,6 +68,10 @@ AXES = {
     "gate_proj/kernel": (0,),
     "up_proj/kernel": (0,),
     "down_proj/kernel": (0,),
+    "router/kernel": (0,),
+    "mlp/gate_proj": (0,),
+    "mlp/up_proj": (0,),
+    "mlp/down_proj": (0,),
 }
 """The contracted axes, as the equations in the models' sources have them."""
 
@@ -73,9 +81,10 @@ def main(name: str) -> None:
     model = with_random_zeros(kind(config, rngs=nnx.Rngs(0)))
     inputs = (IDS, PLACES, None, MASK)
     params, layouts = nnx_params(model), nnx_layouts(model, *inputs)
-    found = {path: layout.contracting for path, layout in layouts.items()}
-    assert found == {
-        path: AXES["/".join(path.split("/")[-2:])]
+    assert layouts == {
+        path: KernelLayout(
+            AXES["/".join(path.split("/")[-2:])], experts=path.split("/")[-2] == "mlp"
+        )
         for path, leaf in leaves_with_path(params)
         if leaf.ndim > 1
     }
