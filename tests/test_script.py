@@ -134,6 +134,16 @@ def test_test_command_installs_the_test_groups_and_runs_pytest(checkout):
     assert calls(checkout) == ""
 
 
+def test_other_people_s_models_lie_apart(checkout):
+    lora(checkout, "test", "--all")
+    for name in ("transformers-flax", "tunix"):
+        folder = checkout / ".venv/foreign" / name
+        options = "--no-deps --require-hashes -r"
+        assert f"{options} requirements/{name}.txt --target {folder}" in calls(checkout)
+    lora(checkout, "test")
+    assert "--target" not in calls(checkout)
+
+
 @pytest.mark.parametrize(
     "name, pins", [("plan-tpu", "tpu.txt"), ("plan-gpu", "cuda13.txt"), ("eval", "eval.txt")]
 )

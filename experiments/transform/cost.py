@@ -13,6 +13,7 @@ Writes `cost.json`.
 """
 
 import argparse
+import gc
 import json
 import os
 import re
@@ -178,9 +179,10 @@ def traced(
                 return jnp.sum(function(tree, x))
 
             program = jax.jit(jax.grad(fresh) if backward else fresh)
-            begin = time.perf_counter()
+            gc.collect()
+            begin = time.process_time()  # the work of one thread, whatever else is running
             program.trace(tree, x)
-            times[name].append(time.perf_counter() - begin)
+            times[name].append(time.process_time() - begin)
     times = {name: seconds[1:] for name, seconds in times.items()}
     first = times["alone"]
     return {

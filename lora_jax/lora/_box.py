@@ -68,6 +68,20 @@ class LoraParam(meta.AxisMetadata):
             )
         return self.shifted(1.0)
 
+    @property
+    def T(self) -> Array:
+        """The transpose, as a head has it that takes a table out of `module.variables`.
+
+        Raises:
+            InputError: as `unbox`.
+        """
+        if self.dropout_key is not None:
+            raise InputError(
+                f"{self.path}: is transposed by a module whose input is not known, and lora_dropout"
+                " needs that; set lora_dropout to 0 or exclude this module"
+            )
+        return meta.unbox(self.base).T if self.untied else self.unbox().T
+
     def shifted(self, sign: float, dtype: Any = None) -> Array:
         """W0 + sign·scaling·A·B, dense and rounded once, in the base's dtype by default.
 

@@ -110,7 +110,15 @@ class RowParam(meta.AxisMetadata):
         """
         if is_embedding(self.path):
             return jnp.full(leaf_shape(self.base)[0], jnp.nan, leaf_shape(self.base)[1])
-        raise InputError(
+        raise self._no_whole()
+
+    @property
+    def T(self) -> Array:
+        """Refused: a head that takes a table out of `module.variables` knows no rows."""
+        raise self._no_whole()
+
+    def _no_whole(self) -> InputError:
+        return InputError(
             f"{self.path}: rows of one batch cannot each have a weight of their own in a module"
             " that reads it as a whole; only Dense, DenseGeneral, Einsum, Conv and Embed take an"
             " adapter for each row: exclude this module"

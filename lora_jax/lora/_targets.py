@@ -288,9 +288,8 @@ class _Matcher:
                 like = pattern if field == "target_parameters" else ""
                 parts = {part for name in names for part in parts_of(name, like)}
                 hint = nearest(pattern, parts)
-                if pattern in parts:  # a string where a list was meant
-                    hint = f" whole: a string is one regular expression for paths; [{pattern}]"
-                    hint += " means every module of that name"
+                if pattern in parts:
+                    hint = _whole(pattern, names, isinstance(getattr(self.config, field), str))
                 raise InputError(f"lora: {field} {pattern!r} matches nothing{hint}. {there}")
         if not adapted:
             outermost = "; a list that lies below no other module needs layers_pattern"
@@ -298,6 +297,17 @@ class _Matcher:
                 "lora: no module is left to adapt after exclude_modules, modules_to_save and"
                 f" layers_to_transform{outermost if self.layers else ''}. {there}"
             )
+
+
+def _whole(name: str, paths: list[str], is_expression: bool) -> str:
+    """What was meant by a name that stands in paths and is none."""
+    if is_expression:
+        meaning = "means every module of that name"
+        return f" whole: a string is one regular expression for paths; [{name}] {meaning}"
+    inside = [f"/{path}".split(f"/{name}/", 1) for path in paths]
+    below = {f"{name}.{parts[1].replace('/', '.')}" for parts in inside if len(parts) == 2}
+    some = ", ".join(sorted(below)[:5])
+    return f" itself: it is a module, and what lies in it has names of its own, such as {some}"
 
 
 def _as_list(patterns: list[str] | str | None) -> list[str]:

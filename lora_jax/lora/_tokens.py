@@ -47,6 +47,11 @@ class TokenParam(meta.AxisMetadata):
     def unbox(self) -> Array:
         return self.merged()
 
+    @property
+    def T(self) -> Array:
+        """The transpose, as a head has it that takes the table out of `module.variables`."""
+        return self.merged().T
+
     def merged(self, dtype: Any = None) -> Array:
         """The dense table with the rows in it, in the base's dtype by default."""
         _, own = leaf_shape(self.base)

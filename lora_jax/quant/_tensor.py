@@ -127,6 +127,11 @@ class QuantizedTensor(meta.AxisMetadata[Any]):
         """The dense weight in its own shape and dtype."""
         return dequantize(self)
 
+    @property
+    def T(self) -> Any:
+        """The dense weight's transpose, for a head that takes a table out of another module."""
+        return self.unbox().T
+
     def replace_boxed(self, val: Any) -> Any:
         """The new value itself: what replaces a frozen weight is not quantized."""
         return val

@@ -201,11 +201,13 @@ def _note(view: _View, use: KernelLayout, reading: Reading) -> None:
     """Note a use by the parameter's own axes; a table that is looked up is one first of all."""
     axes = tuple(own for axis in use.contracting or () for own in view.axes[axis])
     first = int(view.path in reading.stacked)  # behind the axis that a scan takes away
+    # Where one of several was picked by its number, each is a matrix of its own.
+    picked = all(first not in own for own in view.axes) and view.sizes[first : first + 1] > (1,)
     known = axes and min(axes) >= first and not (use.experts and view.axes[0] != (first,))
     axes = axes if use.window else tuple(sorted(axes))
     if use is _LOOK_UP or reading.uses.get(view.path, _OTHERWISE) == _OTHERWISE:
-        found = dataclasses.replace(use, contracting=axes) if known else _OTHERWISE
-        reading.uses[view.path] = found
+        found = dataclasses.replace(use, contracting=axes, experts=use.experts or picked)
+        reading.uses[view.path] = found if known and not (picked and use.window) else _OTHERWISE
 
 
 def _products(eqn: Any, given: list[_Known]) -> Iterator[KernelLayout | None]:

@@ -101,6 +101,16 @@ def test_what_matches_nothing_is_an_error(fields, word):
         assert "There is: embed_tokens, q_proj, v_proj, up_proj, lm_head" in str(error.value)
 
 
+def test_a_module_with_parameters_of_its_own_says_how_they_are_named():
+    params = {"attn": {"q_einsum": {"w": jnp.ones((4, 4))}, "q_einsum_2": {"w": jnp.ones((4, 4))}}}
+    with pytest.raises(InputError, match=r"itself: it is a module.*, such as q_einsum\.w\. There"):
+        find_targets(params, LoraConfig(target_modules=["q_einsum"]))
+    (target,) = find_targets(params, LoraConfig(target_modules=["q_einsum.w"]))
+    assert target.names == ("attn/q_einsum/w",)
+    with pytest.raises(InputError, match=r"one regular expression for paths; \[q_einsum\] means"):
+        find_targets(params, LoraConfig(target_modules="q_einsum"))
+
+
 def test_a_list_at_the_root_needs_its_name():
     """PEFT's default looks for a list below another module."""
     params = {"h": {"0": {"q": {"kernel": jnp.ones((4, 4))}}}}

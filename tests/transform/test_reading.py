@@ -77,6 +77,24 @@ CASES = {
         w(2, 6, 4),
         KernelLayout((2,), experts=True),
     ),
+    "experts by their numbers": (
+        lambda p, x: sum(x @ p["w"][i].T for i in range(3)),
+        w(3, 6, 4),
+        KernelLayout((2,), experts=True),
+    ),
+    "experts by numbers that a loop counts": (
+        lambda p, x: jax.lax.fori_loop(0, 3, lambda i, x: x @ p["w"][i].T, x),
+        w(3, 4, 4),
+        KernelLayout((2,), experts=True),
+    ),
+    "the only one of its kind": (lambda p, x: x @ p["w"][0], w(1, 4, 6), KernelLayout((1,))),
+    "convolutions by their numbers": (
+        lambda p, x: jax.lax.conv_general_dilated(
+            x, p["w"][1], (1,), "SAME", dimension_numbers=("NHC", "HIO", "NHC")
+        ),
+        w(2, 3, 4, 6),
+        KernelLayout(()),
+    ),
     "layers": (scanned(lambda x, w: x @ w.T), w(3, 4, 4), KernelLayout((2,))),
     "experts in layers": (
         scanned(lambda x, w: jnp.einsum("ebd,efd->ebf", x, w)),
