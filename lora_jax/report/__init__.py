@@ -1,7 +1,15 @@
-"""What a run left, as pictures and words; it reads the run's files and nothing else."""
+"""Pictures and words: of what a run left, and of numbers at hand."""
 
 from ._figures import draw_loss as draw_loss
 from ._markdown import write_report as write_report
+from ._plots import plot_losses as plot_losses
+from ._plots import plot_matrices as plot_matrices
+from ._plots import plot_rank_loss as plot_rank_loss
+from ._plots import plot_singular_values as plot_singular_values
+from ._plots import plot_table as plot_table
+from ._quant_plots import plot_block_sizes as plot_block_sizes
+from ._quant_plots import plot_codebook as plot_codebook
+from ._quant_plots import plot_quantization_error as plot_quantization_error
 from ._records import read_records as read_records
 from ._sweep import draw_sweep as draw_sweep
 from ._sweep import read_sweep as read_sweep
