@@ -11,13 +11,13 @@ from .._errors import InputError
 from .._typing import Array
 
 Matrix = Float[Array | np.ndarray, "rows columns"]
-Vector = Float[Array | np.ndarray, " count"]
+Numbers = Sequence[float] | Float[Array | np.ndarray, " count"]
 FEW = 20
 """Points of a line that are marked one by one."""
 
 
 def plot_losses(
-    losses: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    losses: Mapping[str, tuple[Numbers, Numbers]],
     *,
     title: str = "",
     xlabel: str = "step",
@@ -102,7 +102,7 @@ def plot_rank_loss(
     return figure
 
 
-def plot_singular_values(values: Mapping[str, Vector], *, title: str = "") -> Any:
+def plot_singular_values(values: Mapping[str, Numbers], *, title: str = "") -> Any:
     """Draw singular values, the largest first, on a logarithmic axis.
 
     What lies below a hundred-thousandth of the largest is rounding, and left out.

@@ -1,19 +1,17 @@
 """Pictures of four-bit numbers: what they can be, and how far they are from the weights."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
 
 from .._drawing import GREY, tidy
-from .._typing import Array
-from ._plots import colours, new_figure, something
+from ._plots import Numbers, colours, new_figure, something
 
 
 def plot_codebook(
-    codebooks: Mapping[str, Sequence[float]],
-    weights: Float[Array | np.ndarray, " count"] | None = None,
+    codebooks: Mapping[str, Numbers],
+    weights: Numbers | None = None,
     *,
     title: str = "",
 ) -> Any:
@@ -75,7 +73,7 @@ def plot_quantization_error(errors: Mapping[str, Mapping[str, float]], *, title:
         [9.0, 12.0]
     """
     something("plot_quantization_error", errors)
-    figure = new_figure()
+    figure = new_figure(8.5, 4)
     axes = figure.subplots()
     kinds = list(dict.fromkeys(kind for own in errors.values() for kind in own))
     width = 0.8 / len(kinds)
