@@ -306,8 +306,8 @@ assert abs(nf4[STEPS] - dense[STEPS]) < 0.5 * (nf4[0] - dense[0])
 assert nf4[STEPS] < dense[0]
 
 # %% [markdown]
-# Rounding makes the untrained model somewhat worse, and the difference all but vanishes as the
-# adapter is trained: small against what training gains.
+# Rounding makes the untrained model somewhat worse. Training takes most of that away, and what is
+# left is small against what was gained.
 #
 # ## To remember
 #
