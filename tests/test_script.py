@@ -130,8 +130,12 @@ def test_test_command_installs_the_test_groups_and_runs_pytest(checkout):
     assert "-r requirements/test.txt" in calls(checkout)
     assert "-r requirements/oracle.txt" in calls(checkout)
     assert "-r requirements/eval.txt" in calls(checkout)
+    assert "notebooks.txt" not in calls(checkout)
     lora(checkout, "test")
     assert calls(checkout) == ""
+    lora(checkout, "test", "--all")
+    assert "-r requirements/types.txt" in calls(checkout)
+    assert "-r requirements/notebooks.txt" in calls(checkout)
 
 
 def test_other_people_s_models_lie_apart(checkout):

@@ -1,6 +1,7 @@
-"""What a config adapts, and what a run left, as pictures and words.
+"""What a config adapts, what a run left and what numbers look like, in pictures and words.
 
-`report(params, config)` tells what would be adapted; all else reads a run's files and nothing else.
+`report(params, config)` tells what would be adapted; the rest reads a run's files, or draws numbers
+at hand.
 """
 
 from ..lora import TargetReport as TargetReport
@@ -8,6 +9,14 @@ from ..lora import target_report as target_report
 from ._call import CallablePackage as CallablePackage
 from ._figures import draw_loss as draw_loss
 from ._markdown import write_report as write_report
+from ._plots import plot_losses as plot_losses
+from ._plots import plot_matrices as plot_matrices
+from ._plots import plot_rank_loss as plot_rank_loss
+from ._plots import plot_singular_values as plot_singular_values
+from ._plots import plot_table as plot_table
+from ._quant_plots import plot_block_sizes as plot_block_sizes
+from ._quant_plots import plot_codebook as plot_codebook
+from ._quant_plots import plot_quantization_error as plot_quantization_error
 from ._records import read_records as read_records
 from ._sweep import draw_sweep as draw_sweep
 from ._sweep import read_sweep as read_sweep

@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from .._drawing import BLUE, VERMILION, save_figure
+from .._drawing import save_figure
+from ._plots import plot_losses
 from ._records import read_records, series
 
 
@@ -18,14 +19,8 @@ def draw_loss(directory: str | Path) -> Path:
     Raises:
         InputError: if there are no metrics, or the picture cannot be written.
     """
-    from matplotlib.figure import Figure
-
     records, path = read_records(directory), Path(directory) / "loss.png"
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    axes.plot(*series(records, "loss"), color=BLUE, label="training")
-    axes.plot(*series(records, "eval_loss"), color=VERMILION, marker="o", label="held out")
-    axes.set(xlabel="step", ylabel="loss (nats per trained token)", title=Path(directory).name)
-    axes.legend(frameon=False)
-    save_figure(figure, [axes], path)
+    lines = {"training": series(records, "loss"), "held out": series(records, "eval_loss")}
+    figure = plot_losses(lines, title=Path(directory).name)
+    save_figure(figure, figure.axes, path)
     return path
