@@ -2,7 +2,7 @@
 
 import functools
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax  # noqa: F401 (the examples use it)
@@ -73,12 +73,12 @@ def lora_nnx(module: Any, adapter: Params | None = None, *, layouts: Layouts | N
     _check_module(module)
     adapted = nnx.clone(module)
     leaves = dict(leaves_with_path(adapter or {}))
-    nodes = dict(_modules(adapted))
+    nodes = dict(_nodes(adapted, nnx.Module))
     for path, value in leaves.items():
         owner, _, name = path.rpartition("/")
         if owner not in nodes or not ("lora_" in name or name in vars(nodes[owner])):
             raise InputError(
-                f"{path}: the module has no {owner if owner not in nodes else name}; this adapter"
+                f"{path}: there is no module {owner} with a {name}; this adapter"
                 " was made for another structure. There is:"
                 f" {', '.join(path for path, _ in leaves_with_path(nnx_params(module)))}"
             )
@@ -139,18 +139,16 @@ def with_nnx_params(module: Any, params: Params) -> Any:
     """
     _check_module(module)
     changed = nnx.clone(module)
-    nodes, shapes = dict(_modules(changed)), dict(leaves_with_path(nnx_params(module)))
+    variables = {path: x for path, x in _nodes(changed, nnx.Param) if type(x) not in _ADAPTER}
     for path, value in leaves_with_path(params):
-        if path not in shapes or jnp.shape(shapes[path]) != jnp.shape(value):
-            there = f"of shape {jnp.shape(shapes[path])}" if path in shapes else "not there"
+        own = variables[path].get_value().shape if path in variables else "not there"
+        if own != value.shape:
             raise InputError(
-                f"{path}: in the module it is {there}, got {jnp.shape(value)}; give parameters of"
-                " this module's structure, as from nnx_params"
+                f"{path}: in the module it is {own}, got {value.shape}; give parameters of this"
+                " module's structure, as from nnx_params"
             )
-        owner, _, name = path.rpartition("/")
-        variable = vars(nodes[owner])[name]
-        vars(nodes[owner])[name] = variable.replace(value)
-    for path, node in nodes.items():
+        variables[path].set_value(value)
+    for path, node in _nodes(changed, nnx.Module):
         _adapt(node, path, {})
     return changed
 
@@ -214,20 +212,16 @@ def _check_module(module: Any) -> None:
         )
 
 
-def _modules(module: Any) -> Iterator[tuple[str, Any]]:
-    """Every module below this one, itself too, by its path; one that is shared once."""
+def _nodes(module: Any, kind: type) -> Iterator[tuple[str, Any]]:
+    """Every module or variable of a kind with its path; one that is shared once."""
     for path, node in nnx.iter_graph(module):
-        if isinstance(node, nnx.Module):
+        if isinstance(node, kind):
             yield "/".join(map(str, path)), node
 
 
 def _collect(module: Any, chosen: Any) -> dict[str, Any]:
-    found = {
-        "/".join(map(str, path)): variable.get_value()
-        for path, variable in nnx.to_flat_state(nnx.state(module, nnx.Param))
-        if chosen(variable)
-    }
-    return tree_from_paths(found)
+    nodes = sorted(_nodes(module, nnx.Param), key=lambda node: node[0])
+    return tree_from_paths({path: x.get_value() for path, x in nodes if chosen(x)})
 
 
 def _values(module: Any) -> dict[str, Any]:
@@ -301,7 +295,7 @@ def _called(module: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
     """The layer's product in factored form, or its own with the dense weight."""
     inputs, param = jnp.asarray(inputs), _boxed(module, "kernel")
     contraction = contraction_of(module, inputs.ndim, args, kind=_plain_class(type(module)))
-    if contraction is not None and isinstance(param, KNOWN):
+    if contraction is not None and isinstance(param, KNOWN) and not _sharded(kwargs):
         bias = None if module.bias is None else module.bias[...]
         out = product(param, inputs, contraction, bias, _promote(module), module.precision)
         if out is not None:
@@ -325,12 +319,20 @@ def _convolved(module: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
     return convolved(param, inputs, convolution, bias, _promote(module), convolve)
 
 
-def _looked_up(module: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-    param = _boxed(module, "embedding")
-    return looked_up(param, inputs, _promote(module, inexact=False))
+def _sharded(kwargs: Mapping[str, Any]) -> bool:
+    """Whether the caller says how the output is to be cut, which is left to the layer itself."""
+    return kwargs.get("out_sharding") is not None
 
 
-def _attended(module: Any, query: Array, *args: Any, **kwargs: Any) -> Array:
+def _looked_up(module: Any, inputs: Any, **kwargs: Any) -> Any:
+    if _sharded(kwargs):
+        return nnx.Embed.__call__(module, inputs, **kwargs)
+    return looked_up(_boxed(module, "embedding"), inputs, _promote(module, inexact=False))
+
+
+def _attended(module: Any, query: Array, **kwargs: Any) -> Array:
+    if _sharded(kwargs):
+        return nnx.Embed.attend(module, query, **kwargs)
     return attended(_boxed(module, "embedding"), query, _promote(module))
 
 

@@ -85,11 +85,12 @@ class Raw(nnx.Module, pytree=False):
 
         self.turned, self.heads, self.out = normal(8, 8), normal(2, 8, 4), normal(2, 4, 8)
         self.more = [nnx.Linear(8, 8, rngs=rngs)]
+        self.scales = {"out": nnx.Param(jnp.full(8, 2.0))}
 
     def __call__(self, x):
         x = self.more[0](x)
         x = jnp.einsum("btd,hdk->bthk", x @ self.turned[...].T, self.heads.get_value())
-        return jnp.einsum("bthk,hkd->btd", x, self.out)
+        return jnp.einsum("bthk,hkd->btd", x, self.out) * self.scales["out"][...]
 
 
 class Convolutions(nnx.Module):
