@@ -180,9 +180,11 @@ def traced(
 
             program = jax.jit(jax.grad(fresh) if backward else fresh)
             gc.collect()
+            gc.disable()  # a collection takes as long as many layers, in whichever turn it falls
             begin = time.process_time()  # the work of one thread, whatever else is running
             program.trace(tree, x)
             times[name].append(time.process_time() - begin)
+            gc.enable()
     times = {name: seconds[1:] for name, seconds in times.items()}
     first = times["alone"]
     return {
