@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lora_jax import (
@@ -183,6 +183,7 @@ jitted_truncate = jax.jit(truncate)
     top_k=st.integers(0, 12),
     top_p=st.floats(0.01, 1.0),
 )
+@example(logits=[0.0] * 11 + [-0.0], top_k=1, top_p=1.0)
 def test_truncation_keeps_the_fewest_that_reach_top_p(logits, top_k, top_p):
     ranked = np.sort(np.array(logits, np.float32))[::-1]
     row = [np.array([value]) for value in (top_k, np.float32(top_p), np.float32(0))]
