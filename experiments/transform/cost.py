@@ -36,6 +36,7 @@ from lora_jax import (  # noqa: E402
     init_adapter,
     lora_linen,
     lora_nnx,
+    nnx_layouts,
     nnx_params,
 )
 
@@ -136,14 +137,18 @@ def linen(x: Any) -> tuple[Any, ...]:
     base = jax.jit(model.init)(jax.random.key(0), jnp.zeros(x.shape))["params"]
     lora = lora_linen(model)
     adapter = init_adapter(jax.random.key(1), base, CONFIG, layouts=lora.layouts(base, x))
-    own = lambda params, x: model.apply({"params": params}, x)  # noqa: E731
-    ours = lambda params, x: lora.apply({"params": params}, x)  # noqa: E731
+
+    def own(params: Any, x: Any) -> Any:
+        return model.apply({"params": params}, x)
+
+    def ours(params: Any, x: Any) -> Any:
+        return lora.apply({"params": params}, x)
+
     return own, ours, ours, (base, combine(base, adapter)), 6 * LAYERS
 
 
 def from_nnx(x: Any) -> tuple[Any, ...]:
-    from lora_jax import nnx_layouts
-
+    """The same in NNX, as functions of (state, x)."""
     model = NnxModel(nnx.Rngs(0))
     layouts = nnx_layouts(model, x)
     adapter = init_adapter(jax.random.key(1), nnx_params(model), CONFIG, layouts=layouts)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import html
-import io
 import math
 from typing import Any
 
@@ -72,9 +71,10 @@ class TargetReport:
     def __str__(self) -> str:
         from rich.console import Console
 
-        console = Console(file=io.StringIO(), width=120, color_system=None)
-        console.print(self)
-        return console.file.getvalue().rstrip()  # type: ignore[attr-defined]
+        console = Console(width=120, color_system=None)
+        with console.capture() as shown:
+            console.print(self)
+        return shown.get().rstrip()
 
     def __rich_console__(self, console: Any, options: Any) -> Any:
         from rich.table import Table

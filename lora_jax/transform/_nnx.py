@@ -2,7 +2,7 @@
 
 import functools
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax  # noqa: F401 (the examples use it)
@@ -84,7 +84,7 @@ def lora_nnx(module: Any, adapter: Params | None = None, *, layouts: Layouts | N
             )
         trained = "lora_" not in name or name.endswith(TRAINED)
         setattr(nodes[owner], name, (LoraVariable if trained else LoraConstant)(value))
-    box_adapters(_values(adapted), layouts)  # refuses what does not fit
+    box_adapters(_collect(adapted, lambda _: True), layouts)  # refuses what does not fit
     for path, node in nodes.items():
         _adapt(node, path, layouts or {})
     return adapted
@@ -219,14 +219,10 @@ def _nodes(module: Any, kind: type) -> Iterator[tuple[str, Any]]:
             yield "/".join(map(str, path)), node
 
 
-def _collect(module: Any, chosen: Any) -> dict[str, Any]:
+def _collect(module: Any, chosen: Callable[[nnx.Param], bool]) -> dict[str, Any]:
+    """The values of the chosen parameters, by path."""
     nodes = sorted(_nodes(module, nnx.Param), key=lambda node: node[0])
     return tree_from_paths({path: x.get_value() for path, x in nodes if chosen(x)})
-
-
-def _values(module: Any) -> dict[str, Any]:
-    """All parameters with the adapter's own beside them."""
-    return _collect(module, lambda _: True)
 
 
 def _adapt(module: Any, path: str, layouts: Layouts) -> None:

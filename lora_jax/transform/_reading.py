@@ -13,7 +13,7 @@ from .._typing import Params
 from ..lora import KernelLayout, leaf_shape
 
 _SAME_AXES = (
-    "convert_element_type", "copy", "copy_p", "reduce_precision", "optimization_barrier", "mul",
+    "convert_element_type", "copy", "reduce_precision", "optimization_barrier", "mul",
     "div", "add", "add_any", "sub", "neg", "select_n", "clamp", "round", "sign", "slice", "split",
     "dynamic_slice", "sharding_constraint", "pvary", "integer_pow", "square", "tanh", "exp",
     "stop_gradient", "name", "pad", "rev", "device_put", "max", "min",
@@ -126,7 +126,7 @@ def _step(eqn: Any, given: list[_Known], reading: Reading) -> Sequence[_Known]:
     mixed: list[_Known] = [_INPUT if _INPUT in given else None] * len(eqn.outvars)
     if name in _USES:
         if _INPUT in given:
-            for own, use in zip(given, _USES[name](eqn, given), strict=False):
+            for own, use in zip(given, _USES[name](eqn), strict=False):
                 if isinstance(own, _View) and use:
                     _note(own, use, reading)
         return mixed
@@ -210,7 +210,8 @@ def _note(view: _View, use: KernelLayout, reading: Reading) -> None:
         reading.uses[view.path] = found if known and not (picked and use.window) else _OTHERWISE
 
 
-def _products(eqn: Any, given: list[_Known]) -> Iterator[KernelLayout | None]:
+def _products(eqn: Any) -> Iterator[KernelLayout | None]:
+    """What a product does with each of its operands."""
     contracted, batch = eqn.params["dimension_numbers"]
     for axes, shared in zip(contracted, batch, strict=True):
         # A batch axis of both operands numbers experts if it is the parameter's first.
@@ -218,7 +219,8 @@ def _products(eqn: Any, given: list[_Known]) -> Iterator[KernelLayout | None]:
         yield KernelLayout(tuple(axes), experts=bool(shared)) if known else _OTHERWISE
 
 
-def _convolution(eqn: Any, given: list[_Known]) -> Iterator[KernelLayout | None]:
+def _convolution(eqn: Any) -> Iterator[KernelLayout | None]:
+    """What a convolution does with its input, which is no kernel, and with its kernel."""
     _, features, *spatial = eqn.params["dimension_numbers"].rhs_spec
     yield None
     window = tuple(eqn.invars[1].aval.shape[axis] for axis in spatial)
@@ -232,7 +234,8 @@ _LOOK_UP = KernelLayout((0,))
 _OTHERWISE = KernelLayout(())
 
 
-def _look_up(eqn: Any, given: list[_Known]) -> Iterator[KernelLayout | None]:
+def _look_up(eqn: Any) -> Iterator[KernelLayout | None]:
+    """Whether a gather takes whole rows of its operand."""
     rows = eqn.params["dimension_numbers"].start_index_map == (0,)
     whole = eqn.params["slice_sizes"][1:] == eqn.invars[0].aval.shape[1:]
     yield _LOOK_UP if rows and whole else _OTHERWISE

@@ -41,7 +41,7 @@ def safetensors_shapes():
 
 @pytest.fixture(scope="session")
 def biased_llama(tmp_path_factory):
-    """A random Llama with biases: its directory, as read here, and a function to its logits."""
+    """A random Llama with biases that are not zero: its directory, as read, and its logits."""
     import torch
     import transformers
 
@@ -61,8 +61,13 @@ def biased_llama(tmp_path_factory):
         mlp_bias=True,
         tie_word_embeddings=False,
     )
+    drawn = transformers.LlamaForCausalLM(shape)
+    with torch.no_grad():
+        for name, parameter in drawn.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(std=0.3)
     directory = tmp_path_factory.mktemp("model")
-    transformers.LlamaForCausalLM(shape).save_pretrained(directory)
+    drawn.save_pretrained(directory)
     pretrained = load_pretrained(directory)
     model = lora_linen(pretrained.module)
 

@@ -45,29 +45,8 @@ NAMES = [" ".join(f"{k}={v}" for k, v in fields.items()) for fields in FIELDS]
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    """A Llama of two layers whose projections have biases that are not zero."""
-    torch.manual_seed(0)
-    shape = transformers.LlamaConfig(
-        vocab_size=40,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.3,
-        attention_bias=True,
-        mlp_bias=True,
-        tie_word_embeddings=False,
-    )
-    model = transformers.LlamaForCausalLM(shape)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("bias"):
-                parameter.normal_(std=0.3)
-    directory = tmp_path_factory.mktemp("model")
-    model.save_pretrained(directory)
-    return directory, load_pretrained(directory)
+def base(biased_llama):
+    return biased_llama(IDS)[:2]
 
 
 def torch_model(directory):
