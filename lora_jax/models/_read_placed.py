@@ -1,4 +1,4 @@
-"""Tensors of a checkpoint made into leaves over a mesh: each process reads what its devices hold."""
+"""Tensors of a checkpoint made into leaves over a mesh: each process reads its devices' part."""
 
 import dataclasses
 import functools
@@ -81,7 +81,9 @@ def _place_quantized(
     """Kernels that bitsandbytes quantized: each process reads them whole, and keeps its part."""
     layers = quantized_layers(path, parts, quant, dtype)
     first = next(layers)
-    leaf = place(path, jax.tree.map(lambda x: jax.ShapeDtypeStruct((*stack, *x.shape), x.dtype), first))
+    leaf = place(
+        path, jax.tree.map(lambda x: jax.ShapeDtypeStruct((*stack, *x.shape), x.dtype), first)
+    )
     write = _writer(None, _shardings(leaf))
     cuts = [
         NamedSharding(x.sharding.mesh, PartitionSpec(*_axes(x)[len(stack) :]))
