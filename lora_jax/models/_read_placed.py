@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -58,16 +58,10 @@ def read_placed(
     weight = jax.ShapeDtypeStruct((*stack, *shape), dtype)
     leaf = place(path, stored_shape(path, weight, quant, family))
     axes = _weight_axes(leaf, len(stack))
-    cut = NamedSharding(_mesh(leaf), PartitionSpec(*(axes[::-1] if transpose else axes)))
+    cut = _cut_by(axes[::-1] if transpose else axes, jax.tree.leaves(leaf)[0])
     convert = _Conversion(transpose, quant, contracted_axes(path))
-    write = _writer(convert, _shardings(leaf))
-    arrays = _zeros(leaf)
-    for index, part in zip(np.ndindex(stack), parts, strict=True):
-        tensor = _over_devices(part.shape, cut, part.read)
-        # Waiting for the answer keeps one layer at a time in memory.
-        arrays, finite = write(arrays, tensor, index)
-        check_finite(part, quant is None or finite)
-    return jax.tree.unflatten(jax.tree.structure(leaf), arrays)
+    tensors = (_spread(part.shape, cut, part.read) for part in parts)
+    return _written(leaf, convert, tensors, stack, parts)
 
 
 def _place_quantized(
@@ -81,27 +75,40 @@ def _place_quantized(
     """Kernels that bitsandbytes quantized: each process reads them whole, and keeps its part."""
     layers = quantized_layers(path, parts, quant, dtype)
     first = next(layers)
-    leaf = place(
-        path, jax.tree.map(lambda x: jax.ShapeDtypeStruct((*stack, *x.shape), x.dtype), first)
-    )
-    write = _writer(None, _shardings(leaf))
-    cuts = [
-        NamedSharding(x.sharding.mesh, PartitionSpec(*_axes(x)[len(stack) :]))
-        for x in jax.tree.leaves(leaf)
-    ]
-    arrays = _zeros(leaf)
-    for index, layer in zip(np.ndindex(stack), itertools.chain([first], layers), strict=True):
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct((*stack, *x.shape), x.dtype), first)
+    leaf = place(path, shapes)
+    cuts = [_cut_by(_axes(x)[len(stack) :], x) for x in jax.tree.leaves(leaf)]
+
+    def spread(layer: QuantizedTensor) -> list[jax.Array]:
         wholes = [np.asarray(x) for x in jax.tree.leaves(layer)]
-        cut = [_over_devices(x.shape, s, x.__getitem__) for x, s in zip(wholes, cuts, strict=True)]
-        arrays, _ = jax.block_until_ready(write(arrays, cut, index))
-    return jax.tree.unflatten(jax.tree.structure(leaf), arrays)
+        return [_spread(x.shape, cut, x.__getitem__) for x, cut in zip(wholes, cuts, strict=True)]
+
+    return _written(leaf, None, map(spread, itertools.chain([first], layers)), stack, parts)
 
 
-def _over_devices(shape: tuple[int, ...], sharding: NamedSharding, read: Any) -> jax.Array:
+def _written(
+    leaf: Any,
+    convert: "_Conversion | None",
+    layers: Iterator[Any],
+    stack: tuple[int, ...],
+    parts: list[Entry],
+) -> Any:
+    """The leaf that layers make, written into it one after another."""
+    shapes, structure = jax.tree.flatten(leaf)
+    write = _writer(convert, tuple(x.sharding for x in shapes))
+    arrays = [jnp.zeros(x.shape, x.dtype, device=x.sharding) for x in shapes]
+    for index, part in zip(np.ndindex(stack), parts, strict=True):
+        # Waiting, and no name for the layer, keep one at a time in memory.
+        arrays, finite = jax.block_until_ready(write(arrays, next(layers), index))
+        check_finite(part, finite)
+    return jax.tree.unflatten(structure, arrays)
+
+
+def _spread(shape: tuple[int, ...], sharding: NamedSharding, read: Any) -> jax.Array:
     """One array over a mesh; a range that several devices of this process hold is read once."""
     held: dict[Any, np.ndarray] = {}
 
-    def part(index: tuple[slice, ...]) -> np.ndarray:
+    def part(index: Any) -> np.ndarray:
         bounds = tuple(axis.indices(size) for axis, size in zip(index, shape, strict=True))
         if bounds not in held:
             held[bounds] = read(index)
@@ -131,7 +138,8 @@ def _writer(convert: _Conversion | None, shardings: tuple[NamedSharding, ...]) -
 
     def write(arrays: list[Array], tensor: Any, index: tuple[Any, ...]) -> Any:
         layer = tensor if convert is None else convert(tensor)
-        finite = True if convert is None else jnp.isfinite(tensor).all()
+        quantized = convert is not None and convert.quant is not None
+        finite = jnp.isfinite(tensor).all() if quantized else True
         return [
             s.at[index].set(x.astype(s.dtype)) for s, x in zip(arrays, layer, strict=True)
         ], finite
@@ -139,10 +147,6 @@ def _writer(convert: _Conversion | None, shardings: tuple[NamedSharding, ...]) -
     # Every process reads the answer, so each holds it whole.
     whole = NamedSharding(shardings[0].mesh, PartitionSpec())
     return jax.jit(write, donate_argnums=0, out_shardings=(list(shardings), whole))
-
-
-def _zeros(leaf: Any) -> list[Array]:
-    return [jnp.zeros(x.shape, x.dtype, device=x.sharding) for x in jax.tree.leaves(leaf)]
 
 
 def _weight_axes(leaf: Any, stacked: int) -> tuple[Any, ...]:
@@ -155,14 +159,11 @@ def _weight_axes(leaf: Any, stacked: int) -> tuple[Any, ...]:
     return tuple(rows if axis in leaf.contracting else columns for axis in range(2))
 
 
+def _cut_by(axes: tuple[Any, ...], x: Any) -> NamedSharding:
+    """A sharding by these axes of an abstract array's mesh."""
+    return NamedSharding(x.sharding.mesh, PartitionSpec(*axes))
+
+
 def _axes(x: Any) -> tuple[Any, ...]:
     """The mesh axes of each axis of an abstract array."""
     return (*x.sharding.spec, *[None] * (x.ndim - len(x.sharding.spec)))
-
-
-def _shardings(leaf: Any) -> tuple[NamedSharding, ...]:
-    return tuple(x.sharding for x in jax.tree.leaves(leaf))
-
-
-def _mesh(leaf: Any) -> Any:
-    return _shardings(leaf)[0].mesh
