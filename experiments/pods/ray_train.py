@@ -3,9 +3,10 @@
     python experiments/pods/ray_train.py --hosts 2 --each '{"GPU": 8}' OUTPUT CONFIG.yaml ...
 
 Runs in Ray's own Python.  All hosts see this checkout, its .venv made, and OUTPUT at the same
-paths.  Each actor starts `train.sh` beside this file; the processes call
-`jax.distributed.initialize` with the address of the first actor's host.  A host that is lost ends
-the attempt; the next one waits for as many hosts and goes on from the newest checkpoint.
+paths.  Each actor starts `./lora train CONFIG.yaml --distributed --resume auto`, and these
+processes call `jax.distributed.initialize` with the address of the first actor's host.  A host that
+is lost ends the attempt; the next one waits for as many hosts and goes on from the newest
+checkpoint.
 """
 
 import argparse
@@ -20,9 +21,11 @@ import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-TRAIN = Path(__file__).resolve().parent / "train.sh"
+LORA = Path(__file__).resolve().parents[2] / "lora"
+SAVED = 75
+"""For a run that has been saved, but is not finished: EX_TEMPFAIL, as in train.sh."""
 WRONG_INPUT = 2
-"""Exit code of a mistake that no restart mends."""
+"""Exit code of what no restart mends; all hosts end with it."""
 
 
 def main() -> int:
@@ -35,16 +38,16 @@ def main() -> int:
     options = parser.parse_args()
     ray.init()
     for _ in range(options.restarts + 1):
-        codes = attempt(options.hosts, options.each, [str(TRAIN), options.output, *options.words])
+        codes = attempt(options.hosts, options.each, options.output, options.words)
         print(f"the hosts ended with {codes}", flush=True)
         if not any(codes):
             return 0
-        if WRONG_INPUT in codes:
+        if set(codes) == {WRONG_INPUT}:
             return WRONG_INPUT
     return 1
 
 
-def attempt(hosts: int, each: dict[str, float], command: list[str]) -> list[int]:
+def attempt(hosts: int, each: dict[str, float], output: str, words: list[str]) -> list[int]:
     """The exit code of each host's process; 1 for a host that is gone."""
     group = placement_group([each] * hosts, strategy="STRICT_SPREAD")
     try:
@@ -60,7 +63,8 @@ def attempt(hosts: int, each: dict[str, float], command: list[str]) -> list[int]
             return [1]
         # All are waited for, so that none of an attempt writes beside the next one.
         running = [
-            host.train.remote(command, address, hosts, number) for number, host in enumerate(actors)
+            host.train.remote(output, words, address, hosts, number)
+            for number, host in enumerate(actors)
         ]
         return [code_of(process) for process in running]
     finally:
@@ -94,16 +98,18 @@ class Host:
             free.bind(("", 0))
             return f"{ray.util.get_node_ip_address()}:{free.getsockname()[1]}"
 
-    def train(self, command: list[str], address: str, hosts: int, number: int) -> int:
+    def train(self, output: str, words: list[str], address: str, hosts: int, number: int) -> int:
         own = {
             "JAX_COORDINATOR_ADDRESS": address,
             "JAX_NUM_PROCESSES": str(hosts),
             "JAX_PROCESS_ID": str(number),
         }
-        # Ray tells an actor of a host that goes away by ending it: the kernel then tells the
-        # process that it started, which saves.
-        dying = ["setpriv", "--pdeathsig", "TERM"]
-        return subprocess.run([*dying, *command], env={**os.environ, **own}, check=False).returncode
+        # A process of its own, as training answers to signals and may end itself at once.
+        command = [str(LORA), "train", *words]
+        command += ["--output", output, "--distributed", "--resume", "auto"]
+        code = subprocess.run(command, env={**os.environ, **own}, check=False).returncode
+        finished = any(Path(output, name).exists() for name in ("adapter", "model"))
+        return SAVED if code == 0 and not finished else code
 
 
 if __name__ == "__main__":
