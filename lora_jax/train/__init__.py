@@ -1,6 +1,7 @@
 """Training: configs, the step, the loop, held-out loss, checkpoints."""
 
 from ._config import DataSection as DataSection
+from ._config import MeshSection as MeshSection
 from ._config import ModelSection as ModelSection
 from ._config import RunConfig as RunConfig
 from ._config import TrainSection as TrainSection
