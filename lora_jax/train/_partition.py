@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from .._errors import InputError, nearest
 from .._tree import leaves_with_path, map_with_path
@@ -46,7 +46,7 @@ class Partition:
         config: The model's shape.
     """
 
-    mesh: Mesh
+    mesh: Mesh | AbstractMesh
     rules: Mapping[str, tuple[str, ...]]
     config: ModelConfig
 
@@ -60,7 +60,7 @@ class Partition:
         if not isinstance(leaf, QuantizedTensor):
             return self._shape(leaf, PartitionSpec(*spec))
         ndim = len(leaf.kernel_shape)
-        stack, kernel = spec[: leaf.ndim - ndim], spec[leaf.ndim - ndim :]
+        stack, kernel = tuple(spec[: leaf.ndim - ndim]), spec[leaf.ndim - ndim :]
         features = [i for i in range(ndim) if i not in leaf.contracting]
         rows = _joined(kernel[i] for i in leaf.contracting)
         columns = _joined(kernel[i] for i in features)
