@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import errno
 import functools
+import gc
 import hashlib
 import json
 import logging
@@ -105,12 +106,14 @@ class Checkpoints:
     def _read(self, step: int, like: Callable[[dict[str, Any]], Any]) -> Saved | str:
         """A checkpoint, or in words what is wrong with it; all processes find the same."""
         found, problem = None, "another process cannot read it"
-        try:
-            with _quietly():
+        with _quietly(), _unheard():
+            try:
                 found = self._load(self._directory.absolute() / str(step), like)
-        # Orbax has no error of its own: a broken file shows as any of many kinds.
-        except Exception as error:
-            problem = first_line(error)
+            # Orbax has no error of its own: a broken file shows as any of many kinds.
+            except Exception as error:
+                problem = first_line(error)
+            if found is None:
+                gc.collect()
         if not multihost_utils.process_allgather(np.asarray(found is not None)).all():
             return problem
         assert found is not None
@@ -196,6 +199,17 @@ def _unless_left_behind(hook: Any, error: Any) -> None:
     """Pass an error on, but for that of orbax's other writes, whose event loop has ended."""
     if str(error.exc_value) != "Event loop is closed":
         hook(error)
+
+
+@contextlib.contextmanager
+def _unheard() -> Iterator[None]:
+    """Where one read fails, orbax's others complain, each at length, as they are collected."""
+    hook = sys.unraisablehook
+    sys.unraisablehook = lambda error: None
+    try:
+        yield
+    finally:
+        sys.unraisablehook = hook
 
 
 @contextlib.contextmanager
