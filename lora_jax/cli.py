@@ -109,11 +109,7 @@ def _train(options: argparse.Namespace, overrides: list[str]) -> None:
         result = _trained(options, _with_output(options, overrides))
     if result is None:
         return
-    with stops_at_once(f"{result.directory}: the run is finished; its report is not written"):
-        from .report import draw_loss, write_report
-
-        draw_loss(result.directory)
-        write_report(result.directory)
+    _report(result.directory)
     _say(_console())(
         f"held-out loss {result.before.loss:.4f} before, {result.after.loss:.4f} after"
         f"{' (stopped early, best kept)' if result.stopped_early else ''}; {result.directory}"
@@ -131,13 +127,24 @@ def _trained(options: argparse.Namespace, overrides: list[str]) -> Any:
         say(describe_job(job))
         return None
     if options.resume == "auto" and is_finished(job.config):
-        say(f"{job.config.output}: this run is finished; there is nothing left to do")
+        directory = Path(job.config.output)
+        if not (directory / "report.md").exists():
+            _report(directory)
+        say(f"{directory}: this run is finished; there is nothing left to do")
         return None
     for note in job.train.report.notes:
         say(f"note: {note}")
     resume = "auto" if options.resume == "auto" else options.resume is not None
     with TrainingProgress(console) as progress:
         return run(job, resume=resume, listener=progress)
+
+
+def _report(directory: Path) -> None:
+    with stops_at_once(f"{directory}: this run is finished, but for its report"):
+        from .report import draw_loss, write_report
+
+        draw_loss(directory)
+        write_report(directory)
 
 
 def _sweep(options: argparse.Namespace, overrides: list[str]) -> None:
