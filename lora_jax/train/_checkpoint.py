@@ -25,6 +25,7 @@ from ._fingerprint import fingerprints
 from ._metrics import notice
 from ._rundir import next_directory
 
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
 _NO_STEP = 2**31 - 1
 """Above all steps."""
 
@@ -189,9 +190,8 @@ def _writing(directory: Path) -> Iterator[None]:
     except (OSError, ValueError) as error:
         # What a failed save leaves behind complains until the process ends, so the hook stays.
         logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-        reason = getattr(error, "strerror", None) or str(error).strip().split("\n")[0][:200]
-        full = os.strerror(errno.ENOSPC)
-        reason = full if full in str(error) else reason
+        known = (os.strerror(number) for number in _NO_ROOM if os.strerror(number) in str(error))
+        reason = getattr(error, "strerror", None) or next(known, first_line(error))
         raise InputError(f"{directory}: cannot write: {reason}") from error
 
 
