@@ -245,12 +245,13 @@ def test_a_finished_run_has_nothing_left_to_do(trained: Path, capsys):
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
-def test_a_signal_while_a_run_is_made_ready(run_file, capsys, monkeypatch, number, code):
+def test_a_signal_while_a_run_is_made_ready(run_file, capfd, monkeypatch, number, code):
     monkeypatch.setattr("lora_jax.train.prepare", lambda config: signal.raise_signal(number))
+    monkeypatch.setattr(os, "_exit", sys.exit)
     with pytest.raises(SystemExit) as stopped:
         main(["train", str(run_file), "--resume", "auto"])
     assert stopped.value.code == code
-    assert "nothing is saved yet; the same command starts again" in capsys.readouterr().err
+    assert "nothing is saved yet; the same command starts again" in capfd.readouterr().err
 
 
 def test_quickstart_refuses_what_it_cannot_compare(capsys):

@@ -4,16 +4,20 @@ import contextlib
 import dataclasses
 import json
 import multiprocessing
+import os
 import random
 import resource
 import signal
 import time
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from lora_jax import cli
-from lora_jax.train import config_text, prepare, run, train
+from lora_jax.train import MeshSection, config_text, prepare, run, train
 from lora_jax.train._rundir import open_directory
 
 # Children are forked off a process that has imported JAX and started none of its threads.
@@ -41,38 +45,37 @@ def last_step(directory):
     return max(steps, default=-1)
 
 
-def kill(process, directory, step, delay):
-    """End a process without warning, so long after it has come to a step."""
+def signal_at(process, number, directory, step, delay):
+    """Send a process a signal, so long after it has come to a step; what it exited with."""
     while last_step(directory) < step and process.is_alive():
         time.sleep(0.002)
     time.sleep(delay)
-    process.kill()
+    os.kill(process.pid, number)
     process.join()
-    return process.exitcode == -signal.SIGKILL
+    return process.exitcode
 
 
 def killed_often(config, kills, draw):
-    """Run it to its end; how many kills it met on the way."""
-    directory, met = Path(config.output), 0
+    """Run it to its end, which takes so many kills."""
+    directory = Path(config.output)
     for i in range(kills):
-        process = start(config)
         # The first while it gets ready.
         step = last_step(directory) + draw.randint(1, 5) if i else -1
-        met += kill(process, directory, step, draw.uniform(0, 0.12))
+        met = signal_at(start(config), signal.SIGKILL, directory, step, draw.uniform(0, 0.12))
+        assert met == -signal.SIGKILL
     to_its_end(config)
-    return met
 
 
 @pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
 def test_killed_at_any_moment(make_config, records, tmp_path, kills):
-    steps = 6 * kills
+    steps = 12 * (kills + 1)
     config = make_config(
         lora={"lora_dropout": 0.2},
         train={"steps": steps, "save_every": 3, "eval_every": 4, "log_every": 1, "patience": 99},
     )
     whole = dataclasses.replace(config, output=str(tmp_path / "whole"))
     to_its_end(whole)  # first, so that nobody is killed while a program goes to the cache
-    assert killed_often(config, kills, random.Random(kills)) == kills
+    killed_often(config, kills, random.Random(kills))
     directory, other = Path(config.output), Path(whole.output)
     assert adapter(directory) == adapter(other)
     assert records(directory) == records(other)
@@ -91,26 +94,56 @@ def adapter(directory):
 def test_preempted_again_and_again(make_config, records, tmp_path):
     """The whole command, whatever it is doing when SIGTERM comes."""
     config = make_config(
-        train={"steps": 40, "save_every": 10, "eval_every": 4, "log_every": 1},
+        train={"steps": 120, "save_every": 10, "eval_every": 4, "log_every": 1},
     )
     (tmp_path / "run.yaml").write_text(config_text(config))
-    directory, stops, draw = Path(config.output), 0, random.Random(0)
-    while not (directory / "adapter").exists():
-        words = ["train", str(tmp_path / "run.yaml"), "--resume", "auto"]
+    directory, draw = Path(config.output), random.Random(0)
+    words = ["train", str(tmp_path / "run.yaml"), "--resume", "auto"]
+    for i in range(6):
         process = PROCESSES.Process(target=cli.main, args=(words,))
         process.start()
-        step = last_step(directory) + draw.randint(1, 8) if stops else -1
-        while last_step(directory) < step and process.is_alive():
-            time.sleep(0.002)
-        time.sleep(draw.uniform(0.1, 1.0) if stops else 0.3)
-        process.terminate()
-        process.join()
-        assert process.exitcode == 0
-        stops += 1
+        step, delay = last_step(directory) + draw.randint(1, 8), draw.uniform(0, 0.1)
+        # The first while it gets ready.
+        place = (step, delay) if i else (-1, 0.3)
+        assert signal_at(process, signal.SIGTERM, directory, *place) == 0
+    to_its_end(config)
     whole = dataclasses.replace(config, output=str(tmp_path / "whole"))
     to_its_end(whole)
-    assert stops > 3 and adapter(directory) == adapter(Path(whole.output))
+    assert adapter(directory) == adapter(Path(whole.output))
     assert records(directory) == records(Path(whole.output))
+
+
+def train_on(devices, config):
+    jax.config.update("jax_num_cpu_devices", devices)
+    train(config, resume="auto")
+
+
+@pytest.mark.slow
+def test_goes_on_with_other_devices(make_config, records, tmp_path):
+    """From one to four, cut both ways, to two."""
+    config = make_config(
+        train={"steps": 30, "batch_size": 4, "save_every": 3, "eval_every": 5, "log_every": 1}
+    )
+    whole = dataclasses.replace(config, output=str(tmp_path / "whole"))
+    to_its_end(whole)
+    for devices, mesh, until in ((1, {}, 8), (4, {"fsdp": 2}, 16), (2, {}, None)):
+        on = dataclasses.replace(config, mesh=MeshSection(**mesh))
+        process = PROCESSES.Process(target=train_on, args=(devices, on))
+        process.start()
+        if until is not None:
+            signal_at(process, signal.SIGKILL, Path(config.output), until, 0)
+        process.join()
+    assert process.exitcode == 0
+    directory, other = Path(config.output), Path(whole.output)
+    found, expected = (
+        load_file(d / "adapter/adapter_model.safetensors") for d in (directory, other)
+    )
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        error = np.abs(found[name] - tensor).max()
+        assert error <= 1e-5 * np.abs(tensor).max(), name
+    for one, same in zip(records(directory), records(other), strict=True):
+        assert one == pytest.approx(same, rel=1e-5)
 
 
 @contextlib.contextmanager
