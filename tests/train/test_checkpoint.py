@@ -1,5 +1,6 @@
 """Checkpoints come back to the bit, on any devices; those that are not whole are known."""
 
+import errno
 import os
 import random
 import shutil
@@ -94,6 +95,32 @@ def test_goes_back_to_the_memory_it_came_from(tmp_path):
 
 def test_nothing_saved_is_no_error(tmp_path):
     assert restored(tmp_path) is None
+
+
+NO_ROOM = os.strerror(errno.ENOSPC)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, NO_ROOM),
+        ValueError(f"RESOURCE_EXHAUSTED: Error writing: {NO_ROOM} [os_error='28']"),
+    ],
+)
+def test_a_full_disk_in_one_line(tmp_path, message_of, monkeypatch, error):
+    import orbax.checkpoint as ocp
+
+    def fail(*args, **options):
+        raise error
+
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints.save(1, TREE, {})
+    with monkeypatch.context() as patch:
+        patch.setattr(ocp.CheckpointManager, "save", fail)
+        found = message_of(checkpoints.save, 2, TREE, {})
+    assert found == f"{tmp_path}: cannot write: No space left on device"
+    assert checkpoints.restore(lambda place: TREE).step == 1
+    checkpoints.close()
 
 
 def truncate(file):
