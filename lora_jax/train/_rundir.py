@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
+from jax.experimental import multihost_utils
 
 from .._errors import InputError
 from .._files import atomic_file, leftovers
@@ -44,9 +45,10 @@ def open_directory(config: RunConfig, resume: Resume) -> Iterator[Opened]:
         InputError: if the directory is not as `resume` says: held, finished, of another config.
     """
     directory = Path(config.output)
-    _check(config, resume)  # before anything is touched
+    begun = _check(config, resume)
+    multihost_utils.sync_global_devices("nothing is written before all have looked")
     if jax.process_index() != 0:
-        yield Opened(directory, _check(config, resume))
+        yield Opened(directory, begun)
         return
     with locked(directory):
         begun = _check(config, resume)
