@@ -11,6 +11,7 @@ from typing import Any
 
 from ._arguments import SECTIONS, Parser, parsers
 from ._errors import InputError, nearest
+from ._interrupt import stops_at_once
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -41,6 +42,8 @@ def _config_keys(arguments: list[str]) -> tuple[list[str], list[str]]:
     words = list(arguments)
     while words:
         word = words.pop(0)
+        if word == "--resume" and words[:1] not in (["auto"], ["always"]):
+            word = "--resume=always"  # argparse would take the config that follows for its value
         if not re.match(r"--\w+\.\w", word):
             others.append(word)
             continue
@@ -99,26 +102,49 @@ def _quickstart(options: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def _train(options: argparse.Namespace, overrides: list[str]) -> None:
-    from ._terminal import TrainingProgress, describe_job
-    from .report import draw_loss, write_report
-    from .train import load_config, prepare, run
-
-    config = load_config(options.config, _with_output(options, overrides))
-    console = _console()
-    job = prepare(config)
-    if options.dry_run:
-        console.print(describe_job(job), markup=False, highlight=False)
+    nothing = (
+        "stopped before the first step, so nothing is saved yet; the same command starts again"
+    )
+    with stops_at_once(nothing):
+        result = _trained(options, _with_output(options, overrides))
+    if result is None:
         return
-    for note in job.train.report.notes:
-        console.print(f"note: {note}", markup=False, highlight=False)
-    with TrainingProgress(console) as progress:
-        result = run(job, resume=options.resume, listener=progress)
-    draw_loss(result.directory)
-    write_report(result.directory)
-    _say(console)(
+    _report(result.directory)
+    _say(_console())(
         f"held-out loss {result.before.loss:.4f} before, {result.after.loss:.4f} after"
         f"{' (stopped early, best kept)' if result.stopped_early else ''}; {result.directory}"
     )
+
+
+def _trained(options: argparse.Namespace, overrides: list[str]) -> Any:
+    """The result of a run; None if there is nothing to train."""
+    from ._terminal import TrainingProgress, describe_job
+    from .train import is_finished, load_config, prepare, run
+
+    config, console = load_config(options.config, overrides), _console()
+    job, say = prepare(config), _say(console)
+    if options.dry_run:
+        say(describe_job(job))
+        return None
+    if options.resume == "auto" and is_finished(job.config):
+        directory = Path(job.config.output)
+        if not (directory / "report.md").exists():
+            _report(directory)
+        say(f"{directory}: this run is finished; there is nothing left to do")
+        return None
+    for note in job.train.report.notes:
+        say(f"note: {note}")
+    resume = "auto" if options.resume == "auto" else options.resume is not None
+    with TrainingProgress(console) as progress:
+        return run(job, resume=resume, listener=progress)
+
+
+def _report(directory: Path) -> None:
+    with stops_at_once(f"{directory}: this run is finished, but for its report"):
+        from .report import draw_loss, write_report
+
+        draw_loss(directory)
+        write_report(directory)
 
 
 def _sweep(options: argparse.Namespace, overrides: list[str]) -> None:

@@ -1,5 +1,6 @@
 """Training: configs, the step, the loop, held-out loss, checkpoints."""
 
+from .._interrupt import Stopped as Stopped
 from ._config import DataSection as DataSection
 from ._config import MeshSection as MeshSection
 from ._config import ModelSection as ModelSection
@@ -33,6 +34,8 @@ from ._run_rows import examples_of as examples_of
 from ._run_rows import held_out_rows as held_out_rows
 from ._run_rows import training_rows as training_rows
 from ._run_rows import with_length as with_length
+from ._rundir import Resume as Resume
+from ._rundir import is_finished as is_finished
 from ._rundir import next_directory as next_directory
 from ._rundir import with_output as with_output
 from ._step import TrainState as TrainState

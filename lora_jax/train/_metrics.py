@@ -89,6 +89,12 @@ class _Events:
         self._writer.write_event(self._event(step=step, wall_time=time.time(), **content))
 
 
+def notice(line: str) -> None:
+    """Tell whoever waits for the run, beside its results; one process speaks for all."""
+    if jax.process_index() == 0:
+        print(line, file=sys.stderr, flush=True)
+
+
 def peak_memory() -> int:
     """Bytes: the device's peak where it counts, else the process's."""
     stats = jax.local_devices()[0].memory_stats() or {}
