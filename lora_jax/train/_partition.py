@@ -125,6 +125,12 @@ class Partition:
 
         return {name: put(x) for name, x in arrays.items()}
 
+    def own_rows(self, batch_size: int) -> set[int]:
+        """The rows of a batch of which this process's devices hold anything."""
+        like = self.batch_shape((batch_size, self.mesh.shape["sequence"]), np.int32)
+        held = like.sharding.addressable_devices_indices_map(like.shape).values()
+        return {row for rows, _ in held for row in range(*rows.indices(batch_size))}
+
     def batch_shape(self, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
         """An array (..., batch, seq) as a step takes it: with empty rows until all have as many."""
         *lead, rows, seq = shape
