@@ -106,8 +106,9 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
         "Compile a run's train step for a machine that need not be here, and show what it takes.",
         "  ./lora plan configs/quickstart.yaml\n"
         "  ./lora plan configs/llama3_8b_qlora.yaml --target rtx4090\n"
-        "  ./lora plan configs/llama3_8b_qlora.yaml --target v5e:1x1 --sweep batch,seq\n",
-        ("model", "quant", "lora", "data", "train"),
+        "  ./lora plan configs/llama3_8b_qlora.yaml --target v5e:1x1 --sweep batch,seq\n"
+        "  ./lora plan configs/llama3_70b_qlora.yaml --target v5e:4x4 --mesh.fsdp 16\n",
+        ("model", "quant", "lora", "data", "train", "mesh"),
     )
     p.add_argument("config", metavar="CONFIG.yaml")
     p.add_argument(

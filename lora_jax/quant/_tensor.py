@@ -264,6 +264,7 @@ def gathered(q: QuantizedTensor) -> QuantizedTensor:
     if q.in_use is None or mesh.empty or mesh.manual_axes:
         return q
     rows, columns = q.in_use
+    q = jax.lax.optimization_barrier(q)
     specs = partition_specs(q, rows or None, columns or None)
     return jax.tree.map(jax.lax.with_sharding_constraint, q, specs)
 

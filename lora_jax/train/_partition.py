@@ -27,8 +27,9 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "layers": (),
     "rank": (),
     "whole": (),
+    "moments": (),
 }
-"""Which axes of the mesh cut an axis of parameters.
+"""Which axes of the mesh cut an axis of parameters; `moments` of the optimizer are cut besides.
 
 Embedding and head are not cut by `fsdp`: they would have to be gathered in floats.  Full training
 cuts them (`RULES_OF_FULL`), since optimizer state is many times their size.
@@ -100,11 +101,21 @@ class Partition:
             paths = ("/".join(names[i:j]) for i in range(len(names)) for j in (len(names), -1))
             found = (known[path, x.shape] for path in paths if (path, x.shape) in known)
             sharding = next(found, self.whole)
-            if offload and names[0] == "opt_state" and x.ndim:
-                return sharding.with_memory_kind("pinned_host")
+            if names[0] == "opt_state" and x.ndim:
+                sharding = self._moment(sharding, x.shape)
+                return sharding.with_memory_kind("pinned_host") if offload else sharding
             return sharding
 
         return jax.tree_util.tree_map_with_path(of, state)
+
+    def _moment(self, sharding: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:
+        """Cut besides by what the rule says, along the last axis that is whole and divides."""
+        spec = [*sharding.spec, *[None] * (len(shape) - len(sharding.spec))]
+        parts = math.prod(self.mesh.shape[axis] for axis in self.rules["moments"])
+        free = [i for i, n in enumerate(shape) if spec[i] is None and n % parts == 0]
+        if parts > 1 and free and not set(self.rules["moments"]) & set(_joined(spec)):
+            spec[free[-1]] = self.rules["moments"]
+        return NamedSharding(self.mesh, PartitionSpec(*spec))
 
     @property
     def whole(self) -> NamedSharding:
@@ -208,7 +219,8 @@ def read_rules(given: Mapping[str, list[str]], full: bool) -> dict[str, tuple[st
 
 
 def _joined(parts: Any) -> tuple[str, ...]:
-    return tuple(axis for part in parts for axis in part or ())
+    flat = ((part,) if isinstance(part, str) else part or () for part in parts)
+    return tuple(axis for axes in flat for axis in axes)
 
 
 def _divisors(n: int) -> str:
