@@ -99,12 +99,25 @@ def _quickstart(options: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def _train(options: argparse.Namespace, overrides: list[str]) -> None:
+    from .train import join_hosts, load_config
+
+    if not options.distributed:
+        _train_config(options, load_config(options.config, _with_output(options, overrides)))
+        return
+    with join_hosts() as watch:
+        config = load_config(options.config, _with_output(options, overrides))
+        again = f"./lora train {config.output}/config.yaml --distributed --resume"
+        watch.begin(config.train.heartbeat, again)
+        _train_config(options, config)
+
+
+def _train_config(options: argparse.Namespace, config: Any) -> None:
     from ._terminal import TrainingProgress, describe_job
     from .report import draw_loss, write_report
-    from .train import load_config, prepare, run
+    from .train import is_first, prepare, run
 
-    config = load_config(options.config, _with_output(options, overrides))
     console = _console()
+    console.quiet = not is_first()
     job = prepare(config)
     if options.dry_run:
         console.print(describe_job(job), markup=False, highlight=False)
@@ -113,8 +126,9 @@ def _train(options: argparse.Namespace, overrides: list[str]) -> None:
         console.print(f"note: {note}", markup=False, highlight=False)
     with TrainingProgress(console) as progress:
         result = run(job, resume=options.resume, listener=progress)
-    draw_loss(result.directory)
-    write_report(result.directory)
+    if is_first():
+        draw_loss(result.directory)
+        write_report(result.directory)
     _say(console)(
         f"held-out loss {result.before.loss:.4f} before, {result.after.loss:.4f} after"
         f"{' (stopped early, best kept)' if result.stopped_early else ''}; {result.directory}"

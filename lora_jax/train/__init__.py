@@ -11,6 +11,8 @@ from ._config import run_config as run_config
 from ._evaluate import Evaluation as Evaluation
 from ._evaluate import evaluate as evaluate
 from ._evaluate import make_eval_step as make_eval_step
+from ._hosts import is_first as is_first
+from ._hosts import join_hosts as join_hosts
 from ._job import Job as Job
 from ._job import Setup as Setup
 from ._job import load_base as load_base

@@ -23,6 +23,7 @@ from ..models import save_pretrained
 from ._checkpoint import Checkpoints
 from ._config import RunConfig
 from ._evaluate import Evaluation, evaluate, make_eval_step
+from ._hosts import AgreedStop, agree, agreed_stop, check_shared, is_first, largest, once, whole
 from ._interrupt import stop_signals
 from ._job import Job, prepare
 from ._metrics import Listener, MetricsLog, peak_memory
@@ -107,8 +108,12 @@ def run(job: Job, *, resume: bool = False, listener: Listener | None = None) -> 
     """
     loop = _Loop(job, listener)
     # Nothing is written before the data and the optimizer are known to be right.
-    directory = (reopen_directory if resume else claim_directory)(job.config)
-    with _errors(directory, loop), stop_signals() as stop:
+    agree({"data": loop.batches.get_state()["fingerprint"]}, "give all hosts the same rows")
+    directory = Path(job.config.output)
+    check_shared(directory)
+    once(lambda: (reopen_directory if resume else claim_directory)(job.config))
+    signals = agreed_stop if jax.distributed.is_initialized() else stop_signals
+    with _errors(directory, loop), signals() as stop:
         loop.open(directory, resume)
         return loop.run(stop)
 
@@ -155,7 +160,8 @@ class _Loop:
             has_best = self.progress.best is not None
             like = (self.state, self.state.trainable if has_best else None)
             self.state, self.best = self.checkpoints.restore(like)
-        self.log = MetricsLog(directory, tensorboard=c.tensorboard, resumed_from=step)
+        if is_first():
+            self.log = MetricsLog(directory, tensorboard=c.tensorboard, resumed_from=step)
 
     def close(self) -> None:
         """Close whatever was opened."""
@@ -163,7 +169,7 @@ class _Loop:
             if hasattr(self, name):
                 getattr(self, name).close()
 
-    def run(self, stop: threading.Event) -> Result:
+    def run(self, stop: threading.Event | AgreedStop) -> Result:
         at = int(self.state.step)
         if self.progress.before is None:
             self.progress.before = self._look(0)
@@ -214,7 +220,7 @@ class _Loop:
                 "tokens": self.progress.tokens,
                 "tokens_per_second": read / seconds,
                 "epoch": round(self.batches.epoch, 4),
-                "peak_memory_bytes": peak_memory(),
+                "peak_memory_bytes": largest(peak_memory()),
             }
         )
 
@@ -278,6 +284,8 @@ class _Loop:
         self.checkpoints.save(at, (self.state, self.best), place)
 
     def _record(self, record: dict[str, Any]) -> None:
+        if not is_first():
+            return
         self.log(record)
         if self.listener is not None:
             self.listener(record)
@@ -304,7 +312,8 @@ def _diverged(metrics: dict[str, Any]) -> bool:
 def save_result(job: Job, directory: Path, trainable: dict[str, Any]) -> None:
     """Write what a job has trained: `adapter/` in PEFT's format, or `model/`."""
     save = _save_adapter if job.config.train.method == "lora" else _save_model
-    save(job, directory, trainable)
+    trainable = whole(trainable)
+    once(lambda: save(job, directory, trainable))
 
 
 def _save_adapter(job: Job, directory: Path, adapter: dict[str, Any]) -> None:

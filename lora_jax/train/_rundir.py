@@ -10,7 +10,7 @@ from ._config import RunConfig, config_text, load_config
 from ._schema import to_plain
 
 CONFIG_FILE = "config.yaml"
-_FREE = {"train.learning_rate", "train.clip_norm", "train.offload_optimizer"}
+_FREE = {"train.learning_rate", "train.clip_norm", "train.offload_optimizer", "train.heartbeat"}
 """What may change when a run goes on: a loss that diverged, or full memory, calls for it."""
 
 
