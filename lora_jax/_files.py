@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping
@@ -19,7 +20,7 @@ from ._errors import InputError
 def atomic_file(path: Path) -> Iterator[Path]:
     """Give a temporary path in the same directory; on success it becomes `path`."""
     path = Path(path)
-    with _reported(path):
+    with reported(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = _beside(path)
         temporary.touch(exist_ok=False)
@@ -44,7 +45,7 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     path = Path(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise InputError(f"{path}: exists already; give another directory or remove it")
-    with _reported(path):
+    with reported(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = _beside(path)
         temporary.mkdir()
@@ -95,7 +96,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Any], **metadata: str) -> No
 
 
 @contextlib.contextmanager
-def _reported(path: Path) -> Iterator[None]:
+def reported(path: Path) -> Iterator[None]:
     """Turn a full disk or a forbidden path into one line."""
     try:
         yield
@@ -105,8 +106,16 @@ def _reported(path: Path) -> Iterator[None]:
         raise InputError(f"{path}: cannot write: {error}") from error
 
 
+def leftovers(directory: Path) -> list[Path]:
+    """What a process that was killed has left of the files and directories it was writing."""
+    return [path for path in directory.glob(".*") if re.fullmatch(_BESIDE, path.name)]
+
+
 def _beside(path: Path) -> Path:
     return path.parent / f".{path.name}.{secrets.token_hex(6)}"
+
+
+_BESIDE = r"\..+\.[0-9a-f]{12}"
 
 
 def _flush(path: Path) -> None:

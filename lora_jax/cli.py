@@ -11,6 +11,7 @@ from typing import Any
 
 from ._arguments import SECTIONS, Parser, parsers
 from ._errors import InputError, nearest
+from ._interrupt import stops_at_once
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -41,6 +42,8 @@ def _config_keys(arguments: list[str]) -> tuple[list[str], list[str]]:
     words = list(arguments)
     while words:
         word = words.pop(0)
+        if word == "--resume" and words[:1] not in (["auto"], ["always"]):
+            word = "--resume=always"  # argparse would take the config that follows for its value
         if not re.match(r"--\w+\.\w", word):
             others.append(word)
             continue
@@ -99,40 +102,68 @@ def _quickstart(options: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def _train(options: argparse.Namespace, overrides: list[str]) -> None:
-    from .train import join_hosts, load_config
-
-    if not options.distributed:
-        _train_config(options, load_config(options.config, _with_output(options, overrides)))
+    nothing = (
+        "stopped before the first step, so nothing is saved yet; the same command starts again"
+    )
+    if options.distributed:
+        _train_together(options, overrides)
         return
+    with stops_at_once(nothing):
+        result = _trained(options, _run_config(options, overrides))
+    if result is not None:
+        with stops_at_once(f"{result.directory}: the run is finished; its report is not written"):
+            _report(result)
+
+
+def _train_together(options: argparse.Namespace, overrides: list[str]) -> None:
+    """As one of several processes, which take signals after the same step."""
+    from .train import join_hosts, once
+
     with join_hosts() as watch:
-        config = load_config(options.config, _with_output(options, overrides))
+        config = _run_config(options, overrides)
         again = f"./lora train {config.output}/config.yaml --distributed --resume"
         watch.begin(config.train.heartbeat, again)
-        _train_config(options, config)
+        result = _trained(options, config)
+        if result is not None:
+            once(lambda: _report(result))
 
 
-def _train_config(options: argparse.Namespace, config: Any) -> None:
-    from ._terminal import TrainingProgress, describe_job
+def _run_config(options: argparse.Namespace, overrides: list[str]) -> Any:
+    from .train import load_config
+
+    return load_config(options.config, _with_output(options, overrides))
+
+
+def _report(result: Any) -> None:
+    """Draw and describe a run, and say where it is."""
     from .report import draw_loss, write_report
-    from .train import is_first, prepare, run
 
-    console = _console()
-    console.quiet = not is_first()
-    job = prepare(config)
-    if options.dry_run:
-        console.print(describe_job(job), markup=False, highlight=False)
-        return
-    for note in job.train.report.notes:
-        console.print(f"note: {note}", markup=False, highlight=False)
-    with TrainingProgress(console) as progress:
-        result = run(job, resume=options.resume, listener=progress)
-    if is_first():
-        draw_loss(result.directory)
-        write_report(result.directory)
-    _say(console)(
+    draw_loss(result.directory)
+    write_report(result.directory)
+    _say(_console())(
         f"held-out loss {result.before.loss:.4f} before, {result.after.loss:.4f} after"
         f"{' (stopped early, best kept)' if result.stopped_early else ''}; {result.directory}"
     )
+
+
+def _trained(options: argparse.Namespace, config: Any) -> Any:
+    """The result of a run; None if there is nothing to train."""
+    from ._terminal import TrainingProgress, describe_job
+    from .train import is_finished, is_first, once, prepare, run
+
+    job, console = prepare(config), _console()
+    console.quiet, say = not is_first(), _say(console)
+    if options.dry_run:
+        say(describe_job(job))
+        return None
+    if options.resume == "auto" and once(lambda: is_finished(job.config)):
+        say(f"{job.config.output}: this run is finished; there is nothing left to do")
+        return None
+    for note in job.train.report.notes:
+        say(f"note: {note}")
+    resume = "auto" if options.resume == "auto" else options.resume is not None
+    with TrainingProgress(console) as progress:
+        return run(job, resume=resume, listener=progress)
 
 
 def _sweep(options: argparse.Namespace, overrides: list[str]) -> None:

@@ -1,5 +1,6 @@
 """Training: configs, the step, the loop, held-out loss, checkpoints."""
 
+from .._interrupt import Stopped as Stopped
 from ._config import DataSection as DataSection
 from ._config import ModelSection as ModelSection
 from ._config import RunConfig as RunConfig
@@ -13,6 +14,7 @@ from ._evaluate import evaluate as evaluate
 from ._evaluate import make_eval_step as make_eval_step
 from ._hosts import is_first as is_first
 from ._hosts import join_hosts as join_hosts
+from ._hosts import once as once
 from ._job import Job as Job
 from ._job import Setup as Setup
 from ._job import load_base as load_base
@@ -34,6 +36,8 @@ from ._run_rows import examples_of as examples_of
 from ._run_rows import held_out_rows as held_out_rows
 from ._run_rows import training_rows as training_rows
 from ._run_rows import with_length as with_length
+from ._rundir import Resume as Resume
+from ._rundir import is_finished as is_finished
 from ._rundir import next_directory as next_directory
 from ._rundir import with_output as with_output
 from ._step import TrainState as TrainState

@@ -1,27 +1,48 @@
 """Checkpoints of a run: what its steps change, and its place in the data (orbax)."""
 
 import contextlib
+import dataclasses
 import errno
 import functools
+import hashlib
+import json
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
 
-from .._errors import InputError
+from .._errors import InputError, first_line
 from ..optim._offload import to_space_of
+from ._fingerprint import fingerprints
+from ._metrics import notice
+from ._rundir import next_directory
+
+_NO_STEP = 2**31 - 1
+"""Above all steps."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Saved:
+    """What a checkpoint holds: arrays after `step`, and their place in words (JSON)."""
+
+    step: int
+    tree: Any
+    place: dict[str, Any]
 
 
 class Checkpoints:
     """The checkpoints below one directory, the newest few kept.
 
-    A checkpoint that was cut off while it was written is never taken for a whole one: orbax
-    writes beside it and renames.
+    Orbax writes beside a checkpoint and renames, so one that was cut off is never taken for whole.
+    What a disk loses or changes later shows in a digest of the place and a fingerprint of every
+    array.  All processes of a run make the same calls.
     """
 
     def __init__(self, directory: Path, keep: int) -> None:
@@ -30,61 +51,114 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, enable_async_checkpointing=False, cleanup_tmp_directories=True
         )
-        self._directory, self._args = directory, ocp.args
+        self._directory, self._ocp = directory, ocp
         with _writing(directory):
             self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
 
     def latest(self) -> int | None:
-        """The newest step that was saved whole."""
+        """The newest step that was saved."""
         return self._manager.latest_step()
 
     def save(self, step: int, tree: Any, place: dict[str, Any]) -> None:
         """Save a tree of arrays after a step, and `place` (JSON) beside it."""
-        args: Any = self._args
-        items = {"state": args.StandardSave(_storable(tree)), "place": args.JsonSave(place)}
+        args: Any = self._ocp.args
+        sealed = _sealed({"place": place, "fingerprints": fingerprints(tree)})
+        items = {"state": args.StandardSave(_storable(tree)), "place": args.JsonSave(sealed)}
         with _writing(self._directory):
             self._manager.save(step, args=args.Composite(**items))
 
-    def place(self) -> dict[str, Any]:
-        """The `place` of the newest checkpoint."""
-        return self._restore(place=self._args.JsonRestore())["place"]
+    def restore(self, like: Callable[[dict[str, Any]], Any]) -> Saved | None:
+        """The newest checkpoint that is whole, if there is any; newer ones are moved aside.
 
-    def restore(self, like: Any) -> Any:
-        """The tree of the newest checkpoint, in the structure, types and memory of `like`.
+        Args:
+            like: From the place to arrays whose structure, types, memory and shardings count.
 
         Raises:
-            InputError: if it is broken, or holds another structure.
+            InputError: if there are checkpoints, but all are broken or of another structure.
         """
-        args: Any = self._args
-        stored = self._restore(state=args.StandardRestore(_storable(like)))["state"]
-        leaves, structure = jax.tree.flatten(like)
-        restored = [
-            jax.random.wrap_key_data(stored[str(i)], impl=jax.random.key_impl(leaf))
-            if _is_key(leaf)
-            else stored[str(i)]
-            for i, leaf in enumerate(leaves)
-        ]
-        # Orbax puts arrays into host memory where `like` has them there, but types them as if they
-        # were on the device.
-        return to_space_of(jax.tree.unflatten(structure, restored), like)
+        broken: dict[int, str] = {}
+        while (step := self._newest_below(min(broken, default=_NO_STEP))) is not None:
+            found = self._read(step, like)
+            if isinstance(found, Saved):
+                self._set_aside(broken, step)
+                return found
+            broken[step] = found
+        if broken:
+            what = "; ".join(f"{step}: {problem}" for step, problem in broken.items())
+            raise InputError(
+                f"{self._directory}: none is a whole checkpoint of this run ({what}); bring one"
+                f" back from a copy, or remove {self._directory} to begin the run anew"
+            )
+        return None
 
     def close(self) -> None:
         """End orbax's threads."""
         with _quietly(), contextlib.suppress(OSError, ValueError):
             self._manager.close()
 
-    def _restore(self, **items: Any) -> Any:
-        step = self.latest()
+    def _newest_below(self, limit: int) -> int | None:
+        """As the first process sees it: file systems that are shared may lag."""
+        newest = max((step for step in self._manager.all_steps() if step < limit), default=-1)
+        newest = int(multihost_utils.broadcast_one_to_all(np.int32(newest)))
+        return None if newest < 0 else newest
+
+    def _read(self, step: int, like: Callable[[dict[str, Any]], Any]) -> Saved | str:
+        """A checkpoint, or in words what is wrong with it; all processes find the same."""
+        found, problem = None, "another process cannot read it"
         try:
             with _quietly():
-                return self._manager.restore(step, args=self._args.Composite(**items))
+                found = self._load(self._directory.absolute() / str(step), like)
         # Orbax has no error of its own: a broken file shows as any of many kinds.
         except Exception as error:
-            first = str(error).strip().split("\n")[0][:200]
-            raise InputError(
-                f"{self._directory / str(step)}: not a whole checkpoint of this run ({first});"
-                " remove that directory to resume from the one before"
-            ) from error
+            problem = first_line(error)
+        if not multihost_utils.process_allgather(np.asarray(found is not None)).all():
+            return problem
+        assert found is not None
+        tree, content = found
+        same = [a == b for a, b in zip(fingerprints(tree), content["fingerprints"], strict=True)]
+        if not all(same):
+            return f"{same.count(False)} of {len(same)} arrays are not what was saved"
+        return Saved(step, tree, content["place"])
+
+    # By handlers rather than by the manager, which waits for processes that failed to read.
+    def _load(self, path: Path, like: Callable[[dict[str, Any]], Any]) -> tuple[Any, Any]:
+        ocp = self._ocp
+        content = ocp.JsonCheckpointHandler().restore(path / "place", args=ocp.args.JsonRestore())
+        if content != _sealed({name: content[name] for name in ("place", "fingerprints")}):
+            raise ValueError("its place is not what was saved")
+        wanted = like(content["place"])
+        stored = ocp.StandardCheckpointHandler().restore(
+            path / "state", args=ocp.args.StandardRestore(_storable(wanted))
+        )
+        leaves, structure = jax.tree.flatten(wanted)
+        restored = [
+            jax.random.wrap_key_data(stored[str(i)], impl=jax.random.key_impl(leaf))
+            if _is_key(leaf)
+            else stored[str(i)]
+            for i, leaf in enumerate(leaves)
+        ]
+        # Orbax puts arrays into host memory where they are wanted there, but types them as if they
+        # were on the device.
+        return to_space_of(jax.tree.unflatten(structure, restored), wanted), content
+
+    def _set_aside(self, broken: dict[int, str], good: int) -> None:
+        """Keep what is broken under another name: its step will be saved again."""
+        for step, problem in broken.items():
+            path = self._directory / str(step)
+            aside = next_directory(path.with_name(f"{step}.broken"))
+            notice(f"{path}: not whole ({problem}), kept as {aside.name}; step {good} is taken")
+            if jax.process_index() == 0:
+                with _writing(self._directory):
+                    path.rename(aside)
+        if broken:
+            multihost_utils.sync_global_devices("broken checkpoints moved aside")
+            self._manager.reload()
+
+
+def _sealed(content: dict[str, Any]) -> dict[str, Any]:
+    """JSON with a digest of itself."""
+    text = json.dumps(content, sort_keys=True)
+    return {**json.loads(text), "digest": hashlib.sha256(text.encode()).hexdigest()}
 
 
 def _storable(tree: Any) -> dict[str, Any]:

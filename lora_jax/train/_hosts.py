@@ -21,6 +21,8 @@ from jax._src import clusters, distributed
 from jax.experimental import multihost_utils
 
 from .._errors import InputError
+from .._files import reported
+from .._interrupt import StopRequest
 from ._config import RunConfig
 from ._relay import Relay
 from ._schema import to_plain
@@ -55,10 +57,10 @@ def join_hosts(timeout: float = 300) -> Iterator[Watch]:
     watch = _join(timeout)
     try:
         yield watch
-    except SystemExit:  # a stop that all have agreed on
-        _leave(watch)
-        raise
     except BaseException as error:
+        if isinstance(error, SystemExit) and not error.code:  # a stop that all have agreed on
+            _leave(watch)
+            raise
         watch.fail(error)
         raise
     _leave(watch)
@@ -144,24 +146,32 @@ def _give_up(relay: Relay, address: str, process: int, count: int) -> None:
 
 def is_first() -> bool:
     """Whether this process writes what is written once: the only one, or process 0."""
-    return distributed.global_state.process_id == 0
+    return jax.process_index() == 0
 
 
-def once(act: Callable[[], Any]) -> None:
+def once(act: Callable[[], Any]) -> Any:
     """Let process 0 do something while the others wait; if it fails, all end with its error.
 
+    Args:
+        act: What to do; returns something that JSON can hold.
+
+    Returns:
+        What it returned, in every process.
+
     Example:
-        >>> once(lambda: print("written"))
-        written
+        >>> once(lambda: 1 + 1)
+        2
     """
+    if jax.process_count() == 1:
+        return act()
+    key = f"lora/once/{next(_rounds)}"
     if is_first():
-        act()
-    _meet()
+        _client().key_value_set(key, json.dumps(act()))
+    return json.loads(_client().blocking_key_value_get(key, _WAIT))
 
 
 def _meet() -> None:
-    if jax.distributed.is_initialized():
-        _client().wait_at_barrier(f"lora/meet/{next(_rounds)}", _WAIT)
+    _client().wait_at_barrier(f"lora/meet/{next(_rounds)}", _WAIT)
 
 
 def agree(own: Mapping[str, Any], fix: str) -> None:
@@ -229,15 +239,9 @@ def check_shared(directory: Path, seconds: float = 30) -> None:
     Raises:
         InputError: in a process that does not.
     """
-    if not jax.distributed.is_initialized():
+    if jax.process_count() == 1:
         return
-    place = f"lora/shared/{next(_rounds)}"
-    if is_first():
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        path = directory.parent / f".{directory.name}.{secrets.token_hex(6)}"
-        path.touch()
-        _client().key_value_set(place, path.name)
-    path = directory.parent / _client().blocking_key_value_get(place, _WAIT)
+    path = directory.parent / once(lambda: _touched_beside(directory))
     end = time.monotonic() + seconds
     while not path.exists():
         if time.monotonic() > end:
@@ -247,18 +251,26 @@ def check_shared(directory: Path, seconds: float = 30) -> None:
             )
         time.sleep(0.1)
     _meet()
-    once(path.unlink)
+    if is_first():
+        path.unlink()
 
 
-class AgreedStop:
+def _touched_beside(directory: Path) -> str:
+    with reported(directory):
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        path = directory.parent / f".{directory.name}.{secrets.token_hex(6)}"
+        path.touch()
+    return path.name
+
+
+class AgreedStop(StopRequest):
     """SIGTERM to one process, taken by all after the same step.
 
     JAX listens for the signal from the beginning, and finds a step that nobody is beyond.
     """
 
-    code = 0
-
     def __init__(self) -> None:
+        super().__init__()
         self._steps = 0
 
     def is_set(self) -> bool:

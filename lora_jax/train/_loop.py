@@ -3,11 +3,10 @@
 import contextlib
 import dataclasses
 import math
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +14,7 @@ import numpy as np
 
 from .._errors import InputError
 from .._files import atomic_directory
+from .._interrupt import Stopped, StopRequest, stop_signals
 from .._tree import combine
 from ..adapters import save_adapter
 from ..data import BatchIterator, eval_batches
@@ -23,14 +23,13 @@ from ..models import save_pretrained
 from ._checkpoint import Checkpoints
 from ._config import RunConfig
 from ._evaluate import Evaluation, evaluate, make_eval_step
-from ._hosts import AgreedStop, agree, agreed_stop, check_shared, is_first, largest, once, whole
-from ._interrupt import stop_signals
+from ._hosts import agree, agreed_stop, check_shared, is_first, largest, once, whole
 from ._job import Job, prepare
-from ._metrics import Listener, MetricsLog, peak_memory
+from ._metrics import Listener, MetricsLog, notice, peak_memory
 from ._notes import write_notes
 from ._optimizer import learning_rate
 from ._program import make_program
-from ._rundir import claim_directory, reopen_directory
+from ._rundir import Resume, open_directory
 from ._start import training_batches
 from ._step import LOWEST_SCALE
 from ._tokens import stopping_config
@@ -68,12 +67,13 @@ class _Progress:
         return cls(**values)
 
 
-def train(config: RunConfig, *, resume: bool = False, listener: Listener | None = None) -> Result:
+def train(config: RunConfig, *, resume: Resume = False, listener: Listener | None = None) -> Result:
     """Run a config from its files to a saved adapter.
 
     Args:
         config: As from `load_config`.
-        resume: Go on from the newest checkpoint in `config.output`, bit for bit.
+        resume: Go on from the newest whole checkpoint in `config.output`, bit for bit; "auto" does
+            so where a run was begun, and begins one elsewhere.
         listener: Called with every record of `metrics.jsonl`.
 
     Returns:
@@ -83,6 +83,7 @@ def train(config: RunConfig, *, resume: bool = False, listener: Listener | None 
     Raises:
         InputError: for anything wrong with the config or its files; if the loss stops being
             finite (the last good checkpoint stays); if a file cannot be written.
+        Stopped: after SIGTERM or Ctrl-C, once the step at hand is done and saved.
 
     Example:
         >>> import tempfile
@@ -101,21 +102,19 @@ def train(config: RunConfig, *, resume: bool = False, listener: Listener | None 
     return run(prepare(config), resume=resume, listener=listener)
 
 
-def run(job: Job, *, resume: bool = False, listener: Listener | None = None) -> Result:
+def run(job: Job, *, resume: Resume = False, listener: Listener | None = None) -> Result:
     """Train a job that `prepare` made ready; otherwise as `train`.
 
     Full training uses up the weights of the job: two copies of a model may be one too many.
     """
-    loop = _Loop(job, listener)
-    # Nothing is written before the data and the optimizer are known to be right.
-    agree({"data": loop.batches.get_state()["fingerprint"]}, "give all hosts the same rows")
-    directory = Path(job.config.output)
-    check_shared(directory)
-    once(lambda: (reopen_directory if resume else claim_directory)(job.config))
-    signals = agreed_stop if jax.distributed.is_initialized() else stop_signals
-    with _errors(directory, loop), signals() as stop:
-        loop.open(directory, resume)
-        return loop.run(stop)
+    with (agreed_stop if jax.process_count() > 1 else stop_signals)() as asked:
+        # Nothing is written before the data and the optimizer are known to be right.
+        loop = _Loop(job, listener)
+        agree({"data": loop.batches.get_state()["fingerprint"]}, "give all processes the same rows")
+        check_shared(Path(job.config.output))
+        with open_directory(job.config, resume) as opened, _errors(opened.directory, loop, asked):
+            loop.open(opened.directory, opened.begun)
+            return loop.run(asked)
 
 
 def steps_of(config: RunConfig, batches: BatchIterator) -> int:
@@ -147,21 +146,27 @@ class _Loop:
         self.progress = _Progress()
         self.window: list[dict[str, Any]] = []
 
-    def open(self, directory: Path, resume: bool) -> None:
-        """Open the files, and go to the place of the newest checkpoint."""
+    def open(self, directory: Path, begun: bool) -> None:
+        """Open the files, and go to the place of the newest whole checkpoint."""
         c = self.job.config.train
         self.directory = directory
         self.checkpoints = Checkpoints(directory / "checkpoints", c.keep)
-        step = self.checkpoints.latest() if resume else None
-        if step is not None:
-            place = self.checkpoints.place()
-            self.batches.set_state(place["data"])
-            self.progress = _Progress.from_json(place["progress"])
-            has_best = self.progress.best is not None
-            like = (self.state, self.state.trainable if has_best else None)
-            self.state, self.best = self.checkpoints.restore(like)
+        saved = self.checkpoints.restore(self._like) if begun else None
+        if saved is not None:
+            self.batches.set_state(saved.place["data"])
+            self.progress = _Progress.from_json(saved.place["progress"])
+            self.state, self.best = saved.tree
+        step = None if saved is None else saved.step
+        if begun:
+            where = "its beginning, since nothing was saved" if saved is None else f"step {step}"
+            notice(f"{directory}: going on from {where}")
         if is_first():
             self.log = MetricsLog(directory, tensorboard=c.tensorboard, resumed_from=step)
+
+    def _like(self, place: dict[str, Any]) -> Any:
+        """Arrays such as those of a checkpoint with this place."""
+        has_best = place["progress"]["best"] is not None
+        return self.state, self.state.trainable if has_best else None
 
     def close(self) -> None:
         """Close whatever was opened."""
@@ -169,16 +174,30 @@ class _Loop:
             if hasattr(self, name):
                 getattr(self, name).close()
 
-    def run(self, stop: threading.Event | AgreedStop) -> Result:
+    def run(self, asked: StopRequest) -> Result:
         at = int(self.state.step)
         if self.progress.before is None:
             self.progress.before = self._look(0)
         self.started = time.perf_counter()
         while at < self.steps and not self.progress.stopped:
+            if asked.is_set():
+                self._stop(at, asked.code)
             self._one_step(at)
             at += 1
-            self._after_step(at, stop.is_set())
+            self._after_step(at)
         return self._finish(at)
+
+    def _stop(self, at: int, code: int) -> NoReturn:
+        """Save what is not saved yet, and say how to go on."""
+        again = f"./lora train {self.directory / 'config.yaml'} --resume"
+        if at == 0:
+            nothing = "stopped before the first step, so nothing is saved yet"
+            _end(f"{self.directory}: {nothing}; {again} starts again", code)
+        if self.checkpoints.latest() != at:
+            if self.window:
+                self._log(at)
+            self._save(at)
+        _end(f"{self.directory}: stopped and saved at step {at}; {again} goes on", code)
 
     def _one_step(self, at: int) -> None:
         parts = [next(self.batches) for _ in range(self.job.config.train.accumulate)]
@@ -188,20 +207,17 @@ class _Loop:
         self.state, metrics = self.step(self.state, self.job.base, batch)
         self.window.append({"step": at + 1, "rows": rows, "read": tokens, **metrics})
 
-    def _after_step(self, at: int, stopping: bool) -> None:
+    def _after_step(self, at: int) -> None:
         """Log, measure and save where that is due, in this order."""
         c, last = self.job.config.train, at == self.steps
         look = last or _due(c.eval_every, at)
-        save = last or stopping or _due(c.save_every, at)
+        save = last or _due(c.save_every, at)
         if look or save or _due(c.log_every, at):
             self._log(at)
         if look:
             self._judge(self._look(at), last)
         if save or self.progress.stopped:
             self._save(at)
-        if stopping and not (last or self.progress.stopped):
-            again = f"./lora train {self.directory / 'config.yaml'} --resume goes on"
-            raise InputError(f"{self.directory}: stopped and saved at step {at}; {again}")
 
     def _log(self, at: int) -> None:
         """Fetch the window's metrics from the device, which is waited for here alone."""
@@ -299,6 +315,12 @@ class _Loop:
         return Result(self.directory, at, progress.before, after, trainable, progress.stopped)
 
 
+def _end(message: str, code: int) -> NoReturn:
+    """Say why, and end."""
+    notice(message)
+    raise Stopped(message, code)
+
+
 def _due(every: int | None, at: int) -> bool:
     return every is not None and at % every == 0
 
@@ -348,7 +370,7 @@ def _save_model(job: Job, directory: Path, params: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def _errors(directory: Path, loop: _Loop) -> Iterator[None]:
+def _errors(directory: Path, loop: _Loop, asked: StopRequest) -> Iterator[None]:
     """A full disk or an interruption in one line; the files are closed either way."""
     try:
         yield
@@ -356,6 +378,6 @@ def _errors(directory: Path, loop: _Loop) -> Iterator[None]:
         raise InputError(f"{directory}: cannot write: {error.strerror or error}") from error
     except KeyboardInterrupt:
         again = f"./lora train {directory / 'config.yaml'} --resume goes on"
-        raise InputError(f"{directory}: interrupted; {again} from the newest checkpoint") from None
+        _end(f"{directory}: interrupted; {again} from the newest checkpoint", asked.code or 130)
     finally:
         loop.close()

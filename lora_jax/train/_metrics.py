@@ -13,6 +13,7 @@ from typing import Any
 import jax
 
 from .._files import atomic_file
+from ._hosts import is_first
 
 Listener = Callable[[dict[str, Any]], None]
 """Whoever watches a run: called with every record of `metrics.jsonl`."""
@@ -87,6 +88,12 @@ class _Events:
 
     def _add(self, step: int, **content: Any) -> None:
         self._writer.write_event(self._event(step=step, wall_time=time.time(), **content))
+
+
+def notice(line: str) -> None:
+    """Tell whoever waits for the run, beside its results; one process speaks for all."""
+    if is_first():
+        print(line, file=sys.stderr, flush=True)
 
 
 def peak_memory() -> int:

@@ -15,8 +15,8 @@ from typing import Any
 from .._config import LoraConfig
 from .._errors import InputError
 from .._files import atomic_directory, atomic_file
+from .._interrupt import stop_signals
 from ._config import RunConfig, TrainSection, config_text, load_config
-from ._interrupt import stop_signals
 from ._job import Job, prepare, prepare_abstract, prepare_beside
 from ._loop import save_result
 from ._rundir import CONFIG_FILE, free_directory, with_output

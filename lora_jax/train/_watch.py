@@ -183,5 +183,7 @@ def _told(error: BaseException) -> tuple[str, int]:
         return str(error), 2
     if isinstance(error, KeyboardInterrupt):
         return "interrupted", 130
+    if isinstance(error, SystemExit):
+        return str(error), error.code if isinstance(error.code, int) else 1
     traceback.print_exception(error)
     return (first_line(error) if isinstance(error, Exception) else type(error).__name__), 1

@@ -8,13 +8,9 @@ import sys
 import time
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from lora_jax.train import config_text, load_config, prepare, run
-from lora_jax.train._checkpoint import Checkpoints
 
 SLOWLY = """
 import sys, time
@@ -159,48 +155,3 @@ def test_refuses_to_resume(job, message_of, tmp_path):
     directory = os.path.relpath(job.config.output)
     run(at(job, directory), resume=True)
     assert "this run is finished" in message_of(run, job, resume=True)
-
-
-def test_broken_checkpoint_is_named(job, message_of):
-    with pytest.raises(Dies):
-        run(job, listener=dies_at(4))
-    directory = Path(job.config.output) / "checkpoints" / "3"
-    for file in (directory / "state").rglob("*"):
-        if file.is_file():
-            file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    found = message_of(run, job, resume=True)
-    assert f"{directory}: not a whole checkpoint of this run" in found
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_checkpoint_keeps_every_type_to_the_bit(tmp_path, dtype):
-    tree = {
-        "weights": jax.random.normal(jax.random.key(0), (3, 5)).astype(dtype),
-        "count": jnp.int32(7),
-        "key": jax.random.key(3),
-        "none": None,
-    }
-    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=2)
-    for step in (1, 2, 3):
-        checkpoints.save(step, tree, {"at": step})
-    assert checkpoints.latest() == 3 and checkpoints.place() == {"at": 3}
-    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["2", "3"]
-    found = checkpoints.restore(jax.tree.map(jnp.zeros_like, tree))
-    checkpoints.close()
-    assert found["weights"].dtype == dtype and found["count"].dtype == jnp.int32
-    np.testing.assert_array_equal(found["weights"], tree["weights"])
-    assert (jax.random.key_data(found["key"]) == jax.random.key_data(tree["key"])).all()
-
-
-def test_checkpoint_goes_back_to_the_memory_it_came_from(tmp_path):
-    host = jax.device_put(jnp.arange(6.0), jax.memory.Space.Host)
-    tree = {"host": host, "device": jnp.arange(6.0), "count": jnp.int32(7)}
-    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=2)
-    checkpoints.save(1, tree, {})
-    found = checkpoints.restore(tree)
-    checkpoints.close()
-    for name, leaf in tree.items():
-        assert found[name].sharding.memory_kind == leaf.sharding.memory_kind
-        # What a trace goes by.
-        assert jax.typeof(found[name]) == jax.typeof(leaf)
-        np.testing.assert_array_equal(found[name], leaf)

@@ -17,6 +17,7 @@ from lora_jax.adapters import load_adapter
 from lora_jax.data import eval_batches
 from lora_jax.models import load_pretrained
 from lora_jax.train import (
+    Stopped,
     evaluate,
     job_batches,
     load_config,
@@ -200,45 +201,59 @@ def test_base_that_is_not_finite(make_job, message_of):
     assert "after step 0: evaluate: the held-out loss is not finite; look at the weights" in found
 
 
-def stopped_by(number, job, message_of):
-    """The message of a run that gets the signal while step 3 is logged."""
-    handler = signal.getsignal(number)
+def stopped_by(numbers, job, at, **options):
+    """How a run ends that gets these signals while a record of step `at` is written."""
+    handlers = [signal.getsignal(number) for number in numbers]
 
     def listener(record):
-        if record["step"] == 3:
-            signal.raise_signal(number)
+        if record["step"] == at:
+            for number in numbers:
+                signal.raise_signal(number)
 
-    found = message_of(run, job, listener=listener)
-    assert signal.getsignal(number) is handler
-    return found
+    with pytest.raises(Stopped) as stopped:
+        run(job, listener=listener, **options)
+    assert [signal.getsignal(number) for number in numbers] == handlers
+    return stopped.value
 
 
-def test_interrupt_saves_and_says_how_to_go_on(make_job, message_of, capsys):
+def test_interrupt_saves_and_says_how_to_go_on(make_job, capsys):
     job = make_job(train={"log_every": 1})
-    found = stopped_by(signal.SIGINT, job, message_of)
-    again = f"./lora train {Path(job.config.output) / 'config.yaml'} --resume goes on"
-    assert f"stopped and saved at step 4; {again}" in found
-    assert "stopping after this step" in capsys.readouterr().err
-    resumed = run(job, resume=True)
+    stopped = stopped_by([signal.SIGINT], job, at=3)
+    directory = Path(job.config.output)
+    again = f"./lora train {directory / 'config.yaml'} --resume goes on"
+    said = capsys.readouterr().err
+    assert stopped.code == 130
+    assert str(stopped) == f"{directory}: stopped and saved at step 3; {again}"
+    assert "stopping after this step" in said and f"{stopped}\n" in said
+    resumed = run(job, resume="auto")
+    assert f"{directory}: going on from step 3\n" in capsys.readouterr().err
     other = dataclasses.replace(job.config, output=f"{job.config.output}-whole")
     whole = run(dataclasses.replace(job, config=other))
     jax.tree.map(np.testing.assert_array_equal, resumed.trainable, whole.trainable)
 
 
-def test_termination_saves_too(make_job, message_of):
-    found = stopped_by(signal.SIGTERM, make_job(train={"log_every": 1}), message_of)
-    assert "stopped and saved at step 4" in found
+def test_termination_is_no_failure(make_job):
+    job = make_job(train={"save_every": 4})
+    directory = Path(job.config.output)
+    stopped = stopped_by([signal.SIGTERM], job, at=0)
+    assert stopped.code == 0 and "before the first step, so nothing is saved yet" in str(stopped)
+    assert not any((directory / "checkpoints").iterdir())
+    # At a step that is saved anyway, and where all is done.
+    stopped = stopped_by([signal.SIGTERM], job, at=4, resume=True)
+    assert stopped.code == 0 and "stopped and saved at step 4" in str(stopped)
+
+    def listener(record):
+        if "eval_loss" in record:
+            signal.raise_signal(signal.SIGTERM)
+
+    assert run(job, resume=True, listener=listener).steps == 6
 
 
-def test_second_signal_interrupts_at_once(make_job, message_of):
-    def killer(record):
-        if record["step"] == 2:
-            for _ in range(2):
-                signal.raise_signal(signal.SIGINT)
-
+def test_second_signal_interrupts_at_once(make_job):
     job = make_job(train={"log_every": 1, "save_every": 1})
-    found = message_of(run, job, listener=killer)
-    assert "interrupted; ./lora train" in found and "--resume goes on from the newest" in found
+    stopped = stopped_by([signal.SIGTERM] * 2, job, at=2)
+    assert stopped.code == 128 + signal.SIGTERM and "interrupted; ./lora train" in str(stopped)
+    assert "--resume goes on from the newest" in str(stopped)
     assert run(job, resume=True).steps == 6
 
 

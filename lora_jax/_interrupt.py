@@ -1,0 +1,78 @@
+"""Ctrl-C and SIGTERM: an end in order, with a line that says how to go on."""
+
+import contextlib
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
+
+
+class Stopped(SystemExit):
+    """A signal asked for an end.
+
+    The message says what was saved and how to go on.  Uncaught, it ends the process with `code`: 0
+    after SIGTERM, since a machine that is taken away is no failure, and 130 after Ctrl-C.
+    """
+
+    def __init__(self, message: str, code: int = 0) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class StopRequest(threading.Event):
+    """Set by SIGINT or SIGTERM."""
+
+    code = 0
+    """What the process is to exit with."""
+
+
+def stop(message: str, code: int) -> NoReturn:
+    """Say why, and end."""
+    print(message, file=sys.stderr, flush=True)
+    raise Stopped(message, code)
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[StopRequest]:
+    """An event that SIGINT or SIGTERM sets, so that no step is cut in two.
+
+    A second signal interrupts at once.  Outside the main thread Python lets nobody listen,
+    and the event is never set.
+    """
+    asked = StopRequest()
+
+    def handle(number: int, frame: Any) -> None:
+        if asked.is_set():
+            asked.code = 128 + number
+            raise KeyboardInterrupt
+        asked.code = _code(number)
+        asked.set()
+        print("stopping after this step; once more stops at once", file=sys.stderr)
+
+    with _handled(handle):
+        yield asked
+
+
+@contextlib.contextmanager
+def stops_at_once(message: str) -> Iterator[None]:
+    """Where nothing has to be put in order, SIGINT or SIGTERM ends with this message."""
+    with _handled(lambda number, frame: stop(message, _code(number))):
+        yield
+
+
+def _code(number: int) -> int:
+    return 0 if number == signal.SIGTERM else 128 + number
+
+
+@contextlib.contextmanager
+def _handled(handle: Callable[[int, Any], None]) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
