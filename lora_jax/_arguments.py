@@ -7,7 +7,7 @@ from typing import Any, NoReturn, get_args
 from ._errors import InputError, nearest
 from ._quant_config import QuantFormat
 
-SECTIONS = ("model", "quant", "lora", "data", "train", "output")
+SECTIONS = ("model", "quant", "lora", "data", "train", "mesh", "output")
 """What `--section.key value` may name; see `configs/` for all keys."""
 
 

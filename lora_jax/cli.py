@@ -81,10 +81,10 @@ def _sections_with(key: str) -> list[str]:
     """The sections of a config that have this key."""
     from ._config import LoraConfig
     from ._quant_config import QuantConfig
-    from .train import DataSection, ModelSection, TrainSection
+    from .train import DataSection, MeshSection, ModelSection, TrainSection
 
     sections = {"train": TrainSection, "lora": LoraConfig, "data": DataSection,
-                "model": ModelSection, "quant": QuantConfig}  # fmt: skip
+                "model": ModelSection, "mesh": MeshSection, "quant": QuantConfig}  # fmt: skip
     name = key.partition("=")[0].replace("-", "_")
     return [own for own, cls in sections.items() if name in cls.__dataclass_fields__]
 

@@ -1,6 +1,8 @@
 """Decoders: their shape, loading, saving and generation."""
 
 from ._attention import attention_path as attention_path
+from ._axes import AXES as AXES
+from ._axes import logical_axes as logical_axes
 from ._bundled import bundled_model as bundled_model
 from ._cache import init_cache as init_cache
 from ._checkpoint import weight_norms as weight_norms

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.metadata
+import math
 import re
 import time
 from pathlib import Path
@@ -9,10 +10,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from .._errors import InputError, first_line
-from .._tree import leaves_with_path, tree_bytes
+from .._tree import leaves_with_path
 from ..models import NO_FLOAT16
 from ..quant import QuantizedTensor
 from ..train import RunConfig, Setup, make_program, prepare_abstract
@@ -36,20 +36,24 @@ def compile_plan(config: RunConfig, target: Target, at_most: float | None = None
     """
     if target.platform == "cpu" and config.model.dtype == "float16":
         raise InputError(f"model.dtype: {NO_FLOAT16}")
-    device = _devices(target)[0]
+    devices = _devices(target)[: target.count]
     begin = time.perf_counter()
-    setup = prepare_abstract(config)
-    step, init = make_program(_without_offload(setup), config.train.steps or STEPS)
+    setup = prepare_abstract(config, devices, target.device.memory or None)
+    step, init = make_program(setup, config.train.steps or STEPS)
     state = jax.eval_shape(init, setup.trainable)
-    given = _placed(setup, state, device)
+    given = _placed(setup, state)
     traced = step.trace(*given)
     counts = count(traced.jaxpr)
+    mesh = dict(setup.mesh.shape)
+    cuts_of_tokens = math.prod(n for axis, n in mesh.items() if axis != "tensor")
+    full, trainable = config.train.method == "full", given[0].trainable
     owners = {
-        **_base_bytes(setup),
-        "adapter": 0 if config.train.method == "full" else tree_bytes(setup.trainable),
+        **_base_bytes(trainable if full else given[1]),
+        "adapter": 0 if full else _bytes_on_device(trainable),
         "optimizer": _bytes_on_device(given[0].opt_state),
-        "gradients": sum(4 * x.size for x in jax.tree.leaves(setup.trainable)),
-        "activations": counts.kept,
+        "gradients": sum(4 * _size_on_device(x) for x in jax.tree.leaves(trainable)),
+        # Of what is cut, each device keeps its tokens'; what tensor parts keep is not told apart.
+        "activations": counts.kept // cuts_of_tokens,
     }
     floor = sum(owners.values())
     if at_most is not None and floor > at_most:
@@ -73,10 +77,11 @@ def compile_plan(config: RunConfig, target: Target, at_most: float | None = None
             "quant": _quant(setup),
             "attention": setup.pretrained.attention_path,
             "rank": c.lora.r,
+            "mesh": mesh,
         },
         "owners": owners,
-        "flops": counts.flops,
-        "kept_on_host": counts.kept_on_host,
+        "flops": {dtype: n // math.prod(mesh.values()) for dtype, n in counts.flops.items()},
+        "kept_on_host": counts.kept_on_host // cuts_of_tokens,
         "compiled": made,
         "files": [str(path) for path in _files(setup)],
         "seconds": time.perf_counter() - begin,
@@ -102,38 +107,33 @@ def _devices(target: Target) -> Any:
     ).devices
 
 
-def _without_offload(setup: Setup) -> Setup:
-    """The same setup, whose state's shapes can be made without any device."""
-    train = dataclasses.replace(setup.config.train, offload_optimizer=False)
-    return dataclasses.replace(setup, config=dataclasses.replace(setup.config, train=train))
-
-
-def _placed(setup: Setup, state: Any, device: Any) -> tuple[Any, Any, Any]:
-    """State, base and batches as shapes on the device; what a config offloads, on its host."""
-    c = setup.config
-    # A sharding over a mesh, even of one device, tells a traced step which memory an array is in.
-    mesh = jax.sharding.Mesh(np.array([device]), ("data",))
-    here = jax.sharding.NamedSharding(mesh, jax.P())
-    host = jax.sharding.NamedSharding(mesh, jax.P(), memory_kind="pinned_host")
-
-    def put(x: Any, place: Any = here) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
-
+def _placed(setup: Setup, state: Any) -> tuple[Any, Any, Any]:
+    """State, base and batches as shapes on their devices; what a config offloads, on the hosts."""
+    c, cut = setup.config, setup.partition
+    assert cut is not None
     names = ("input_ids", "positions", "segment_ids")
     types: dict[str, Any] = {**dict.fromkeys(names, jnp.int32), "loss_mask": jnp.bool_}
     shape = (c.train.accumulate, c.train.batch_size, c.data.seq_length)
-    batches = {name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype in types.items()}
-    state, base, batches = jax.tree.map(put, (state, setup.base, batches))
-    if c.train.offload_optimizer:
-        sent = jax.tree.map(lambda x: put(x, host) if x.ndim else x, state.opt_state)
-        state = dataclasses.replace(state, opt_state=sent)
-    return state, base, batches
+    batches = {name: cut.batch_shape(shape, dtype) for name, dtype in types.items()}
+    shardings = cut.state(state, offload=c.train.offload_optimizer)
+
+    def put(x: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    return jax.tree.map(put, state, shardings), cut.put(setup.base), batches
 
 
 def _bytes_on_device(tree: Any) -> int:
-    """Without what is placed in the host's memory, which a GPU that is not here does not offer."""
-    leaves = jax.tree.leaves(tree)
-    return tree_bytes([x for x in leaves if x.sharding.memory_kind != "pinned_host"])
+    """Bytes of one device's parts, without what is placed in the host's memory.
+
+    A GPU that is not here offers none of that.
+    """
+    leaves = [x for x in jax.tree.leaves(tree) if x.sharding.memory_kind != "pinned_host"]
+    return sum(_size_on_device(x) * x.dtype.itemsize for x in leaves)
+
+
+def _size_on_device(x: Any) -> int:
+    return math.prod(x.sharding.shard_shape(x.shape))
 
 
 def _compiled(traced: Any, target: Target) -> dict[str, Any]:
@@ -187,14 +187,12 @@ def _quant(setup: Setup) -> dict[str, Any] | None:
     return {"format": stored[0].format, "embedding": None, "head": None, "stored": True}
 
 
-def _base_bytes(setup: Setup) -> dict[str, int]:
-    """Bytes of the weights: codes and dense arrays, and the scales of the quantized ones."""
-    codes = scales = 0
-    for leaf in _weights(setup):
-        of_codes = tree_bytes(leaf.codes) if isinstance(leaf, QuantizedTensor) else tree_bytes(leaf)
-        codes += of_codes
-        scales += tree_bytes(leaf) - of_codes
-    return {"base": codes, "scales": scales}
+def _base_bytes(weights: Any) -> dict[str, int]:
+    """A device's bytes of the weights: codes and dense arrays, and the scales of quantized ones."""
+    leaves = [leaf for _, leaf in leaves_with_path(weights)]
+    codes = [leaf.codes if isinstance(leaf, QuantizedTensor) else leaf for leaf in leaves]
+    base = _bytes_on_device(codes)
+    return {"base": base, "scales": _bytes_on_device(leaves) - base}
 
 
 def _files(setup: Setup) -> list[Path]:

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from .._errors import InputError, nearest
 from .._typing import Array
 from . import _gpu
-from ._tensor import QuantizedTensor, absmax, block_values, matrix
+from ._tensor import QuantizedTensor, absmax, block_values, cuts_in_use, gathered, matrix
 
 PATHS = {
     "dense": "one dense kernel in front of one product",
@@ -109,12 +109,12 @@ def explain(
     _check(x, q, None)
     backend = backend or jax.default_backend()
     tokens = math.prod(x.shape[:-1])
-    whole = q.d_in * q.d_out * x.dtype.itemsize
+    whole = _dense_bytes(q, x.dtype)
     no_kernel = _gpu.why_not(q, x.dtype) if backend == "gpu" else None
     if backend == "gpu" and no_kernel is None and tokens <= _gpu.most_rows():
         return MatmulPath("kernel", f"{tokens} tokens", 0)
-    if columns := _columns(q, whole):
-        return MatmulPath("slabs", f"{whole / 2**20:.0f} MiB in all", whole * columns // q.d_out)
+    if (slabs := _slab_count(q, whole)) > 1:
+        return MatmulPath("slabs", f"{whole / 2**20:.0f} MiB in all", whole // slabs)
     if backend == "tpu" and tokens <= SPLIT_TOKENS and not q.flat:
         return MatmulPath("split", f"{tokens} tokens", 0)
     why = "blocks run over columns" if q.flat else "fits and is read once"
@@ -146,13 +146,17 @@ def _check(x: Any, q: QuantizedTensor, path: str | None) -> None:
         )
 
 
-def _columns(q: QuantizedTensor, whole: int) -> int:
-    """Columns of a slab: as many as may be dense and divide d_out; 0 for all of them."""
+def _dense_bytes(q: QuantizedTensor, dtype: Any) -> int:
+    """Bytes of the dense kernel on one device."""
+    return q.d_in * q.d_out * jnp.dtype(dtype).itemsize // math.prod(cuts_in_use(q))
+
+
+def _slab_count(q: QuantizedTensor, whole: int) -> int:
+    """Slabs of a device's columns: so many that one may be dense, and that they divide evenly."""
     if whole <= LARGEST_DENSE or q.flat:
-        return 0
-    least = -(-whole // LARGEST_DENSE)
-    parts = next((n for n in range(least, 8 * least) if q.d_out % n == 0), 0)
-    return q.d_out // parts if parts else 0
+        return 1
+    least, columns = -(-whole // LARGEST_DENSE), q.d_out // cuts_in_use(q)[1]
+    return next((n for n in range(least, 8 * least) if columns % n == 0), 1)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -170,8 +174,9 @@ def _backward(
     precision: Any, path: str | None, q: QuantizedTensor, gradient: Array
 ) -> tuple[Array, None]:
     # Without the barrier the compiler finds the forward pass's dense weight equal, and keeps it.
-    # XLA:CPU drops barriers before it looks: there only a scan keeps the two passes apart.
-    gradient, q = jax.lax.optimization_barrier((gradient, q))
+    # XLA:CPU drops barriers before it looks: there only a scan keeps the two passes apart.  What a
+    # recomputed forward pass has gathered in front of it serves both.
+    gradient, q = jax.lax.optimization_barrier((gradient, gathered(q)))
     return _on_each_platform(_TRANSPOSED, precision, path, gradient, q), None
 
 
@@ -186,6 +191,7 @@ def _on_each_platform(
     products: Any, precision: Any, path: str | None, x: Array, q: QuantizedTensor
 ) -> Array:
     """`products` on the path given, or on the one of the platform this is compiled for."""
+    q = gathered(q)
     shape = jax.ShapeDtypeStruct((*x.shape[:-1], q.d_in), x.dtype)
     paths = {b: path or explain(shape, q, backend=_BACKENDS[b]).name for b in _BACKENDS}
     elsewhere = functools.partial(products[paths.pop("cpu")], precision)
@@ -235,11 +241,12 @@ def _split_transposed(precision: Any, x: Array, q: QuantizedTensor) -> Array:
     return jnp.stack(products, axis=-2).reshape(*x.shape[:-1], -1)[..., : q.d_in]
 
 
-def _slab(q: QuantizedTensor, scales: Array, i: Array, columns: int, dtype: Any) -> Array:
-    """The dense columns `i·columns ...` of a kernel whose absmax are `scales`."""
+def _slab(q: QuantizedTensor, scales: Array, i: Array, slabs: int, dtype: Any) -> Array:
+    """The dense columns of slab i of a kernel whose absmax are `scales`, as `_by_slab` has them."""
 
     def cut(x: Any) -> Any:
-        return jax.lax.dynamic_slice_in_dim(x, i * columns, columns, axis=-1)
+        part = jax.lax.dynamic_index_in_dim(_by_slab(q, x, slabs), i, axis=-2, keepdims=False)
+        return part.reshape(*part.shape[:-2], -1)
 
     part = dataclasses.replace(
         q,
@@ -248,36 +255,43 @@ def _slab(q: QuantizedTensor, scales: Array, i: Array, columns: int, dtype: Any)
         zeros=None if q.zeros is None else cut(q.zeros),
         nested_scales=None,
         offset=None,
-        kernel_shape=(q.d_in, columns),
+        kernel_shape=(q.d_in, q.d_out // slabs),
         contracting=(0,),
     )
     return matrix(part, dtype)
 
 
+def _by_slab(q: QuantizedTensor, x: Array, slabs: int) -> Array:
+    """Columns `(..., d_out)` as (devices, slabs, columns): each slab has some of each device's."""
+    return x.reshape(*x.shape[:-1], cuts_in_use(q)[1], slabs, -1)
+
+
 def _slabs(precision: Any, x: Array, q: QuantizedTensor) -> Array:
-    columns = _columns(q, q.d_in * q.d_out * x.dtype.itemsize) or q.d_out
+    slabs, devices = _slab_count(q, _dense_bytes(q, x.dtype)), cuts_in_use(q)[1]
     scales = absmax(q)
 
     def product(i: Array) -> Array:
-        return jnp.matmul(x, _slab(q, scales, i, columns, x.dtype), precision=precision)
+        y = jnp.matmul(x, _slab(q, scales, i, slabs, x.dtype), precision=precision)
+        return y.reshape(*y.shape[:-1], devices, -1)
 
-    slabs = jax.lax.map(product, jnp.arange(q.d_out // columns))
-    return jnp.moveaxis(slabs, 0, -2).reshape(*x.shape[:-1], q.d_out)
+    y = jnp.moveaxis(jax.lax.map(product, jnp.arange(slabs)), 0, -2)
+    return y.reshape(*x.shape[:-1], q.d_out)
 
 
 def _slabs_transposed(precision: Any, x: Array, q: QuantizedTensor) -> Array:
-    columns = _columns(q, q.d_in * q.d_out * x.dtype.itemsize) or q.d_out
-    scales = absmax(q)
+    slabs = _slab_count(q, _dense_bytes(q, x.dtype))
+    scales, parts = absmax(q), _by_slab(q, x, slabs)
     wide = jnp.promote_types(x.dtype, jnp.float32)
 
     def add(total: Array, i: Array) -> tuple[Array, None]:
-        part = jax.lax.dynamic_slice_in_dim(x, i * columns, columns, axis=-1)
-        slab = _slab(q, scales, i, columns, x.dtype)
+        part = jax.lax.dynamic_index_in_dim(parts, i, axis=-2, keepdims=False)
+        part = part.reshape(*x.shape[:-1], -1)
+        slab = _slab(q, scales, i, slabs, x.dtype)
         product = jnp.matmul(part, slab.T, precision=precision, preferred_element_type=wide)
         return total + product, None
 
     start = jnp.zeros((*x.shape[:-1], q.d_in), wide)
-    total, _ = jax.lax.scan(add, start, jnp.arange(q.d_out // columns))
+    total, _ = jax.lax.scan(add, start, jnp.arange(slabs))
     return total.astype(x.dtype)
 
 

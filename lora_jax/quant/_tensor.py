@@ -25,7 +25,7 @@ class ReadAsArray(InputError):
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["codes", "scales", "zeros", "nested_scales", "offset"],
-    meta_fields=["format", "block_size", "kernel_shape", "contracting", "dtype", "flat"],
+    meta_fields=["format", "block_size", "kernel_shape", "contracting", "dtype", "flat", "in_use"],
 )
 @dataclasses.dataclass(frozen=True, eq=False)
 class QuantizedTensor(meta.AxisMetadata[Any]):
@@ -60,6 +60,9 @@ class QuantizedTensor(meta.AxisMetadata[Any]):
         flat: Blocks run on from one column into the next, as bitsandbytes cuts a weight whose
             d_in no block divides. The matrix above is then `(b, all blocks)`, one block in each
             column.
+        in_use: Mesh axes by which the blocks and the columns stay cut while a layer computes; what
+            the kernel is cut by besides is gathered first, as codes. None leaves all of that to
+            the compiler, which gathers what is dense.
 
     Example:
         >>> from lora_jax.quant import quantize
@@ -80,6 +83,7 @@ class QuantizedTensor(meta.AxisMetadata[Any]):
     contracting: tuple[int, ...]
     dtype: np.dtype
     flat: bool = False
+    in_use: tuple[tuple[str, ...], tuple[str, ...]] | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -178,6 +182,7 @@ def _dequantize(q: QuantizedTensor, dtype: Any) -> Array:
 
 def matrix(q: QuantizedTensor, dtype: Any) -> Array:
     """The dense `(*stack, d_in, d_out)`, by a kernel where one reads it."""
+    q = gathered(q)
     by_xla = functools.partial(_matrix, dtype=dtype)
     if _gpu.why_not(q, dtype):
         return by_xla(q)
@@ -250,6 +255,24 @@ def partition_specs(
         nested_scales=None if q.nested_scales is None else spec(*stack, None),
         offset=None if q.offset is None else spec(*stack),
     )
+
+
+def gathered(q: QuantizedTensor) -> QuantizedTensor:
+    """The kernel as a layer computes with it: cut as `in_use` says, if a mesh is set."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if q.in_use is None or mesh.empty or mesh.manual_axes:
+        return q
+    specs = partition_specs(q, *(axes or None for axes in q.in_use))
+    return jax.tree.map(jax.lax.with_sharding_constraint, q, specs)
+
+
+def cuts_in_use(q: QuantizedTensor) -> tuple[int, int]:
+    """Into how many parts the rows and the columns stay cut while a layer computes."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if q.in_use is None or mesh.empty or mesh.manual_axes:
+        return 1, 1
+    rows, columns = (math.prod(mesh.shape[axis] for axis in axes) for axes in q.in_use)
+    return rows, columns
 
 
 def look_up(q: QuantizedTensor, ids: Array, dtype: Any) -> Array:

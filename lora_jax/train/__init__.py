@@ -2,6 +2,7 @@
 
 from .._interrupt import Stopped as Stopped
 from ._config import DataSection as DataSection
+from ._config import MeshSection as MeshSection
 from ._config import ModelSection as ModelSection
 from ._config import RunConfig as RunConfig
 from ._config import TrainSection as TrainSection

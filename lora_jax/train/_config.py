@@ -168,6 +168,28 @@ class TrainSection:
 
 
 @dataclasses.dataclass(frozen=True)
+class MeshSection:
+    """How many devices each axis of the mesh has; their product is all devices there are."""
+
+    data: int | None = None
+    """Copies of the model, each with its own rows of a batch; null takes the devices left over."""
+    fsdp: int | None = None
+    """Parts that weights are cut into, to be gathered where a layer needs them; rows of a batch are
+    cut by it too. Null is 1, or what is left over if the weights would fill half of a device."""
+    tensor: int = 1
+    """Parts of heads, of the MLP's width and of the vocabulary, each computed where it lies."""
+    sequence: int = 1
+    """Parts of each row's tokens, for long ones."""
+    rules: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+    """Axes of parameters that are cut otherwise than by the usual rules, `{vocab: []}`."""
+
+    def __post_init__(self) -> None:
+        for name in ("data", "fsdp", "tensor", "sequence"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise InputError(f"mesh.{name}: must be at least 1, got {getattr(self, name)}")
+
+
+@dataclasses.dataclass(frozen=True)
 class RunConfig:
     """Everything about a run; what `config.yaml` in its directory holds, resolved.
 
@@ -182,6 +204,7 @@ class RunConfig:
     quant: QuantConfig | None = None
     lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
     train: TrainSection = dataclasses.field(default_factory=TrainSection)
+    mesh: MeshSection = dataclasses.field(default_factory=MeshSection)
 
     def __post_init__(self) -> None:
         if self.train.method == "full" and self.quant is not None:

@@ -12,7 +12,7 @@ import numpy as np
 from .._errors import InputError
 from .._typing import Array, Params
 from ..transform import LoraLinen
-from ._step import batch_loss
+from ._step import batch_loss, on_mesh
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,21 +29,23 @@ class Evaluation:
 
 
 def make_eval_step(
-    model: LoraLinen, *, chunk: int = 1024
+    model: LoraLinen, *, chunk: int = 1024, mesh: Any = None
 ) -> Callable[[Params, Params], tuple[Array, Array]]:
     """The jitted `(params, batch) -> (summed loss, trained tokens)`; there is no dropout.
 
     The same model gets the same function again, so that it is compiled once.
     """
     try:
-        return _eval_step(model, chunk)
+        return _eval_step(model, chunk, mesh)
     except TypeError:  # layouts in a dict have no hash
-        return _eval_step.__wrapped__(model, chunk)
+        return _eval_step.__wrapped__(model, chunk, mesh)
 
 
 @functools.lru_cache(maxsize=8)
-def _eval_step(model: LoraLinen, chunk: int) -> Callable[[Params, Params], tuple[Array, Array]]:
-    return jax.jit(lambda params, batch: batch_loss(model, params, batch, chunk))
+def _eval_step(
+    model: LoraLinen, chunk: int, mesh: Any
+) -> Callable[[Params, Params], tuple[Array, Array]]:
+    return jax.jit(on_mesh(mesh, lambda params, batch: batch_loss(model, params, batch, chunk)))
 
 
 def evaluate(

@@ -1,7 +1,7 @@
 """Everything a run needs before its first step: base, adapter, data, and their counts."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,8 @@ from ..optim._lora_fa import without_lora_a
 from ..transform import LoraLinen, lora_linen
 from ._config import ModelSection, RunConfig
 from ._hosts import agree_on_config
+from ._mesh import device_memory, make_mesh
+from ._partition import Partition, read_rules
 from ._run_rows import examples_of, rows_of, with_length
 from ._start import start_from_data
 from ._tokens import with_new_rows, with_tokens_of
@@ -57,6 +59,8 @@ class Setup:
     targets: tuple[Target, ...]
     lora: LoraConfig
     """The adapter's: the run's, or what its start (`eva`) has made of that."""
+    partition: Partition | None
+    """How all of it is cut over several devices; None on one."""
 
     @property
     def layouts(self) -> Layouts:
@@ -65,6 +69,15 @@ class Setup:
     @property
     def params(self) -> dict[str, Any]:
         return combine(self.base, self.trainable)
+
+    @property
+    def mesh(self) -> Any:
+        """The devices, if there are several."""
+        return None if self.partition is None else self.partition.mesh
+
+    def batch(self, arrays: Mapping[str, Any]) -> Mapping[str, Any]:
+        """A batch's arrays where a step takes them from."""
+        return arrays if self.partition is None else self.partition.batch(arrays)
 
     @property
     def mask(self) -> Callable[[Params], Params]:
@@ -146,10 +159,14 @@ def prepare(config: RunConfig) -> Job:
     agree_on_config(config)
     rows, held_out = rows_of(config.data)  # first, since it fails fast
     _check_start(config)
-    pretrained = load_base(_model_section(config), _quant_as_read(config))
+    section, quant = _model_section(config), _quant_as_read(config)
+    partition = _partition(config, jax.devices(), device_memory())
+    partition = None if partition.mesh.size == 1 else partition
+    pretrained = load_base(section, quant)
     data = with_length(config.data, pretrained)
     examples = examples_of(rows, data, pretrained)
     setup = _set_up(config, pretrained, examples)
+    setup = setup if partition is None else _placed(setup, partition)
     return Job(
         **{field.name: getattr(setup, field.name) for field in dataclasses.fields(setup)},
         train=examples,
@@ -158,19 +175,30 @@ def prepare(config: RunConfig) -> Job:
     )
 
 
-def prepare_abstract(config: RunConfig) -> Setup:
+def prepare_abstract(
+    config: RunConfig, devices: Sequence[Any] = (), memory: float | None = None
+) -> Setup:
     """What a run would train, as shapes: from the model's config alone, with nothing allocated.
 
     Which layers get which ranks by `eva` only data can tell: here each has its own.
 
+    Args:
+        config: The run's.
+        devices: Those it would run on, which need not be here; without any, one.
+        memory: Bytes of each.
+
     Raises:
-        InputError: for whatever in the config does not fit the model.
+        InputError: for whatever in the config does not fit the model, or the devices.
     """
+    setup = _set_up(config, _abstract(config), make=jax.eval_shape)
+    return _placed(setup, _partition(config, devices, memory)) if devices else setup
+
+
+def _abstract(config: RunConfig) -> Pretrained:
     _check_start(config)
     section, quant = _model_section(config), _quant_as_read(config)
     pretrained = load_without_weights(_directory(section), quant=quant, **_types(section))
-    pretrained = add_tokens(pretrained, section.add_tokens)
-    return _set_up(config, pretrained, make=jax.eval_shape)
+    return add_tokens(pretrained, section.add_tokens)
 
 
 def prepare_beside(config: RunConfig, job: Job) -> Job:
@@ -182,8 +210,25 @@ def prepare_beside(config: RunConfig, job: Job) -> Job:
         InputError: for whatever in the config does not fit the model.
     """
     setup = _set_up(config, job.pretrained, job.train)
+    setup = setup if job.partition is None else _placed(setup, job.partition)
     own = {field.name: getattr(setup, field.name) for field in dataclasses.fields(setup)}
     return dataclasses.replace(job, **own)
+
+
+def _partition(config: RunConfig, devices: Sequence[Any], memory: float | None) -> Partition:
+    """How a run is cut over its devices."""
+    full = config.train.method == "full"
+    pretrained = _abstract(config)
+    # A trained weight has a gradient and two moments beside it.
+    weights = tree_bytes(pretrained.params) * (4 if full else 1)
+    mesh = make_mesh(config.mesh, devices, weights, memory)
+    return Partition(mesh, read_rules(config.mesh.rules, full), pretrained.config)
+
+
+def _placed(setup: Setup, partition: Partition) -> Setup:
+    """The setup with its arrays, or their shapes, cut over the mesh."""
+    base, trainable = partition.put(setup.base), partition.put(setup.trainable)
+    return dataclasses.replace(setup, base=base, trainable=trainable, partition=partition)
 
 
 def _set_up(
@@ -201,7 +246,7 @@ def _set_up(
         pretrained = dataclasses.replace(pretrained, params=base)
         targets = matched_targets(base, lora, layouts=pretrained.layouts)
     model = lora_linen(pretrained.module)
-    return Setup(config, pretrained, model, base, trainable, targets, lora)
+    return Setup(config, pretrained, model, base, trainable, targets, lora, None)
 
 
 def _model_section(config: RunConfig) -> ModelSection:

@@ -141,7 +141,7 @@ class _Loop:
         self.rate = learning_rate(c.train, self.steps)
         self.step, init = make_program(job, self.steps)
         self.state = init(job.trainable)
-        self.eval_step = make_eval_step(job.model, chunk=c.train.loss_chunk)
+        self.eval_step = make_eval_step(job.model, chunk=c.train.loss_chunk, mesh=job.mesh)
         self.best: dict[str, Any] | None = None
         self.progress = _Progress()
         self.window: list[dict[str, Any]] = []
@@ -203,9 +203,8 @@ class _Loop:
         parts = [next(self.batches) for _ in range(self.job.config.train.accumulate)]
         batch = {name: np.stack([p[name] for p in parts]) for name in parts[0]}
         rows = batch.pop("rows")
-        tokens = np.count_nonzero(batch["segment_ids"])
-        self.state, metrics = self.step(self.state, self.job.base, batch)
-        self.window.append({"step": at + 1, "rows": rows, "read": tokens, **metrics})
+        self.state, metrics = self.step(self.state, self.job.base, self.job.batch(batch))
+        self.window.append({"step": at + 1, "rows": rows, **metrics})
 
     def _after_step(self, at: int) -> None:
         """Log, measure and save where that is due, in this order."""
@@ -272,8 +271,9 @@ class _Loop:
             packing=c.data.packing,
             pad_id=self.job.pretrained.tokenizer.pad_id or 0,
         )
+        params = combine(self.job.base, self.state.trainable)
         try:
-            found = evaluate(self.eval_step, combine(self.job.base, self.state.trainable), batches)
+            found = evaluate(self.eval_step, params, map(self.job.batch, batches))
         except InputError as error:
             cause = f" {c.model.dtype}, or at train.learning_rate {c.train.learning_rate:g}"
             raise InputError(f"{self.directory}: after step {at}: {error}{cause}") from None

@@ -1,6 +1,7 @@
 """One training step: a pure, jitted, donated function of state, base and batch."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -102,6 +103,8 @@ def make_step(
     *,
     dropout: float = 0.0,
     chunk: int = 1024,
+    mesh: Any = None,
+    shardings: Any = None,
 ) -> Step:
     """The jitted step `(state, base_params, batches) -> (state, metrics)`.
 
@@ -114,14 +117,32 @@ def make_step(
         tx: The optimizer, over the trainable tree.
         dropout: Rate on the adapter's inputs.
         chunk: Tokens whose logits exist at one time.
+        mesh: The devices that it runs on, if there are several.
+        shardings: How the state is cut over them, before a step and after it.
 
     Returns:
         The step.  `batches` holds arrays (accumulate, batch, seq); metrics are scalars on the
-        device: `loss` (nats per token), `tokens`, `grad_norm`, `finite`, `loss_scale`.
+        device: `loss` (nats per token), `tokens` (trained), `read` (all but padding),
+        `grad_norm`, `finite`, `loss_scale`.
     """
     # Results begin with what is donated, in its order: JAX pairs the two by shape alone, and must
     # not pair arrays in host memory with results on the device.
-    return jax.jit(step_function(model, tx, dropout=dropout, chunk=chunk), donate_argnums=0)
+    step = on_mesh(mesh, step_function(model, tx, dropout=dropout, chunk=chunk))
+    out = None if shardings is None else (shardings, None)
+    return jax.jit(step, donate_argnums=0, out_shardings=out)
+
+
+def on_mesh(mesh: Any, function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function, to be traced, whose layers know the mesh that it is compiled for."""
+    if mesh is None:
+        return function
+
+    @functools.wraps(function)
+    def traced(*args: Any) -> Any:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*args)
+
+    return traced
 
 
 def step_function(
@@ -164,6 +185,7 @@ def step_function(
         metrics = {
             "loss": total * per_token,
             "tokens": tokens,
+            "read": jnp.count_nonzero(batches["segment_ids"]),
             "grad_norm": norm,
             "finite": finite,
             "loss_scale": jnp.copy(state.loss_scale),

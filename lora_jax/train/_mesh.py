@@ -1,0 +1,80 @@
+"""The mesh of a run: its devices by named axes, and how much each of them has."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from .._errors import InputError
+from ._config import MeshSection
+
+AXES = ("data", "fsdp", "sequence", "tensor")
+"""Outermost first: what exchanges most stands last, where devices are nearest to each other."""
+BATCH_AXES = ("data", "fsdp")
+"""What the rows of a batch are cut by."""
+ROOM_FOR_WEIGHTS = 0.5
+"""Share of a device's memory above which frozen weights are cut rather than copied."""
+
+
+def make_mesh(
+    section: MeshSection, devices: Sequence[Any], weights: int, memory: float | None
+) -> jax.sharding.Mesh:
+    """The mesh that a config asks for, over these devices.
+
+    Args:
+        section: The config's.
+        devices: All devices, those of other hosts too.
+        weights: Bytes of what a device without `fsdp` and `tensor` would hold between steps.
+        memory: Bytes of a device; None where nobody knows.
+
+    Raises:
+        InputError: if the axes do not make as many devices as there are.
+    """
+    shape = mesh_shape(section, len(devices), weights, memory)
+    types = (jax.sharding.AxisType.Auto,) * len(AXES)
+    return jax.make_mesh(tuple(shape.values()), AXES, axis_types=types, devices=devices)
+
+
+def mesh_shape(
+    section: MeshSection, count: int, weights: int = 0, memory: float | None = None
+) -> dict[str, int]:
+    """Devices along each axis.
+
+    What the config leaves open takes all devices that are left: `fsdp` if the weights fill more
+    than half of a device, else `data`.
+
+    Example:
+        >>> mesh_shape(MeshSection(tensor=2), 8)
+        {'data': 4, 'fsdp': 1, 'sequence': 1, 'tensor': 2}
+        >>> mesh_shape(MeshSection(), 8, weights=40, memory=60)
+        {'data': 1, 'fsdp': 8, 'sequence': 1, 'tensor': 1}
+    """
+    given = {axis: getattr(section, axis) for axis in AXES}
+    taken = math.prod(n for n in given.values() if n is not None)
+    told = ", ".join(f"{axis} {n}" for axis, n in given.items() if n not in (None, 1))
+    if count % taken:
+        raise InputError(
+            f"mesh: {told} make {taken}, which does not divide the {count} devices; their product"
+            f" has to be one of {', '.join(map(str, _divisors(count)))}"
+        )
+    left, per_device = count // taken, weights / given["tensor"] / (given["fsdp"] or 1)
+    large = memory is not None and per_device > ROOM_FOR_WEIGHTS * memory
+    axis = next((a for a in ("fsdp", "data")[:: 1 if large else -1] if given[a] is None), None)
+    if axis is None and left > 1:
+        raise InputError(
+            f"mesh: {told or 'data 1, fsdp 1'} make {taken} devices, but there are {count}; leave"
+            f" mesh.data out, or set it to {given['data'] * left}"
+        )
+    filled = {a: 1 if n is None else n for a, n in given.items()}
+    return filled if axis is None else {**filled, axis: left}
+
+
+def device_memory() -> float | None:
+    """Bytes of this process's smallest device, if they tell."""
+    limits = [(device.memory_stats() or {}).get("bytes_limit") for device in jax.local_devices()]
+    return None if None in limits else min(limits)  # type: ignore[type-var]
+
+
+def _divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]
