@@ -189,7 +189,8 @@ class _Loop:
 
     def _stop(self, at: int, code: int) -> NoReturn:
         """Save what is not saved yet, and say how to go on."""
-        again = f"./lora train {self.directory / 'config.yaml'} --resume"
+        together = " --distributed" if jax.process_count() > 1 else ""
+        again = f"./lora train {self.directory / 'config.yaml'}{together} --resume"
         if at == 0:
             nothing = "stopped before the first step, so nothing is saved yet"
             _end(f"{self.directory}: {nothing}; {again} starts again", code)
