@@ -34,6 +34,8 @@ _FIX = (
 )
 _PROGRAMS = ("jax", "jaxlib", "flax", "optax")
 _WAIT = 3600 * 1000
+_LAG = 30.0
+"""Seconds that another host's view of a shared file system may lag."""
 _rounds = itertools.count()
 
 
@@ -229,12 +231,11 @@ def _flat(raw: Any, where: str = "") -> dict[str, Any]:
     return {key: value for part in parts for key, value in part.items()}
 
 
-def check_shared(directory: Path, seconds: float = 30) -> None:
+def check_shared(directory: Path) -> None:
     """Make sure that all processes see what process 0 writes beside a directory.
 
     Args:
         directory: The run's, which need not exist yet.
-        seconds: How long another host's file system may lag.
 
     Raises:
         InputError: in a process that does not.
@@ -242,7 +243,7 @@ def check_shared(directory: Path, seconds: float = 30) -> None:
     if jax.process_count() == 1:
         return
     path = directory.parent / once(lambda: _touched_beside(directory))
-    end = time.monotonic() + seconds
+    end = time.monotonic() + _LAG
     while not path.exists():
         if time.monotonic() > end:
             raise InputError(

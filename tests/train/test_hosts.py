@@ -7,6 +7,7 @@ import socket
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -17,6 +18,8 @@ from lora_jax.train import (
     ModelSection,
     RunConfig,
     TrainSection,
+    _hosts,
+    _job,
     config_text,
     join_hosts,
     train,
@@ -24,7 +27,6 @@ from lora_jax.train import (
 from tests.train.processes import Processes, before_step
 
 HOST = socket.gethostname()
-STEPS = 40
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +36,7 @@ def config(base_dir, rows_file, tmp_path_factory) -> RunConfig:
         data=DataSection(train=str(rows_file), max_length=48, eval_share=0.2),
         lora=LoraConfig(r=4, target_modules="all-linear"),
         train=TrainSection(
-            steps=STEPS,
+            steps=20,
             batch_size=4,
             learning_rate=1e-3,
             log_every=1,
@@ -60,48 +62,53 @@ def start(config, tmp_path):
     return start
 
 
-def fails_at_step_12(process: int) -> None:
-    def act(at: int) -> None:
-        if at == 12:
-            raise InputError("rows.jsonl: no longer there")
-
+def fails(process: int) -> None:
     if process == 1:
-        before_step(act)
+        before_step(lambda at: no_rows() if at == 3 else None)
 
 
-def is_preempted_at_step_15(process: int) -> None:
+def no_rows(*_) -> None:
+    raise InputError("rows.jsonl: no longer there")
+
+
+def cannot_read(process: int) -> None:
+    if process == 1:
+        _job.rows_of = no_rows
+
+
+def lives_elsewhere(process: int) -> None:
+    _hosts._LAG = 0.2
+    folder = Path(f"host-{process}")
+    folder.mkdir()
+    os.chdir(folder)
+
+
+def is_preempted(process: int) -> None:
     def act(at: int) -> None:
-        if at == 15:
+        if at == 4:
             signal.raise_signal(signal.SIGTERM)
-        if at >= 15:
+        if at >= 4:
             time.sleep(0.1)
 
     if process == 1:
         before_step(act)
 
 
-def test_one_fails_one_is_preempted_and_the_result_is_that_of_one_process(
+def test_preempted_and_resumed_they_come_to_what_one_process_comes_to(
     start, config, tmp_path, records
 ):
-    """One run in three parts, each of two processes with two devices."""
+    """One run in two parts, each of two processes with two devices."""
     run = Path(config.output)
-    failed = start("--resume", "auto", trouble=fails_at_step_12)
-    assert failed.codes() == [2, 2], failed.said()
-    assert failed.said()[0][-1] == f"error: process 1 of 2 ({HOST}): rows.jsonl: no longer there"
-    assert failed.said()[1][-1:] == ["error: rows.jsonl: no longer there"]
-
-    (tmp_path / "said").rename(tmp_path / "said-before")
-    stopped = start("--resume", "auto", trouble=is_preempted_at_step_15)
+    stopped = start("--resume", "auto", trouble=is_preempted)
     assert stopped.codes() == [0, 0], stopped.said()
-    told = [line for lines in stopped.said() for line in lines if "going on from" in line]
-    assert told == [f"{run}: going on from step 10"]
     told = [line for lines in stopped.said() for line in lines if "stopped and saved" in line]
     again = f"./lora train {run}/config.yaml --distributed --resume goes on"
     assert len(told) == 1 and told[0].endswith(again)
 
-    (tmp_path / "said").rename(tmp_path / "said-then")
+    (tmp_path / "said").rename(tmp_path / "said-before")
     whole = start("--resume", "auto")
     assert whole.codes() == [0, 0], whole.said()
+    assert f"{run}: going on from step" in whole.said()[0][0] and whole.said()[1] == []
     names = sorted(path.name for path in run.iterdir())
     assert names == [
         *("adapter", "checkpoints", "config.yaml", "loss.png", "metrics.jsonl", "report.md")
@@ -133,3 +140,72 @@ def test_another_config_is_named_by_all(start, tmp_path):
     )
     assert processes.said() == [[line], [line]]
     assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    "trouble", [cannot_read, pytest.param(fails, marks=pytest.mark.slow)], ids=["data", "step"]
+)
+def test_an_error_of_one_ends_all(start, trouble, tmp_path):
+    processes = start(trouble=trouble, output=str(tmp_path / "failed"))
+    assert processes.codes() == [2, 2], processes.said()
+    error = "rows.jsonl: no longer there"
+    assert processes.said()[0][-1] == f"error: process 1 of 2 ({HOST}): {error}"
+    assert processes.said()[1] == [f"error: {error}"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("victim", [0, 1])
+def test_who_dies_or_hangs_is_named(start, config, victim, number, tmp_path):
+    run = tmp_path / "lost"
+    endless = dataclasses.replace(config.train, steps=100_000, save_every=100_000)
+    processes = start(train=endless, output=str(run))
+    processes.wait_for(run / "metrics.jsonl", 5)
+    before = time.monotonic()
+    processes.send(number, victim)
+    assert processes.codes(victim) == [1], processes.said()
+    assert time.monotonic() - before < 3 * config.train.heartbeat
+    (line,) = [x for x in processes.said()[1 - victim] if not x.startswith("step")]
+    assert line.startswith(f"error: process {victim} of 2 ({HOST}) has ")
+    assert line.endswith(f"./lora train {run}/config.yaml --distributed --resume goes on")
+
+
+@pytest.mark.slow
+def test_four_processes_come_to_the_same(start, config, tmp_path):
+    runs = [tmp_path / "four", tmp_path / "alone"]
+    processes = start(count=4, output=str(runs[0]))
+    assert processes.codes() == [0] * 4, processes.said()
+    train(dataclasses.replace(config, output=str(runs[1])))
+    compare_adapters(*runs)
+
+
+def test_an_output_that_is_not_shared_is_refused(start, tmp_path):
+    processes = start(trouble=lives_elsewhere, output="run")
+    assert processes.codes() == [2, 2]
+    error = (
+        "output: run here is not the directory that process 0 writes to; give one that all hosts"
+        " share"
+    )
+    assert processes.said()[0][-1] == f"error: process 1 of 2 ({HOST}): {error}"
+
+
+@pytest.mark.parametrize(
+    ("variables", "problem"),
+    [
+        ({}, "no cluster found, nor JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID;"),
+        ({"ID": "2"}, "JAX_PROCESS_ID: must be from 0 to 1, as JAX_NUM_PROCESSES is 2, got 2"),
+        ({"ID": "one"}, "JAX_PROCESS_ID: must be a number, got 'one'"),
+        ({"ID": "1", "ADDRESS": "here"}, "JAX_COORDINATOR_ADDRESS: must be HOST:PORT, got 'here'"),
+        ({"ID": "1"}, "process 1 of 2: JAX is in use already; join before anything is computed"),
+    ],
+)
+def test_who_is_who_has_to_be_told(variables, problem, monkeypatch, message_of):
+    for name in ("COORDINATOR_ADDRESS", "NUM_PROCESSES", "PROCESS_ID"):
+        monkeypatch.delenv(f"JAX_{name}", raising=False)
+    if variables:
+        monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
+        monkeypatch.setenv("JAX_PROCESS_ID", variables["ID"])
+        address = variables.get("ADDRESS", "127.0.0.1:9")
+        monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", address)
+    jax.devices()
+    assert problem in message_of(lambda: join_hosts(timeout=5).__enter__())
