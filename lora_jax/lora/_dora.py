@@ -94,7 +94,7 @@ def _scale_forward(y: Array, c: Array) -> tuple[Array, tuple[Array, Array]]:
 def _scale_backward(kept: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
     y, c = kept
     products = g.astype(jnp.float32) * y.astype(jnp.float32)
-    return (c * g).astype(y.dtype), jnp.sum(products.reshape(-1, len(c)), axis=0)
+    return (c * g).astype(y.dtype), jnp.sum(products, axis=tuple(range(y.ndim - 1)))
 
 
 _scaled.defvjp(_scale_forward, _scale_backward)

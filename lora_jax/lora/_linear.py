@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float, Int
 
+from .._mesh_axes import mesh_size
 from .._tree import vary_together
 from .._typing import Array, Key
 from ..quant import QuantizedTensor, quantized_matmul
@@ -176,14 +177,26 @@ def _delta_forward(x: Array, a: Array, b: Array, scaling: Array):
 
 def _delta_backward(residuals, g):
     whole, a, b, scaling, h = residuals
-    x, h, g = (jnp.asarray(y).reshape(-1, y.shape[-1]) for y in (whole, h, g))
+    x, h, g = (_tokens(jnp.asarray(y)) for y in (whole, h, g))
     # As xᵀ·(g·Bᵀ) the thin products have a badly laid out left operand (5 times slower on
     # XLA:CPU); as (rank, tokens) matrices they have not.  The barriers keep XLA from turning
     # them back, by way of dA's transpose too, and from recomputing activations inside them.
-    thin_g, thin_h = jax.lax.optimization_barrier((_scaled(b, g.T, scaling), h.T))
-    da = jax.lax.optimization_barrier(thin_g @ x).T
-    dx = (thin_g.T @ a.T).reshape(whole.shape)
-    return dx, da, thin_h @ g, jnp.zeros_like(scaling)
+    thin = _scaled(b, jnp.moveaxis(g, -1, -2), scaling), jnp.moveaxis(h, -1, -2)
+    thin_g, thin_h = jax.lax.optimization_barrier(thin)
+    da = jax.lax.optimization_barrier(_over_tokens(thin_g, x)).T
+    dx = (jnp.moveaxis(thin_g, -1, -2) @ a.T).reshape(whole.shape)
+    return dx, da, _over_tokens(thin_h, g), jnp.zeros_like(scaling)
+
+
+def _tokens(x: Array) -> Array:
+    """All tokens of a batch along one axis; where devices hold parts of a row, its axes stay."""
+    return x if mesh_size("sequence") > 1 and x.ndim > 2 else x.reshape(-1, x.shape[-1])
+
+
+def _over_tokens(thin: Array, x: Array) -> Array:
+    """(..., rank, seq)·(..., seq, d), summed over rows."""
+    rows = tuple(range(x.ndim - 2))
+    return jax.lax.dot_general(thin, x, (((*rows, x.ndim - 1), (*rows, x.ndim - 2)), ((), ())))
 
 
 def _scaled(x: Array, y: Array, scaling: Array) -> Array:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Bool, Float
 
+from .._mesh_axes import cut, mesh_size
 from .._typing import Array
 from ._cudnn import fused_attend, why_not
 
@@ -66,8 +67,9 @@ def attend(
     """
     batch, seq, heads, d = query.shape
     keys, kv_heads = key.shape[1:3]
-    how = _How(d**-0.5 if scale is None else scale, cap, score_bytes)
-    fused = fused and seq == keys and seq > 1
+    how = _how(d, scale, cap, score_bytes)
+    parts = mesh_size("sequence") if seq == keys else 1
+    fused = fused and seq == keys and seq > 1 and parts == 1
     if fused and attention_path(query.dtype, heads // kv_heads, d, cap) == "cudnn":
         return checkpoint_name(fused_attend(query, key, value, mask, how.scale), NAME)
     seen: Array = jnp.tril(jnp.ones((1, 1, seq, keys), bool)) if mask is None else mask
@@ -77,6 +79,9 @@ def attend(
         key.transpose(0, 2, 1, 3),
         value.transpose(0, 2, 1, 3),
     )
+    if parts > 1:
+        out = _attend_in_parts(how, parts, *by_head, seen[:, :, None])
+        return out.transpose(0, 3, 1, 2, 4).reshape(batch, seq, heads, d)
     # XLA on CPUs multiplies twice as fast what lies head by head in memory.
     by_head = jax.lax.optimization_barrier(by_head)
     out = jax.lax.optimization_barrier(_attend(how, *by_head, seen[:, :, None]))
@@ -101,10 +106,27 @@ def attend_cached(
         True
     """
     batch, seq, heads, d = query.shape
-    how = _How(d**-0.5 if scale is None else scale, cap, score_bytes)
+    how = _how(d, scale, cap, score_bytes)
     grouped = query.reshape(batch, seq, key.shape[1], -1, d).transpose(0, 2, 3, 1, 4)
     out: Array = _attend(how, grouped, key, value, mask[:, :, None])
     return out.transpose(0, 3, 1, 2, 4).reshape(batch, seq, heads, d)
+
+
+def _attend_in_parts(
+    how: "_How", parts: int, query: Array, key: Array, value: Array, mask: Array
+) -> Array:
+    """`_attend` where devices hold parts of the tokens: each its queries, and all keys."""
+    open_axis = jax.sharding.PartitionSpec.UNCONSTRAINED
+    key, value = (cut(x, ("data", "fsdp"), open_axis, None, None) for x in (key, value))
+
+    def split(x: Array) -> Array:
+        """(parts, ..., seq / parts, last)."""
+        x = x.reshape(*x.shape[:-2], parts, -1, x.shape[-1])
+        return cut(jnp.moveaxis(x, -3, 0), "sequence", *[open_axis] * (x.ndim - 1))
+
+    attend = jax.vmap(functools.partial(_attend, how), in_axes=(0, None, None, 0))
+    out = jnp.moveaxis(attend(split(query), key, value, split(mask)), 0, -3)
+    return out.reshape(query.shape)
 
 
 def attention_path(dtype: Any, group: int, d: int, cap: float | None = None) -> str:
@@ -141,6 +163,12 @@ class _How:
         if self.cap is not None:
             d_scores = d_scores * (1 - jnp.square(scores / self.cap))
         return d_scores * self.scale
+
+
+def _how(d: int, scale: float | None, cap: float | None, score_bytes: int) -> _How:
+    """`score_bytes` are a device's, and shapes those of all."""
+    devices = mesh_size("data", "fsdp", "tensor")
+    return _How(d**-0.5 if scale is None else scale, cap, score_bytes * devices)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -38,11 +38,13 @@ class Entry:
         state = {name: entry.read() for name, entry in (self.state or {}).items()}
         return read_bitsandbytes(self.read(), state, name=f"{self.file}: {self.key}")
 
-    def read(self) -> np.ndarray:
-        """The tensor as the file has it."""
+    def read(self, index: tuple[slice, ...] | None = None) -> np.ndarray:
+        """The tensor as the file has it, or a range of it: no other bytes are copied."""
         # Opened anew for each tensor: pages of a file that stays mapped count as used memory.
         with open_tensors(self.file) as tensors:
-            return tensors.get_tensor(self.key)
+            if index is None:
+                return tensors.get_tensor(self.key)
+            return tensors.get_slice(self.key)[index]
 
 
 def read_config(directory: str | Path) -> ModelConfig:

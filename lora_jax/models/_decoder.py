@@ -16,6 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Bool, Float, Int
 
 from .._errors import InputError, nearest
+from .._mesh_axes import cut
 from .._typing import Array
 from ._attention import NAME as ATTENTION
 from ._cache import KVCache
@@ -24,6 +25,8 @@ from ._layers import MLP, PRODUCT, RESIDUAL, Attention, Layer, Norm, Places
 from ._rope import rope_rotations
 
 INPUT_NAME = "layer_input"
+TOKENS = (("data", "fsdp"), "sequence")
+"""Axes of the mesh that activations (batch, seq, d) are cut by between layers."""
 
 REMAT_POLICIES = {
     "everything": None,
@@ -66,6 +69,8 @@ class Block(nn.Module):
             return x if name is None else Norm(c.rms_norm_eps, family.norm, name=name)(x)
 
         x, cache = carry
+        # Left open, a weight cut over the mesh would have the activations cut as it is.
+        x = cut(x, *TOKENS)
         # Named inside the scanned body: a stack of carries cannot be sent to the host.
         x = checkpoint_name(x, INPUT_NAME)
         attention = Attention(c, self.dtype, self.fused_attention, name=family.attention)

@@ -1,6 +1,7 @@
 """Hugging Face directories read in, a tensor at a time, quantized on the way."""
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from ._config import ModelConfig
 from ._decoder import CausalLM
 from ._formats import abstract_params, quant_of, stacked_axes
 from ._read import read_leaf
+from ._read_placed import Place, read_placed
 
 NO_FLOAT16 = "JAX has no float16 attention on CPUs; use bfloat16 or float32"
 
@@ -70,6 +72,7 @@ def load_pretrained(
     dtype: str = "float32",
     param_dtype: str | None = None,
     remat: str = "everything",
+    place: Place | None = None,
 ) -> Pretrained:
     """Read a Hugging Face directory: `config.json`, `*.safetensors`, the tokenizer's files.
 
@@ -85,6 +88,11 @@ def load_pretrained(
         param_dtype: Type of the dense parameters; None keeps the file's.
         remat: What the backward pass keeps of a layer: `"everything"`, `"nothing"` (its input
             only), `"dots"`, `"names"` or `"offload"` (see `REMAT_POLICIES`).
+        place: Where each parameter belongs on a mesh of devices, of one process or many: called
+            with a leaf's path and its `jax.ShapeDtypeStruct`, or a `QuantizedTensor` of them, it
+            returns the same with a `NamedSharding` for each array. A process then reads from the
+            files what its own devices hold, and what is quantized is quantized in its place, to
+            the same bits.
 
     Returns:
         The module, its parameters, config and tokenizer.
@@ -119,11 +127,11 @@ def load_pretrained(
     entries = checkpoint_entries(directory, config.family)
     plan = _checked(directory, config, entries)
     tokenizer = _tokenizer(directory, config)
+    read = read_leaf if place is None else functools.partial(read_placed, place=place)
     leaves = {}
     for path, parts in plan.items():
-        leaves[path] = read_leaf(
-            path, parts, quant_of(path, quant, config.family), param_dtype, config.family
-        )
+        own = quant_of(path, quant, config.family)
+        leaves[path] = read(path, parts, own, param_dtype, config.family)
     return Pretrained(module, tree_from_paths(leaves), config, tokenizer, directory)
 
 

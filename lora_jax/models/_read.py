@@ -2,7 +2,9 @@
 
 import dataclasses
 import functools
+import itertools
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -40,7 +42,7 @@ def read_leaf(
     Raises:
         InputError: for a weight that is to be quantized and not finite, or is quantized already.
     """
-    dtype = jnp.dtype(param_dtype or jnp.result_type(*(DTYPES[part.dtype] for part in parts)))
+    dtype = dtype_of(parts, param_dtype)
     if any(part.state for part in parts):
         return _read_quantized(path, parts, quant, dtype, family)
     transpose = is_transposed(path)
@@ -59,6 +61,11 @@ def read_leaf(
         # Without waiting, many tensors are read before the first is written.
         stack = jax.block_until_ready(_fill(stack, tensor, i, quant=quant))
     return stack
+
+
+def dtype_of(parts: list[Entry], param_dtype: str | None) -> Any:
+    """The dtype of the leaf that tensors become."""
+    return jnp.dtype(param_dtype or jnp.result_type(*(DTYPES[part.dtype] for part in parts)))
 
 
 def _read(part: Entry, transpose: bool, *, finite: bool = False) -> jax.Array:
@@ -93,6 +100,24 @@ def _read_quantized(
     path: str, parts: list[Entry], quant: QuantConfig | None, dtype: Any, family: Family
 ) -> QuantizedTensor:
     """A kernel, or a stack of them, that bitsandbytes quantized; they stay as they are."""
+    layers = quantized_layers(path, parts, quant, dtype)
+    first = next(layers)
+    if not stacked_axes(path, family):
+        return first
+    stack = _stack_of_zeros(first, len(parts))
+    for i, layer in enumerate(itertools.chain([first], layers)):
+        stack = jax.block_until_ready(_fill(stack, layer, i, quant=None))
+    return stack
+
+
+def quantized_layers(
+    path: str, parts: list[Entry], quant: QuantConfig | None, dtype: Any
+) -> Iterator[QuantizedTensor]:
+    """Kernels that bitsandbytes quantized, one at a time.
+
+    Raises:
+        InputError: where they are no kernels, differ, or are to be quantized again.
+    """
     if not is_kernel(path):
         raise InputError(
             f"{parts[0].file}: {parts[0].key} is in four bits, which only kernels may be; keep it"
@@ -107,19 +132,16 @@ def _read_quantized(
             f"{dense[0].file}: {dense[0].key} is not quantized, but {parts[0].key} or another layer"
             " of its stack is; quantize all layers alike, or none"
         )
-    if not stacked_axes(path, family):
-        return dataclasses.replace(parts[0].read_quantized(), dtype=dtype)
-    stack: Any = None
-    for i, part in enumerate(parts):
+    structure: Any = None
+    for part in parts:
         layer = dataclasses.replace(part.read_quantized(), dtype=dtype)
-        stack = _stack_of_zeros(layer, len(parts)) if stack is None else stack
-        if jax.tree.structure(layer) != jax.tree.structure(stack):
+        structure = structure or jax.tree.structure(layer)
+        if jax.tree.structure(layer) != structure:
             raise InputError(
                 f"{part.file}: {part.key} is quantized otherwise than {parts[0].key}; quantize all"
                 " layers alike"
             )
-        stack = jax.block_until_ready(_fill(stack, layer, i, quant=None))
-    return stack
+        yield layer
 
 
 @functools.partial(jax.jit, static_argnames="quant", donate_argnums=0)
@@ -143,9 +165,14 @@ def _stack_of_zeros(layer: Any, layers: int) -> Any:
 def _read_finite(part: Entry) -> np.ndarray:
     """A tensor that is to be quantized; NaN and infinity are refused by its name."""
     tensor = part.read()
-    if not np.isfinite(tensor).all():
+    check_finite(part, np.isfinite(tensor).all())
+    return tensor
+
+
+def check_finite(part: Entry, finite: Any) -> None:
+    """Refuse a tensor that holds what cannot be quantized."""
+    if not finite:
         raise InputError(
             f"{part.file}: {part.key} holds weights that are not finite, which cannot be"
             " quantized; the file is damaged, copy it again"
         )
-    return tensor

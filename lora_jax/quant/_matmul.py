@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Float
 
 from .._errors import InputError, nearest
+from .._mesh_axes import mesh_size
 from .._typing import Array
 from . import _gpu
 from ._tensor import QuantizedTensor, absmax, block_values, cuts_in_use, gathered, matrix
@@ -108,7 +109,7 @@ def explain(
     """
     _check(x, q, None)
     backend = backend or jax.default_backend()
-    tokens = math.prod(x.shape[:-1])
+    tokens = math.prod(x.shape[:-1]) // mesh_size("data", "fsdp", "sequence")
     whole = _dense_bytes(q, x.dtype)
     no_kernel = _gpu.why_not(q, x.dtype) if backend == "gpu" else None
     if backend == "gpu" and no_kernel is None and tokens <= _gpu.most_rows():

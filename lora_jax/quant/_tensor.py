@@ -12,6 +12,7 @@ from flax.core import meta
 from jaxtyping import Float
 
 from .._errors import InputError
+from .._mesh_axes import mesh_size
 from .._tree import tree_bytes
 from .._typing import Array
 from . import _gpu
@@ -268,10 +269,7 @@ def gathered(q: QuantizedTensor) -> QuantizedTensor:
 
 def cuts_in_use(q: QuantizedTensor) -> tuple[int, int]:
     """Into how many parts the rows and the columns stay cut while a layer computes."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if q.in_use is None or mesh.empty or mesh.manual_axes:
-        return 1, 1
-    rows, columns = (math.prod(mesh.shape[axis] for axis in axes) for axes in q.in_use)
+    rows, columns = (mesh_size(*axes) for axes in q.in_use or ((), ()))
     return rows, columns
 
 

@@ -123,9 +123,9 @@ class Job(Setup):
     """Where each training row stands in its file."""
 
 
-def load_base(section: ModelSection, quant: Any = None) -> Pretrained:
-    """The base of a run, quantized as it is read if `quant` says so."""
-    pretrained = load_pretrained(_directory(section), quant=quant, **_types(section))
+def load_base(section: ModelSection, quant: Any = None, place: Any = None) -> Pretrained:
+    """The base of a run, quantized as it is read if `quant` says so, and where `place` says."""
+    pretrained = load_pretrained(_directory(section), quant=quant, place=place, **_types(section))
     return add_tokens(pretrained, section.add_tokens)
 
 
@@ -162,7 +162,7 @@ def prepare(config: RunConfig) -> Job:
     section, quant = _model_section(config), _quant_as_read(config)
     partition = _partition(config, jax.devices(), device_memory())
     partition = None if partition.mesh.size == 1 else partition
-    pretrained = load_base(section, quant)
+    pretrained = load_base(section, quant, partition and partition.place)
     data = with_length(config.data, pretrained)
     examples = examples_of(rows, data, pretrained)
     setup = _set_up(config, pretrained, examples)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, jaxpr_as_fun
 from jaxtyping import Bool, Float, Int
 
+from .._mesh_axes import mesh_size
 from .._typing import Array
 
 
@@ -31,7 +32,7 @@ def next_token_loss(
         hidden: Last hidden states.
         input_ids: Token ids; position t is predicted from the hidden state at t - 1.
         loss_mask: True where a token counts as a target.
-        chunk: Tokens per chunk (at least one of each row).
+        chunk: Tokens per chunk on each device (at least one of each row).
 
     Returns:
         (loss summed in nats, number of trained tokens).
@@ -42,23 +43,35 @@ def next_token_loss(
         >>> round(float(loss / count), 4), int(count)     # log 4
         (1.3863, 2)
     """
-    batch, seq, width = hidden.shape[0], hidden.shape[1] - 1, hidden.shape[2]
-    length = min(max(chunk // batch, 1), seq)
-    mask = loss_mask[:, 1:]
-    # Within each row, so that rows may lie on different devices.
-    order = jnp.argsort(~mask, axis=1, stable=True)
-    rows = jnp.arange(batch)[:, None]
+    mask = jnp.roll(loss_mask, -1, axis=1).at[:, -1].set(False)
+    states, targets, ours = map(_rows, (hidden, jnp.roll(input_ids, -1, axis=1), mask))
+    (rows, seq), width = ours.shape, hidden.shape[2]
+    # Within each row, so that none has to come from another device.
+    order = jnp.argsort(~ours, axis=1, stable=True)
+    length = min(max(chunk * mesh_size("data", "fsdp", "sequence") // rows, 1), seq)
 
     def chunks(x: Array) -> Array:
-        """(chunks, batch, positions, ...), what is trained on first."""
-        x = x.at[rows, order].get(unique_indices=True, mode="promise_in_bounds")
+        """(chunks, rows, positions, ...), what is trained on first."""
+        x = jax.vmap(_take)(x, order)
         x = jnp.pad(x, ((0, 0), (0, -seq % length), *[(0, 0)] * (x.ndim - 2)))
-        return x.reshape(batch, -1, length, *x.shape[2:]).swapaxes(0, 1)
+        return x.reshape(rows, -1, length, *x.shape[2:]).swapaxes(0, 1)
 
     # All that the head closes over becomes an argument: a trained part of it has a gradient.
-    opened = jax.make_jaxpr(head)(jax.ShapeDtypeStruct((batch * length, width), hidden.dtype))
-    states, targets, ours = chunks(hidden[:, :-1]), chunks(input_ids[:, 1:]), chunks(mask)
-    return _loss(opened.jaxpr, states, opened.consts, targets, ours), jnp.sum(mask)
+    opened = jax.make_jaxpr(head)(jax.ShapeDtypeStruct((rows * length, width), hidden.dtype))
+    return _loss(
+        opened.jaxpr, chunks(states), opened.consts, chunks(targets), chunks(ours)
+    ), jnp.sum(mask)
+
+
+def _rows(x: Array) -> Array:
+    """What a device has of a row as a row of its own, those of one device together."""
+    parts = mesh_size("sequence")
+    x = x.reshape(x.shape[0], parts, -1, *x.shape[2:])
+    return jnp.moveaxis(x, 1, 0).reshape(-1, *x.shape[2:])
+
+
+def _take(x: Array, order: Array) -> Array:
+    return x.at[order].get(unique_indices=True, mode="promise_in_bounds")
 
 
 def _chunk_loss(head: Jaxpr, states: Array, weights: Any, targets: Array, mask: Array) -> Array:

@@ -1,6 +1,7 @@
 """Several processes that train one run: the same result, one set of files, one reason to end."""
 
 import dataclasses
+import functools
 import os
 import signal
 import socket
@@ -76,9 +77,9 @@ def cannot_read(process: int) -> None:
         _job.rows_of = no_rows
 
 
-def lives_elsewhere(process: int) -> None:
+def lives_elsewhere(where: Path, process: int) -> None:
     _hosts._LAG = 0.2
-    folder = Path(f"host-{process}")
+    folder = where / f"host-{process}"
     folder.mkdir()
     os.chdir(folder)
 
@@ -180,7 +181,7 @@ def test_four_processes_come_to_the_same(start, config, tmp_path):
 
 
 def test_an_output_that_is_not_shared_is_refused(start, tmp_path):
-    processes = start(trouble=lives_elsewhere, output="run")
+    processes = start(trouble=functools.partial(lives_elsewhere, tmp_path), output="run")
     assert processes.codes() == [2, 2]
     error = (
         "output: run here is not the directory that process 0 writes to; give one that all hosts"
