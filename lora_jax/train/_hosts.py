@@ -19,7 +19,6 @@ import numpy as np
 from jax._src import distributed
 from jax.experimental import multihost_utils
 
-from .._errors import InputError
 from .._files import reported
 from .._interrupt import StopRequest
 from ._config import RunConfig
@@ -57,10 +56,6 @@ def once(act: Callable[[], Any]) -> Any:
     if is_first():
         _client().key_value_set(key, json.dumps(act()))
     return json.loads(_client().blocking_key_value_get(key, _WAIT))
-
-
-def _meet() -> None:
-    _client().wait_at_barrier(f"lora/meet/{next(_rounds)}", _WAIT)
 
 
 def agree(own: Mapping[str, Any], fix: str) -> None:
@@ -126,22 +121,20 @@ def check_shared(directory: Path) -> None:
         directory: The run's, which need not exist yet.
 
     Raises:
-        InputError: in a process that does not.
+        InputError: in every process, if one does not.
     """
     if jax.process_count() == 1:
         return
     path = directory.parent / once(lambda: _touched_beside(directory))
     end = time.monotonic() + _LAG
-    while not path.exists():
-        if time.monotonic() > end:
-            raise InputError(
-                f"output: {directory} here is not the directory that process 0 writes to; give one"
-                " that all hosts share"
-            )
+    while not path.exists() and time.monotonic() < end:
         time.sleep(0.1)
-    _meet()
-    if is_first():
-        path.unlink()
+    seen = {f"process 0's file beside {directory}": "there" if path.exists() else "missing"}
+    try:
+        agree(seen, "output has to be a directory that all hosts share")
+    finally:
+        if is_first():
+            path.unlink()
 
 
 def _touched_beside(directory: Path) -> str:

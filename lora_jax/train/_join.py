@@ -57,7 +57,12 @@ def _leave(watch: Watch) -> None:
 def _join(timeout: float) -> Watch:
     address, count, process, devices = _cluster(timeout)
     joined: list[Watch] = []
-    relay = Relay(address, lambda: [watch.lost() for watch in joined] and None)
+
+    def lost() -> None:
+        for watch in joined:
+            watch.lost()
+
+    relay = Relay(address, lost)
     if any(name in os.environ for name in ("grpc_proxy", "http_proxy", "https_proxy")):
         # None stands between this process and its own relay.
         os.environ.setdefault("no_grpc_proxy", "127.0.0.1")

@@ -183,11 +183,12 @@ def test_four_processes_come_to_the_same(start, config, tmp_path):
 def test_an_output_that_is_not_shared_is_refused(start, tmp_path):
     processes = start(trouble=functools.partial(lives_elsewhere, tmp_path), output="run")
     assert processes.codes() == [2, 2]
-    error = (
-        "output: run here is not the directory that process 0 writes to; give one that all hosts"
-        " share"
+    line = (
+        f"error: process 1 ({HOST}): process 0's file beside run is 'missing', process 0 has"
+        " 'there'; output has to be a directory that all hosts share"
     )
-    assert processes.said()[0][-1] == f"error: process 1 of 2 ({HOST}): {error}"
+    assert [said[-1] for said in processes.said()] == [line, line]
+    assert not [path for host in tmp_path.glob("host-*") for path in host.iterdir()]
 
 
 @pytest.mark.parametrize(
