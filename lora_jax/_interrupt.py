@@ -1,6 +1,7 @@
 """Ctrl-C and SIGTERM: an end in order, with a line that says how to go on."""
 
 import contextlib
+import os
 import signal
 import sys
 import threading
@@ -48,7 +49,8 @@ def stop_signals() -> Iterator[StopRequest]:
             raise KeyboardInterrupt
         asked.code = _code(number)
         asked.set()
-        print("stopping after this step; once more stops at once", file=sys.stderr)
+        with contextlib.suppress(RuntimeError):  # in the midst of another write
+            print("stopping after this step; once more stops at once", file=sys.stderr)
 
     with _handled(handle):
         yield asked
@@ -56,8 +58,16 @@ def stop_signals() -> Iterator[StopRequest]:
 
 @contextlib.contextmanager
 def stops_at_once(message: str) -> Iterator[None]:
-    """Where nothing has to be put in order, SIGINT or SIGTERM ends with this message."""
-    with _handled(lambda number, frame: stop(message, _code(number))):
+    """Where nothing has to be put in order, SIGINT or SIGTERM ends the process with this line."""
+
+    def handle(number: int, frame: Any) -> None:
+        with contextlib.suppress(RuntimeError):
+            sys.stdout.flush()
+        os.write(2, f"{message}\n".encode())
+        # An exception would be lost where it meets a callback, of the garbage collector say.
+        os._exit(_code(number))
+
+    with _handled(handle):
         yield
 
 

@@ -1,6 +1,7 @@
 """The command line: parse, call, print."""
 
 import argparse
+import contextlib
 import difflib
 import json
 import re
@@ -111,8 +112,7 @@ def _train(options: argparse.Namespace, overrides: list[str]) -> None:
     with stops_at_once(nothing):
         result = _trained(options, _run_config(options, overrides))
     if result is not None:
-        with stops_at_once(f"{result.directory}: the run is finished; its report is not written"):
-            _report(result)
+        _finish(result)
 
 
 def _train_together(options: argparse.Namespace, overrides: list[str]) -> None:
@@ -125,25 +125,13 @@ def _train_together(options: argparse.Namespace, overrides: list[str]) -> None:
         watch.begin(config.train.heartbeat, again)
         result = _trained(options, config)
         if result is not None:
-            once(lambda: _report(result))
+            once(lambda: _finish(result))
 
 
 def _run_config(options: argparse.Namespace, overrides: list[str]) -> Any:
     from .train import load_config
 
     return load_config(options.config, _with_output(options, overrides))
-
-
-def _report(result: Any) -> None:
-    """Draw and describe a run, and say where it is."""
-    from .report import draw_loss, write_report
-
-    draw_loss(result.directory)
-    write_report(result.directory)
-    _say(_console())(
-        f"held-out loss {result.before.loss:.4f} before, {result.after.loss:.4f} after"
-        f"{' (stopped early, best kept)' if result.stopped_early else ''}; {result.directory}"
-    )
 
 
 def _trained(options: argparse.Namespace, config: Any) -> Any:
@@ -157,13 +145,39 @@ def _trained(options: argparse.Namespace, config: Any) -> Any:
         say(describe_job(job))
         return None
     if options.resume == "auto" and once(lambda: is_finished(job.config)):
-        say(f"{job.config.output}: this run is finished; there is nothing left to do")
+        directory = Path(job.config.output)
+        once(lambda: (directory / "report.md").exists() or _report(directory))
+        say(f"{directory}: this run is finished; there is nothing left to do")
         return None
     for note in job.train.report.notes:
         say(f"note: {note}")
     resume = "auto" if options.resume == "auto" else options.resume is not None
     with TrainingProgress(console) as progress:
         return run(job, resume=resume, listener=progress)
+
+
+def _finish(result: Any) -> None:
+    """Write the report of a run, and say where it is."""
+    _report(result.directory)
+    _say(_console())(
+        f"held-out loss {result.before.loss:.4f} before, {result.after.loss:.4f} after"
+        f"{' (stopped early, best kept)' if result.stopped_early else ''}; {result.directory}"
+    )
+
+
+def _report(directory: Path) -> None:
+    from .report import draw_loss, write_report
+    from .train import several_hosts
+
+    # Several end together, so one of them does not stop by itself.
+    unless = (
+        contextlib.nullcontext()
+        if several_hosts()
+        else stops_at_once(f"{directory}: this run is finished, but for its report")
+    )
+    with unless:
+        draw_loss(directory)
+        write_report(directory)
 
 
 def _sweep(options: argparse.Namespace, overrides: list[str]) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -228,6 +229,29 @@ def test_a_second_run_does_not_overwrite_the_first(trained: Path, capsys):
     message = refused(capsys, "train", str(trained.parent / "run.yaml"))
     assert "nothing to resume" in message and "run-2" in message
     assert (trained / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_finished_run_has_nothing_left_to_do(trained: Path, capsys):
+    before = (trained / "metrics.jsonl").read_bytes()
+    (trained / "report.md").unlink()
+    main(["train", "--resume", "auto", str(trained / "config.yaml")])
+    assert "this run is finished; there is nothing left to do" in capsys.readouterr().out
+    assert (trained / "report.md").exists()
+    assert (trained / "metrics.jsonl").read_bytes() == before
+    other = ("train", str(trained / "config.yaml"), "--resume", "auto", "--lora.r", "3")
+    assert "was started with lora.r" in refused(capsys, *other)
+    # Without `auto` the word that follows is the config.
+    assert "finished" in refused(capsys, "train", "--resume", str(trained / "config.yaml"))
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
+def test_a_signal_while_a_run_is_made_ready(run_file, capfd, monkeypatch, number, code):
+    monkeypatch.setattr("lora_jax.train.prepare", lambda config: signal.raise_signal(number))
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", str(run_file), "--resume", "auto"])
+    assert stopped.value.code == code
+    assert "nothing is saved yet; the same command starts again" in capfd.readouterr().err
 
 
 def test_quickstart_refuses_what_it_cannot_compare(capsys):

@@ -15,6 +15,7 @@ from ._evaluate import evaluate as evaluate
 from ._evaluate import make_eval_step as make_eval_step
 from ._hosts import is_first as is_first
 from ._hosts import once as once
+from ._hosts import several_hosts as several_hosts
 from ._job import Job as Job
 from ._job import Setup as Setup
 from ._job import load_base as load_base

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import errno
 import functools
+import gc
 import hashlib
 import json
 import logging
@@ -24,6 +25,7 @@ from ._fingerprint import fingerprints
 from ._metrics import notice
 from ._rundir import next_directory
 
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
 _NO_STEP = 2**31 - 1
 """Above all steps."""
 
@@ -105,12 +107,14 @@ class Checkpoints:
     def _read(self, step: int, like: Callable[[dict[str, Any]], Any]) -> Saved | str:
         """A checkpoint, or in words what is wrong with it; all processes find the same."""
         found, problem = None, "another process cannot read it"
-        try:
-            with _quietly():
+        with _quietly(), _unheard():
+            try:
                 found = self._load(self._directory.absolute() / str(step), like)
-        # Orbax has no error of its own: a broken file shows as any of many kinds.
-        except Exception as error:
-            problem = first_line(error)
+            # Orbax has no error of its own: a broken file shows as any of many kinds.
+            except Exception as error:
+                problem = first_line(error)
+            if found is None:
+                gc.collect()
         if not multihost_utils.process_allgather(np.asarray(found is not None)).all():
             return problem
         assert found is not None
@@ -186,9 +190,8 @@ def _writing(directory: Path) -> Iterator[None]:
     except (OSError, ValueError) as error:
         # What a failed save leaves behind complains until the process ends, so the hook stays.
         logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-        reason = getattr(error, "strerror", None) or str(error).strip().split("\n")[0][:200]
-        full = os.strerror(errno.ENOSPC)
-        reason = full if full in str(error) else reason
+        known = (os.strerror(number) for number in _NO_ROOM if os.strerror(number) in str(error))
+        reason = getattr(error, "strerror", None) or next(known, first_line(error))
         raise InputError(f"{directory}: cannot write: {reason}") from error
 
 
@@ -196,6 +199,17 @@ def _unless_left_behind(hook: Any, error: Any) -> None:
     """Pass an error on, but for that of orbax's other writes, whose event loop has ended."""
     if str(error.exc_value) != "Event loop is closed":
         hook(error)
+
+
+@contextlib.contextmanager
+def _unheard() -> Iterator[None]:
+    """Where one read fails, orbax's others complain, each at length, as they are collected."""
+    hook = sys.unraisablehook
+    sys.unraisablehook = lambda error: None
+    try:
+        yield
+    finally:
+        sys.unraisablehook = hook
 
 
 @contextlib.contextmanager

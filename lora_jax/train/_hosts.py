@@ -37,6 +37,11 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
+def several_hosts() -> bool:
+    """Whether this process trains together with others."""
+    return jax.process_count() > 1
+
+
 def once(act: Callable[[], Any]) -> Any:
     """Let process 0 do something while the others wait; if it fails, all end with its error.
 
@@ -50,7 +55,7 @@ def once(act: Callable[[], Any]) -> Any:
         >>> once(lambda: 1 + 1)
         2
     """
-    if jax.process_count() == 1:
+    if not several_hosts():
         return act()
     key = f"lora/once/{next(_rounds)}"
     if is_first():
@@ -123,7 +128,7 @@ def check_shared(directory: Path) -> None:
     Raises:
         InputError: in every process, if one does not.
     """
-    if jax.process_count() == 1:
+    if not several_hosts():
         return
     path = directory.parent / once(lambda: _touched_beside(directory))
     end = time.monotonic() + _LAG

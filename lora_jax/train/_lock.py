@@ -43,9 +43,11 @@ def _hold(path: Path) -> IO[str]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
+            holder = file.read().strip()
+            file.close()
             raise InputError(
-                f"{path.parent}: another process is training here ({file.read().strip()}); wait"
-                " until it ends, or write to another directory with --output"
+                f"{path.parent}: another process is training here ({holder}); wait until it ends,"
+                " or write to another directory with --output"
             ) from None
         except OSError:
             return file

@@ -23,7 +23,16 @@ from ..models import save_pretrained
 from ._checkpoint import Checkpoints
 from ._config import RunConfig
 from ._evaluate import Evaluation, evaluate, make_eval_step
-from ._hosts import agree, agreed_stop, check_shared, is_first, largest, once, whole
+from ._hosts import (
+    agree,
+    agreed_stop,
+    check_shared,
+    is_first,
+    largest,
+    once,
+    several_hosts,
+    whole,
+)
 from ._job import Job, prepare
 from ._metrics import Listener, MetricsLog, notice, peak_memory
 from ._notes import write_notes
@@ -107,7 +116,7 @@ def run(job: Job, *, resume: Resume = False, listener: Listener | None = None) -
 
     Full training uses up the weights of the job: two copies of a model may be one too many.
     """
-    with (agreed_stop if jax.process_count() > 1 else stop_signals)() as asked:
+    with (agreed_stop if several_hosts() else stop_signals)() as asked:
         # Nothing is written before the data and the optimizer are known to be right.
         loop = _Loop(job, listener)
         agree({"data": loop.batches.get_state()["fingerprint"]}, "give all processes the same rows")
@@ -189,7 +198,7 @@ class _Loop:
 
     def _stop(self, at: int, code: int) -> NoReturn:
         """Save what is not saved yet, and say how to go on."""
-        together = " --distributed" if jax.process_count() > 1 else ""
+        together = " --distributed" if several_hosts() else ""
         again = f"./lora train {self.directory / 'config.yaml'}{together} --resume"
         if at == 0:
             nothing = "stopped before the first step, so nothing is saved yet"

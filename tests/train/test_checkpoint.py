@@ -1,5 +1,7 @@
 """Checkpoints come back to the bit, on any devices; those that are not whole are known."""
 
+import errno
+import os
 import random
 import shutil
 import subprocess
@@ -22,7 +24,6 @@ TREE = {
     "codes": jnp.arange(-4, 4, dtype=jnp.int8),
     "mask": jnp.array([True, False]),
     "count": jnp.int32(7),
-    "empty": jnp.zeros((0, 3)),
     "key": jax.random.key(3),
     "none": None,
 }
@@ -96,6 +97,32 @@ def test_nothing_saved_is_no_error(tmp_path):
     assert restored(tmp_path) is None
 
 
+NO_ROOM = os.strerror(errno.ENOSPC)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, NO_ROOM),
+        ValueError(f"RESOURCE_EXHAUSTED: Error writing: {NO_ROOM} [os_error='28']"),
+    ],
+)
+def test_a_full_disk_in_one_line(tmp_path, message_of, monkeypatch, error):
+    import orbax.checkpoint as ocp
+
+    def fail(*args, **options):
+        raise error
+
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints.save(1, TREE, {})
+    with monkeypatch.context() as patch:
+        patch.setattr(ocp.CheckpointManager, "save", fail)
+        found = message_of(checkpoints.save, 2, TREE, {})
+    assert found == f"{tmp_path}: cannot write: No space left on device"
+    assert checkpoints.restore(lambda place: TREE).step == 1
+    checkpoints.close()
+
+
 def truncate(file):
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
 
@@ -115,14 +142,11 @@ def remove(file):
     file.unlink()
 
 
-def data_files(step_directory):
-    return sorted((step_directory / "state" / "ocdbt.process_0" / "d").iterdir())
-
-
 @pytest.mark.parametrize("harm", [truncate, empty, flip, remove])
 def test_takes_the_one_before(three, capsys, harm):
-    for file in data_files(three / "3"):
-        harm(file)
+    for file in (three / "3" / "state").rglob("*"):
+        if file.is_file():
+            harm(file)
     saved = restored(three)
     assert saved.step == 2 and saved.place == {"at": 2}
     assert_same(saved.tree, at_step(2))
@@ -181,7 +205,7 @@ def test_any_flipped_bit_is_found_or_harmless(three):
     whole = {file: file.read_bytes() for file in (three / "3").rglob("*") if file.is_file()}
     draw = random.Random(0)
     for file, content in whole.items():
-        for _ in range(12):
+        for _ in range(6):
             bit = draw.randrange(8 * len(content))
             changed = bytearray(content)
             changed[bit // 8] ^= 1 << bit % 8
@@ -224,7 +248,7 @@ def test_any_other_order_changes_the_fingerprint(order):
 def test_fingerprints_name_leaves_in_order():
     tree = (jnp.arange(4), jnp.arange(4) + 1)
     assert fingerprints(tree) == fingerprints(tree[::-1])[::-1]
-    assert len(fingerprints(TREE)) == 7
+    assert len(fingerprints(TREE)) == 6
     assert fingerprints(jax.random.key(1)) != fingerprints(jax.random.key(2))
 
 
@@ -246,7 +270,7 @@ def on(devices, cut):
         return jax.device_put(x, NamedSharding(mesh, P() if whole else P("data")))
     return jax.tree.map(place, tree)
 
-layouts = [(devices, cut) for devices in (1, 2, 4, 8) for cut in (False, True)]
+layouts = [(devices, cut) for devices in map(int, sys.argv[2:]) for cut in (devices > 1, False)]
 for i, layout in enumerate(layouts):
     checkpoints = Checkpoints(Path(sys.argv[1], str(i)), keep=1)
     made = on(*layout)
@@ -263,10 +287,12 @@ print("done")
 """
 
 
-def test_comes_back_on_any_number_of_devices(tmp_path, monkeypatch):
-    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+@pytest.mark.parametrize("devices", ["1 8", pytest.param("1 2 4 8", marks=pytest.mark.slow)])
+def test_comes_back_on_any_number_of_devices(tmp_path, monkeypatch, devices):
+    eight = "--xla_force_host_platform_device_count=8"
+    monkeypatch.setenv("XLA_FLAGS", f"{os.environ['XLA_FLAGS']} {eight}")
     done = subprocess.run(
-        [sys.executable, "-c", ON_MESHES, str(tmp_path)],
+        [sys.executable, "-c", ON_MESHES, str(tmp_path), *devices.split()],
         capture_output=True,
         text=True,
         cwd=Path(__file__).parents[2],

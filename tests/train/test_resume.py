@@ -2,21 +2,11 @@
 
 import dataclasses
 import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 
-from lora_jax.train import config_text, load_config, prepare, run
-
-SLOWLY = """
-import sys, time
-from lora_jax.train import load_config, train
-train(load_config(sys.argv[1]), listener=lambda record: time.sleep(float(sys.argv[2])))
-"""
+from lora_jax.train import prepare, run
 
 
 class Dies(Exception):
@@ -102,41 +92,6 @@ def test_resumes_between_the_last_checkpoint_and_the_adapter(
     result = run(job, resume=True)
     assert_same_run(result.directory, uninterrupted, records)
     assert result.before.loss > result.after.loss > 0
-
-
-def test_killed_process(make_config, tmp_path, records):
-    config = make_config(train={"steps": 30, "save_every": 5, "eval_every": 10, "log_every": 1})
-    (tmp_path / "run.yaml").write_text(config_text(config))
-    directory = Path(config.output)
-    with subprocess.Popen(
-        [sys.executable, "-c", SLOWLY, str(tmp_path / "run.yaml"), "0.1"],
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
-        deadline = time.monotonic() + 240
-        while not (last_step(records, directory) >= 7 and saved(directory)):
-            assert process.poll() is None, process.stderr.read()  # type: ignore[union-attr]
-            assert time.monotonic() < deadline, "no checkpoint in time"
-            time.sleep(0.02)
-        os.kill(process.pid, signal.SIGKILL)
-    assert process.returncode == -signal.SIGKILL
-    assert not (directory / "adapter").exists() and last_step(records, directory) < 30
-    job = prepare(load_config(tmp_path / "run.yaml"))
-    run(job, resume=True)
-    whole = run(at(job, tmp_path / "whole")).directory
-    assert_same_run(directory, whole, records)
-
-
-def last_step(records, directory):
-    try:
-        return max((r["step"] for r in records(directory)), default=-1)
-    except (OSError, ValueError):
-        return -1
-
-
-def saved(directory):
-    folder = directory / "checkpoints"
-    return folder.exists() and any(p.name.isdigit() for p in folder.iterdir())
 
 
 def test_refuses_to_resume(job, message_of, tmp_path):

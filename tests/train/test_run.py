@@ -261,27 +261,6 @@ def full_disk(*args, **kwargs):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def full_disk_in_tensorstore(*args, **kwargs):
-    raise ValueError("RESOURCE_EXHAUSTED: Error writing: No space left on device [os_error='28']")
-
-
-@pytest.mark.parametrize("fail", [full_disk, full_disk_in_tensorstore])
-def test_full_disk_at_a_checkpoint(make_job, message_of, monkeypatch, fail):
-    import orbax.checkpoint as ocp
-
-    job = make_job(train={"save_every": 2})
-    save = ocp.CheckpointManager.save
-    monkeypatch.setattr(
-        ocp.CheckpointManager,
-        "save",
-        lambda self, step, **options: (save if step < 4 else fail)(self, step, **options),
-    )
-    found = message_of(run, job)
-    assert found.endswith("checkpoints: cannot write: No space left on device")
-    monkeypatch.undo()
-    assert run(job, resume=True).steps == 6
-
-
 def test_full_disk_at_the_adapter(make_job, message_of, monkeypatch):
     job = make_job(train={"steps": 2})
     replace = os.replace
