@@ -42,6 +42,7 @@ from ._rundir import Resume, open_directory
 from ._start import training_batches
 from ._step import LOWEST_SCALE
 from ._tokens import stopping_config
+from ._watch import alone
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,7 +211,8 @@ class _Loop:
         _end(f"{self.directory}: stopped and saved at step {at}; {again} goes on", code)
 
     def _one_step(self, at: int) -> None:
-        parts = [next(self.batches) for _ in range(self.job.config.train.accumulate)]
+        with alone("reading its rows"):
+            parts = [next(self.batches) for _ in range(self.job.config.train.accumulate)]
         batch = {name: np.stack([p[name] for p in parts]) for name in parts[0]}
         rows = batch.pop("rows")
         self.state, metrics = self.step(self.state, self.job.base, self.job.batch(batch))
@@ -312,7 +314,8 @@ class _Loop:
     def _record(self, record: dict[str, Any]) -> None:
         if not is_first():
             return
-        self.log(record)
+        with alone("writing metrics.jsonl"):
+            self.log(record)
         if self.listener is not None:
             self.listener(record)
 
@@ -343,9 +346,12 @@ def _diverged(metrics: dict[str, Any]) -> bool:
 
 def save_result(job: Job, directory: Path, trainable: dict[str, Any]) -> None:
     """Write what a job has trained: `adapter/` in PEFT's format, or `model/`."""
-    save = _save_adapter if job.config.train.method == "lora" else _save_model
     trainable = whole(trainable)
-    once(lambda: save(job, directory, trainable))
+    if job.config.train.method == "lora":
+        job = dataclasses.replace(job, trainable=whole(job.trainable))
+        once(lambda: _save_adapter(job, directory, trainable))
+    else:
+        once(lambda: _save_model(job, directory, trainable))
 
 
 def _save_adapter(job: Job, directory: Path, adapter: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Iterator
 from typing import Any
 
 from .._errors import InputError, first_line
@@ -15,6 +16,27 @@ from .._errors import InputError, first_line
 _END, _BEAT, _GONE, _HOST = "lora/end", "lora/beat/", "lora/gone/", "lora/host/"
 _LONG = 24 * 3600 * 1000
 """Milliseconds: a wait that only the end of another process cuts short."""
+_PATIENCE = 10
+"""Heartbeats that a process may take for what it does alone while the others wait."""
+_alone: list[tuple[str, float]] = []
+
+
+@contextlib.contextmanager
+def alone(what: str) -> Iterator[None]:
+    """Work of the main thread that waits for no other process, so that one stuck in it is to blame.
+
+    Args:
+        what: As in "has been {what} for an hour".
+
+    Example:
+        >>> with alone("reading its rows"):
+        ...     rows = [1, 2]
+    """
+    _alone.append((what, time.monotonic()))
+    try:
+        yield
+    finally:
+        _alone.pop()
 
 
 class Disagreement(InputError):
@@ -124,12 +146,21 @@ class Watch:
         while not self._left.wait(self._limit / 10):
             count += 1
             with contextlib.suppress(Exception):  # silence is judged, not errors
-                self.client.key_value_set(f"{_BEAT}{self.process}", str(count), True)
+                what, since = next(iter(_alone[:1]), ("", time.monotonic()))
+                beat = json.dumps([count, what, time.monotonic() - since])
+                self.client.key_value_set(f"{_BEAT}{self.process}", beat, True)
                 found = dict(self.client.key_value_dir_get(_BEAT))
                 now = time.monotonic()
-                for key in found.items() - beats.items():
-                    self._heard[int(key[0].removeprefix(_BEAT))] = now
+                for key, value in found.items() - beats.items():
+                    other = int(key.removeprefix(_BEAT))
+                    self._heard[other] = now
+                    self._judge_work(other, *json.loads(value)[1:])
                 self._answered, beats = now, found
+
+    def _judge_work(self, process: int, what: str, seconds: float) -> None:
+        if seconds > _PATIENCE * self._limit / 0.8:
+            stuck = f"{self.names[process]} has been {what} for {seconds:.0f} s"
+            self._publish(f"{stuck}; {self._advice()}", 1)
 
     def _publish(self, cause: str, code: int, gone: int | None = None) -> None:
         """Tell all others; the first reason counts."""

@@ -33,7 +33,7 @@ class Processes:
         context.set_forkserver_preload(["tests.train.processes", "lora_jax.cli", "lora_jax.train"])
         directory.mkdir()
         self.files = [directory / f"{i}.txt" for i in range(len(words))]
-        address = f"127.0.0.1:{_free_port()}"
+        address = f"127.0.0.1:{free_port()}"
         self.processes = [
             context.Process(
                 target=_train, args=(own, i, len(words), address, devices, file, trouble)
@@ -101,7 +101,7 @@ def before_step(act: Callable[[int], None]) -> None:
     _loop._Loop._one_step = other
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]

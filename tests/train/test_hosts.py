@@ -5,6 +5,8 @@ import functools
 import os
 import signal
 import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -21,12 +23,14 @@ from lora_jax.train import (
     TrainSection,
     _hosts,
     _job,
+    _loop,
     config_text,
     join_hosts,
     train,
 )
-from tests.train.processes import Processes, before_step
+from tests.train.processes import Processes, before_step, free_port
 
+ROOT = Path(__file__).parents[2]
 HOST = socket.gethostname()
 
 
@@ -82,6 +86,11 @@ def lives_elsewhere(where: Path, process: int) -> None:
     folder = where / f"host-{process}"
     folder.mkdir()
     os.chdir(folder)
+
+
+def hangs(process: int) -> None:
+    if process == 1:
+        _loop.BatchIterator.__next__ = lambda self: time.sleep(1000)
 
 
 def is_preempted(process: int) -> None:
@@ -169,6 +178,41 @@ def test_who_dies_or_hangs_is_named(start, config, victim, number, tmp_path):
     (line,) = [x for x in processes.said()[1 - victim] if not x.startswith("step")]
     assert line.startswith(f"error: process {victim} of 2 ({HOST}) has ")
     assert line.endswith(f"./lora train {run}/config.yaml --distributed --resume goes on")
+
+
+@pytest.mark.slow
+def test_who_hangs_in_its_own_work_is_named_and_not_who_waits(start, config, tmp_path):
+    own = dataclasses.replace(config.train, heartbeat=1)
+    processes = start(trouble=hangs, train=own, output=str(tmp_path / "hangs"))
+    assert processes.codes() == [1, 1], processes.said()
+    for lines in processes.said():
+        assert lines[-1].startswith(f"error: process 1 of 2 ({HOST}) has been reading its rows for")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("process", [0, 1])
+def test_a_process_that_waits_in_vain_says_for_whom(process, tmp_path):
+    address, python = f"127.0.0.1:{free_port()}", [sys.executable, "-c"]
+    code = "from lora_jax.train import join_hosts; join_hosts(timeout=3).__enter__()"
+    own = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
+    own["JAX_PROCESS_ID"] = str(process)
+    done = subprocess.run(
+        [*python, code], env={**os.environ, **own}, cwd=ROOT, capture_output=True, text=True
+    )
+    problem = [f"not all 2 have come to {address}", f"no coordinator answers at {address}"]
+    start = f"error: --distributed: process {process} of 2: {problem[process]}; start one process"
+    assert done.stderr.startswith(start) and done.stderr.count("\n") == 1
+    assert done.returncode == 2
+
+
+@pytest.mark.slow
+def test_the_launcher_ends_as_its_processes_do():
+    launch = [sys.executable, str(ROOT / "experiments/pods/launch.py"), "--processes", "2"]
+    words = [*launch, "--", "train", "nowhere.yaml"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    problem = "nowhere.yaml: cannot read: No such file or directory"
+    assert done.returncode == 2
+    assert {line[:3] for line in done.stdout.splitlines() if problem in line} == {"[0]", "[1]"}
 
 
 @pytest.mark.slow
