@@ -217,10 +217,12 @@ def test_the_launcher_ends_as_its_processes_do():
 
 @pytest.mark.slow
 def test_four_processes_come_to_the_same(start, config, tmp_path):
+    """From a start that moves the base, whose adapter is saved as what differs from it."""
     runs = [tmp_path / "four", tmp_path / "alone"]
-    processes = start(count=4, output=str(runs[0]))
+    lora = dataclasses.replace(config.lora, init_lora_weights="pissa")
+    processes = start(count=4, output=str(runs[0]), lora=lora)
     assert processes.codes() == [0] * 4, processes.said()
-    train(dataclasses.replace(config, output=str(runs[1])))
+    train(dataclasses.replace(config, output=str(runs[1]), lora=lora))
     compare_adapters(*runs)
 
 
