@@ -94,6 +94,20 @@ def test_resumes_between_the_last_checkpoint_and_the_adapter(
     assert result.before.loss > result.after.loss > 0
 
 
+def test_resumes_from_the_checkpoint_before_a_broken_one(job, records, uninterrupted, capsys):
+    with pytest.raises(Dies):
+        run(job, listener=dies_at(8))
+    directory = Path(job.config.output)
+    for file in (directory / "checkpoints" / "6" / "state").rglob("*"):
+        if file.is_file():
+            file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    run(job, resume=True)
+    assert f"{directory}: going on from step 3" in capsys.readouterr().err
+    assert_same_run(directory, uninterrupted, records)
+    names = sorted(path.name for path in (directory / "checkpoints").iterdir())
+    assert names == ["6", "6.broken", "8"]
+
+
 def test_refuses_to_resume(job, message_of, tmp_path):
     assert "no run to resume here; leave --resume out" in message_of(run, job, resume=True)
     with pytest.raises(Dies):
