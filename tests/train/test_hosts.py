@@ -41,11 +41,11 @@ def config(base_dir, rows_file, tmp_path_factory) -> RunConfig:
         data=DataSection(train=str(rows_file), max_length=48, eval_share=0.2),
         lora=LoraConfig(r=4, target_modules="all-linear"),
         train=TrainSection(
-            steps=20,
+            steps=8,
             batch_size=4,
             learning_rate=1e-3,
             log_every=1,
-            save_every=10,
+            save_every=100,
             heartbeat=5,
             tensorboard=False,
         ),
@@ -95,10 +95,10 @@ def hangs(process: int) -> None:
 
 def is_preempted(process: int) -> None:
     def act(at: int) -> None:
-        if at == 4:
+        if at == 1:
             signal.raise_signal(signal.SIGTERM)
-        if at >= 4:
-            time.sleep(0.1)
+        if at >= 1:
+            time.sleep(1)
 
     if process == 1:
         before_step(act)
