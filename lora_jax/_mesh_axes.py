@@ -1,8 +1,12 @@
 """How many devices stand along axes of the mesh that a function is being compiled for."""
 
 import math
+from typing import Any
 
 import jax
+
+OPEN = jax.sharding.PartitionSpec.UNCONSTRAINED
+"""An axis that the compiler may cut as it likes."""
 
 
 def mesh_size(*axes: str) -> int:
@@ -20,12 +24,13 @@ def mesh_size(*axes: str) -> int:
     return math.prod(mesh.shape.get(axis, 1) for axis in axes)
 
 
-def cut(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
+def cut(x: jax.Array, *axes: Any) -> jax.Array:
     """An array cut by these axes of the mesh that is compiled for; itself where there is none.
 
     Args:
         x: The array.
-        axes: For each of its axes the axis or axes of the mesh, or None; missing ones are None.
+        axes: For each of its axes the axis or axes of the mesh, `OPEN`, or None; missing ones are
+            None.
 
     Example:
         >>> cut(jax.numpy.ones((4, 8)), ("data", "fsdp")).shape

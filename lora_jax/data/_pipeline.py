@@ -3,7 +3,7 @@
 import hashlib
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -34,6 +34,7 @@ class _Batches:
         epochs: int | None,
         drop_remainder: bool,
         pad_id: int,
+        own_rows: Collection[int] | None,
     ) -> None:
         if batch_size < 1:
             raise InputError(f"data: batch_size must be at least 1, got {batch_size}")
@@ -43,6 +44,7 @@ class _Batches:
         self.examples = examples
         self.plan = (pack if packing else one_per_row)(lengths, seq_length)
         self.batch_size, self.seq_length, self.pad_id = batch_size, seq_length, pad_id
+        self.own_rows = range(batch_size) if own_rows is None else own_rows
         self.seed = seed if shuffle else None
         whole, rest = divmod(len(self.plan), batch_size)
         self.per_epoch = whole + (rest > 0 and not drop_remainder)
@@ -61,8 +63,9 @@ class _Batches:
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         epoch, number = divmod(int(index), self.per_epoch)
         rows = self._rows(epoch)[number * self.batch_size : (number + 1) * self.batch_size]
+        own = (row if place in self.own_rows else [] for place, row in enumerate(rows))
         return fill_batch(
-            [[self.examples[i] for i in row] for row in rows],
+            [[self.examples[i] for i in row] for row in own],
             batch_size=self.batch_size,
             seq_length=self.seq_length,
             pad_id=self.pad_id,
@@ -145,6 +148,7 @@ def batch_iterator(
     epochs: int | None = None,
     drop_remainder: bool = False,
     pad_id: int = 0,
+    own_rows: Collection[int] | None = None,
 ) -> BatchIterator:
     """Training batches, shuffled anew in every epoch.
 
@@ -158,6 +162,7 @@ def batch_iterator(
         drop_remainder: Leave out the last batch of an epoch if it is not full, rather than
             fill it with padding.
         pad_id: Token id of the padding.
+        own_rows: Which rows of a batch to fill, where others are another process's; all by default.
 
     Raises:
         InputError: if an example is longer than `seq_length`, or there is no whole batch.
@@ -182,6 +187,7 @@ def batch_iterator(
             epochs=epochs,
             drop_remainder=drop_remainder,
             pad_id=pad_id,
+            own_rows=own_rows,
         )
     )
 
@@ -193,6 +199,7 @@ def eval_batches(
     seq_length: int,
     packing: bool = True,
     pad_id: int = 0,
+    own_rows: Collection[int] | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Every example once, always in the same order; the last batch is filled with padding.
 
@@ -201,6 +208,7 @@ def eval_batches(
         batch_size, seq_length: The shape of every array.
         packing: Put several examples into one row.
         pad_id: Token id of the padding.
+        own_rows: Which rows of a batch to fill; all by default.
 
     Returns:
         An iterator over batches (see `fill_batch`).
@@ -226,6 +234,7 @@ def eval_batches(
         epochs=1,
         drop_remainder=False,
         pad_id=pad_id,
+        own_rows=own_rows,
     )
     return (batches[number] for number in range(len(batches)))
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Bool, Float
 
-from .._mesh_axes import cut, mesh_size
+from .._mesh_axes import OPEN, cut, mesh_size
 from .._typing import Array
 from ._cudnn import fused_attend, why_not
 
@@ -116,13 +116,12 @@ def _attend_in_parts(
     how: "_How", parts: int, query: Array, key: Array, value: Array, mask: Array
 ) -> Array:
     """`_attend` where devices hold parts of the tokens: each its queries, and all keys."""
-    open_axis = jax.sharding.PartitionSpec.UNCONSTRAINED
-    key, value = (cut(x, ("data", "fsdp"), open_axis, None, None) for x in (key, value))
+    key, value = (cut(x, ("data", "fsdp"), OPEN, None, None) for x in (key, value))
 
     def split(x: Array) -> Array:
         """(parts, ..., seq / parts, last)."""
         x = x.reshape(*x.shape[:-2], parts, -1, x.shape[-1])
-        return cut(jnp.moveaxis(x, -3, 0), "sequence", *[open_axis] * (x.ndim - 1))
+        return cut(jnp.moveaxis(x, -3, 0), "sequence", *[OPEN] * (x.ndim - 1))
 
     attend = jax.vmap(functools.partial(_attend, how), in_axes=(0, None, None, 0))
     out = jnp.moveaxis(attend(split(query), key, value, split(mask)), 0, -3)

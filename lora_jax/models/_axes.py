@@ -44,7 +44,8 @@ def logical_axes(path: str, family: Family, ndim: int) -> tuple[str, ...]:
         return _names(leaf, "table_embed", "vocab", ndim)
     if not module.startswith(f"{family.stack}/"):
         return (WHOLE,) * ndim
-    return "layers", *_names(leaf, *_kernel_axes(*above[-2:], family), ndim - 1)
+    d_in, d_out = _kernel_axes(above[-2], above[-1], family)
+    return "layers", *_names(leaf, d_in, d_out, ndim - 1)
 
 
 def _names(leaf: str, d_in: str, d_out: str, ndim: int) -> tuple[str, ...]:

@@ -33,10 +33,14 @@ _BODIES = (
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """An array of a program: its bytes, and the memory it is in (0 is the device's main one)."""
+    """An array of a program: its bytes, the memory it is in (0 is the device's main one).
+
+    Its dtype is spelled as XLA has it: `bf16`, `u8`.
+    """
 
     bytes: int
     space: int
+    dtype: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,15 +70,19 @@ class Collective:
 
     Args:
         kind: As XLA calls it, `all-reduce` say.
+        dtype: Of the largest array, as XLA spells it.
         count: How often it happens; inside a loop once for each turn.
         bytes: Bytes of its results, all together.
         received: Bytes that must come from other devices at least.
+        largest: Bytes of the largest array that results.
     """
 
     kind: str
+    dtype: str
     count: int
     bytes: int
     received: int
+    largest: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,17 +117,20 @@ class Program:
         return total
 
     def collectives(self) -> list[Collective]:
-        """The exchanges between devices, by kind."""
-        found: dict[str, list[int]] = collections.defaultdict(lambda: [0, 0, 0])
+        """The exchanges between devices, by kind and dtype."""
+        found: dict[tuple[str, str], list[int]] = collections.defaultdict(lambda: [0, 0, 0, 0])
         for name, times in self._executed(self.entry, 1):
             for x in self.computations[name].values():
                 kind = x.opcode.removesuffix("-start")
                 if kind in COLLECTIVES:
                     size = x.bytes if x.opcode == kind else _started_bytes(kind, x)
                     received = round(size * _share(kind, _group(x.attributes)))
+                    largest = max(x.shapes, key=lambda shape: shape.bytes)
+                    sums = found[kind, largest.dtype]
                     for i, amount in enumerate((1, size, received)):
-                        found[kind][i] += times * amount
-        return [Collective(kind, *amounts) for kind, amounts in sorted(found.items())]
+                        sums[i] += times * amount
+                    sums[3] = max(sums[3], min(largest.bytes, size))
+        return [Collective(*key, *sums) for key, sums in sorted(found.items())]
 
     def _executed(self, name: str, times: int) -> Iterator[tuple[str, int]]:
         """Every computation below one, with how often it runs; of branches all."""
@@ -303,7 +314,7 @@ def _shape(dtype: str, dims: str, layout: str) -> Shape:
         # s4, u8, f32, bf16, f8e4m3fn: the width is the first number.
         bits = int(re.search(r"\d+", dtype)[0])  # type: ignore[index]
     space = re.search(r"S\((\d+)\)", layout)
-    return Shape((size * bits + 7) // 8, int(space[1]) if space else 0)
+    return Shape((size * bits + 7) // 8, int(space[1]) if space else 0, dtype)
 
 
 def _group(attributes: str) -> int | None:

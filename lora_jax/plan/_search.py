@@ -77,10 +77,14 @@ def _without_idle(
 def changes(start: Plan) -> Iterator[Words]:
     """Changes that save memory, those that harm least first.
 
-    Results stay the same under the first three (a chunk of the loss, what is computed twice, rows
-    summed up in turns), then come fewer bits, the host's memory, and shorter rows.
+    Results stay the same under the first four (weights cut over devices, a chunk of the loss, what
+    is computed twice, rows summed up in turns), then come fewer bits, the host's memory, and
+    shorter rows.
     """
     run = start.run
+    copies = run["mesh"].get("data", 1)
+    if copies > 1:
+        yield "--mesh.fsdp", str(copies * run["mesh"]["fsdp"])
     if run["loss_chunk"] > LEAST_CHUNK:
         yield "--train.loss_chunk", str(LEAST_CHUNK)
     if run["remat"] != "nothing" and run["remat"] != "offload":

@@ -51,7 +51,8 @@ def _head(plan: Plan) -> Iterator[str]:
         f"{times}{run['batch_size']} × {run['max_length']} tokens a step, {run['dtype']}, remat"
         f" {run['remat']}, {run['optimizer']}"
     )
-    several = f", one of {target.count}" if target.count > 1 else ""
+    axes = ", ".join(f"{axis} {n}" for axis, n in run["mesh"].items() if n > 1)
+    several = f", each of {target.count} ({axes})" if target.count > 1 else ""
     yield f"for {target.device.name}{several}; compiled by jax {plan.versions['jax']}, not run"
 
 
@@ -75,7 +76,8 @@ def _amounts(plan: Plan) -> str:
     flops = sum(plan.flops.values())
     moved = f"at least {_scaled(plan.traffic or 0)}B to and from memory"
     between = [
-        f"{x['count']} {x['kind']} of {_scaled(x['bytes'])}B in all" for x in plan.collectives
+        f"{x['count']} {x['kind']} of {_scaled(x['bytes'])}B {x['dtype']} in all"
+        for x in plan.collectives
     ]
     return ", ".join([f"{flops:.3g} FLOPs", moved, *(between or ["nothing between devices"])])
 

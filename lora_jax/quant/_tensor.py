@@ -263,7 +263,8 @@ def gathered(q: QuantizedTensor) -> QuantizedTensor:
     mesh = jax.sharding.get_abstract_mesh()
     if q.in_use is None or mesh.empty or mesh.manual_axes:
         return q
-    specs = partition_specs(q, *(axes or None for axes in q.in_use))
+    rows, columns = q.in_use
+    specs = partition_specs(q, rows or None, columns or None)
     return jax.tree.map(jax.lax.with_sharding_constraint, q, specs)
 
 

@@ -75,6 +75,13 @@ class Setup:
         """The devices, if there are several."""
         return None if self.partition is None else self.partition.mesh
 
+    @property
+    def own_rows(self) -> set[int] | None:
+        """Which rows of a batch lie on this process's devices; None for all."""
+        if self.partition is None or jax.process_count() == 1:
+            return None
+        return self.partition.own_rows(self.config.train.batch_size)
+
     def batch(self, arrays: Mapping[str, Any]) -> Mapping[str, Any]:
         """A batch's arrays where a step takes them from."""
         return arrays if self.partition is None else self.partition.batch(arrays)

@@ -137,7 +137,7 @@ def steps_of(config: RunConfig, batches: BatchIterator) -> int:
 
 def job_batches(job: Job) -> BatchIterator:
     """The training batches of a job, from their beginning."""
-    return training_batches(job.config, job.train, job.pretrained)
+    return training_batches(job.config, job.train, job.pretrained, job.own_rows)
 
 
 class _Loop:
@@ -282,6 +282,7 @@ class _Loop:
             seq_length=c.data.seq_length,
             packing=c.data.packing,
             pad_id=self.job.pretrained.tokenizer.pad_id or 0,
+            own_rows=self.job.own_rows,
         )
         params = combine(self.job.base, self.state.trainable)
         try:

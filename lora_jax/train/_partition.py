@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from .._errors import InputError, nearest
 from .._tree import leaves_with_path, map_with_path
@@ -46,7 +46,7 @@ class Partition:
         config: The model's shape.
     """
 
-    mesh: Mesh
+    mesh: Mesh | AbstractMesh
     rules: Mapping[str, tuple[str, ...]]
     config: ModelConfig
 
@@ -60,7 +60,7 @@ class Partition:
         if not isinstance(leaf, QuantizedTensor):
             return self._shape(leaf, PartitionSpec(*spec))
         ndim = len(leaf.kernel_shape)
-        stack, kernel = spec[: leaf.ndim - ndim], spec[leaf.ndim - ndim :]
+        stack, kernel = tuple(spec[: leaf.ndim - ndim]), spec[leaf.ndim - ndim :]
         features = [i for i in range(ndim) if i not in leaf.contracting]
         rows = _joined(kernel[i] for i in leaf.contracting)
         columns = _joined(kernel[i] for i in features)
@@ -124,6 +124,12 @@ class Partition:
             return jax.make_array_from_callback(x.shape, like.sharding, lambda index: x[index])
 
         return {name: put(x) for name, x in arrays.items()}
+
+    def own_rows(self, batch_size: int) -> set[int]:
+        """The rows of a batch of which this process's devices hold anything."""
+        like = self.batch_shape((batch_size, self.mesh.shape["sequence"]), np.int32)
+        held = like.sharding.addressable_devices_indices_map(like.shape).values()
+        return {row for rows, _ in held for row in range(*rows.indices(batch_size))}
 
     def batch_shape(self, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
         """An array (..., batch, seq) as a step takes it: with empty rows until all have as many."""

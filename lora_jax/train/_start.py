@@ -1,7 +1,7 @@
 """Starts of an adapter that look at the first batches of a run's data."""
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import jax
@@ -19,9 +19,12 @@ from ._step import batch_loss
 
 
 def training_batches(
-    config: RunConfig, examples: Examples, pretrained: Pretrained
+    config: RunConfig,
+    examples: Examples,
+    pretrained: Pretrained,
+    own_rows: Collection[int] | None = None,
 ) -> BatchIterator:
-    """The training batches of a run, from their beginning."""
+    """The training batches of a run, from their beginning; see `batch_iterator`."""
     assert pretrained.tokenizer is not None
     return batch_iterator(
         examples,
@@ -30,6 +33,7 @@ def training_batches(
         packing=config.data.packing,
         seed=config.train.seed,
         pad_id=pretrained.tokenizer.pad_id or 0,
+        own_rows=own_rows,
     )
 
 

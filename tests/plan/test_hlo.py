@@ -146,5 +146,6 @@ def test_collectives_of_eight_devices():
     (summed,) = found["sum"]
     assert (summed["kind"], summed["count"], summed["bytes"]) == ("all-reduce", 1, 4 * 32)
     assert summed["received"] == 7 / 8 * 4 * 32
+    assert summed["dtype"] == "f32" and summed["largest"] == 4 * 32
     inside = [x for x in found["layers"] if x["count"] % 5 == 0]
     assert sum(x["bytes"] for x in inside) >= 5 * 4 * 16 * 64 // 8

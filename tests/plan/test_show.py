@@ -1,9 +1,12 @@
 """Plans in words and pictures."""
 
+import dataclasses
+
 import pytest
 
 from lora_jax import InputError
 from lora_jax.plan import draw, parse_target, show, show_found, show_grid
+from lora_jax.plan._hlo import Collective
 
 
 def test_a_plan_that_fits(make_plan):
@@ -29,10 +32,12 @@ def test_a_plan_that_does_not_fit(make_plan):
 
 
 def test_several_devices_and_what_they_exchange(make_plan):
-    between = [{"kind": "all-gather", "count": 64, "bytes": 2 * 10**9, "received": 10**9}]
-    text = show(make_plan(target=parse_target("h200x8"), collectives=between, host=10**9))
-    assert "for NVIDIA H200, one of 8" in text
-    assert "64 all-gather of 2 GB in all" in text and "links" in text
+    between = [Collective("all-gather", "u8", 64, 2 * 10**9, 10**9, 10**8)]
+    mesh = {"data": 4, "fsdp": 1, "sequence": 1, "tensor": 2}
+    of_eight = make_plan(run={"mesh": mesh}, target=parse_target("h200x8"), host=10**9)
+    text = show(dataclasses.replace(of_eight, collectives=[dataclasses.asdict(between[0])]))
+    assert "for NVIDIA H200, each of 8 (data 4, tensor 2)" in text
+    assert "64 all-gather of 2 GB u8 in all" in text and "links" in text
     assert "on the host     1.000 GB" in text
 
 

@@ -68,7 +68,7 @@ def killed_often(config, kills, draw):
 
 @pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
 def test_killed_at_any_moment(make_config, records, tmp_path, kills):
-    steps = 12 * (kills + 1)
+    steps = 12 * kills
     config = make_config(
         lora={"lora_dropout": 0.2},
         train={"steps": steps, "save_every": 3, "eval_every": 4, "log_every": 1, "patience": 99},

@@ -1,0 +1,241 @@
+"""One config on one device and on eight: what is exchanged, and what comes of it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import yaml
+from jax.sharding import AbstractMesh, AxisType
+from safetensors.numpy import load_file
+
+from lora_jax import QuantConfig
+from lora_jax._errors import InputError
+from lora_jax._names import is_kernel
+from lora_jax._tree import leaves_with_path
+from lora_jax.models import ModelConfig, abstract_params
+from lora_jax.models._config_json import config_from_hf
+from lora_jax.quant import QuantizedTensor
+from lora_jax.train import MeshSection, load_config, train
+from lora_jax.train._mesh import AXES, mesh_shape
+from lora_jax.train._partition import RULES, RULES_OF_FULL, Partition, read_rules
+
+from .on_a_mesh import RUNS, SHAPE
+
+ROOT = Path(__file__).parents[2]
+CONFIG = ModelConfig(
+    vocab_size=256,
+    hidden_size=512,
+    intermediate_size=1024,
+    num_hidden_layers=2,
+    num_attention_heads=8,
+    num_key_value_heads=2,
+)
+
+
+def partition(config=CONFIG, rules=RULES, **sizes):
+    shape = tuple(sizes.get(axis, 1) for axis in AXES)
+    mesh = AbstractMesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return Partition(mesh, rules, config)
+
+
+@pytest.fixture(scope="module")
+def directory(base_dir, rows_file, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("mesh")
+    config = {
+        "model": {"path": str(base_dir)},
+        "lora": {"r": 4, "target_modules": "all-linear"},
+        "data": {"train": str(rows_file), "max_length": 48, "eval_share": 0.2},
+        "train": {"batch_size": 4, "steps": 3, "learning_rate": 1e-3, "tensorboard": False,
+                  "loss_chunk": 64, "warmup": 0.0},
+        "output": str(directory / "run"),
+    }  # fmt: skip
+    (directory / "run.yaml").write_text(yaml.safe_dump(config))
+    return directory
+
+
+@pytest.fixture(scope="module")
+def on_eight(directory):
+    run = subprocess.run(
+        [sys.executable, str(Path(__file__).parent / "on_a_mesh.py"), str(directory)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        timeout=500,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    found = json.loads(run.stdout.splitlines()[-1])
+    assert found["devices"] == 8
+    return found
+
+
+def exchanges(plan, kind):
+    return [x for x in plan["compiled"]["collectives"] if x["kind"] == kind]
+
+
+def test_data_parallel_sums_the_adapters_gradients_and_gathers_nothing(on_eight):
+    plan = on_eight["data"]
+    assert {x["kind"] for x in plan["compiled"]["collectives"]} == {"all-reduce"}
+    summed = sum(x["bytes"] for x in exchanges(plan, "all-reduce"))
+    assert 0.99 <= summed / plan["owners"]["gradients"] <= 1.02
+
+
+def test_fsdp_gathers_codes(on_eight):
+    plan, dense = on_eight["fsdp"], on_eight["fsdp_dense"]
+    gathered, whole = (exchanges(p, "all-gather") for p in (plan, dense))
+    assert {x["dtype"] for x in gathered} == {"u8"}
+    params = abstract_params(config_from_hf(SHAPE, "here"))
+    kernels = (x for path, x in leaves_with_path(params["model"]["layers"]) if is_kernel(path))
+    weights = sum(x.size for x in kernels)
+    # Forward, and once more for the recomputed forward and the backward pass together. A CPU
+    # multiplies in float32, and gathers what it has widened.
+    assert sum(x["bytes"] for x in whole) == 2 * 4 * weights
+    assert sum(x["bytes"] for x in gathered) <= 0.27 * 2 * 2 * weights
+    assert {x["kind"] for x in plan["compiled"]["collectives"]} == {"all-gather", "all-reduce"}
+    summed = sum(x["bytes"] for x in exchanges(plan, "all-reduce"))
+    assert summed <= 1.02 * plan["owners"]["gradients"]
+
+
+def test_tensor_parallel_exchanges_what_the_base_does(on_eight):
+    """With the smallest adapter that lets gradients through all layers, it is the base's."""
+    plan, base = on_eight["tensor"], on_eight["tensor_base"]
+    assert {x["kind"] for x in plan["compiled"]["collectives"]} == {"all-reduce"}
+    (ours,), (of_base,) = (
+        [x for x in exchanges(p, "all-reduce") if x["dtype"] == "f32"] for p in (plan, base)
+    )
+    assert ours["largest"] == of_base["largest"]
+    more = ours["bytes"] - of_base["bytes"] - plan["owners"]["gradients"]
+    rows, length, rank, layers, modules = 4, 128, 4, 3, 7
+    # Of each module (rows, length, rank) forward, recomputed and backward.
+    assert more <= 3 * layers * modules * 4 * rows * length * rank
+    assert more < of_base["largest"]
+
+
+def test_a_device_does_the_same_however_many_there_are(on_eight):
+    one, data, fsdp = (on_eight[name] for name in ("one", "data", "fsdp"))
+    for plan in (data, fsdp):
+        assert plan["flops"] == one["flops"]
+        # Gathered codes of a layer are temporaries too.
+        most = 1.03 if plan is data else 1.15
+        assert plan["compiled"]["temporaries"] <= most * one["compiled"]["temporaries"]
+    assert fsdp["owners"]["base"] < 0.5 * one["owners"]["base"]
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_eight_devices_train_to_what_one_does(directory, on_eight, name):
+    alone = directory / f"{name}_alone"
+    train(load_config(directory / "run.yaml", [*RUNS[name][1], "--output", str(alone)]))
+    file = "model/model.safetensors" if name == "full" else "adapter/adapter_model.safetensors"
+    one, eight = (load_file(directory / run / file) for run in (alone, name))
+    assert one.keys() == eight.keys()
+    apart = sum(np.sum(np.square(one[k].astype(np.float64) - eight[k])) for k in one)
+    size = sum(np.sum(np.square(one[k].astype(np.float64))) for k in one)
+    assert np.sqrt(apart / size) <= 1e-5
+
+
+def placed(part, quant=None):
+    return dict(leaves_with_path(part.put(abstract_params(part.config, quant=quant))))
+
+
+def specs(leaf):
+    return jax.tree.map(lambda x: tuple(x.sharding.spec), leaf)
+
+
+def test_kernels_are_cut_by_their_axes():
+    leaves = placed(partition(fsdp=2, tensor=2))
+    attention = "model/layers/self_attn"
+    assert specs(leaves[f"{attention}/q_proj/kernel"]) == (None, "fsdp", "tensor")
+    assert specs(leaves[f"{attention}/o_proj/kernel"]) == (None, "tensor", "fsdp")
+    assert specs(leaves["model/layers/mlp/down_proj/kernel"]) == (None, "tensor", "fsdp")
+    assert specs(leaves["model/embed_tokens/embedding"]) == ("tensor", None)
+    assert specs(leaves["lm_head/kernel"]) == (None, "tensor")
+    assert specs(leaves["model/norm/weight"]) == (None,)
+    full = placed(partition(rules=RULES_OF_FULL, fsdp=2))
+    assert specs(full["model/embed_tokens/embedding"]) == (None, "fsdp")
+
+
+def test_quantized_kernels_are_cut_with_their_scales_and_gathered_over_rows_alone():
+    leaves = placed(partition(fsdp=2, tensor=2), QuantConfig())
+    q = leaves["model/layers/self_attn/o_proj/kernel"]
+    assert isinstance(q, QuantizedTensor)
+    assert specs(q.codes) == (None, "tensor", None, "fsdp")
+    assert specs(q.scales) == (None, "tensor", "fsdp")
+    assert q.in_use == (("tensor",), ())
+    assert leaves["model/layers/self_attn/q_proj/kernel"].in_use == ((), ("tensor",))
+    assert placed(partition(tensor=2), QuantConfig())["lm_head/kernel"].shape == (512, 256)
+
+
+def test_few_heads_of_keys_stay_whole():
+    leaves = placed(partition(tensor=4))
+    assert specs(leaves["model/layers/self_attn/k_proj/kernel"]) == (None, None, None)
+    assert specs(leaves["model/layers/self_attn/q_proj/kernel"]) == (None, None, "tensor")
+
+
+@pytest.mark.parametrize(
+    "sizes, quant, message",
+    [
+        (dict(tensor=3), None, r"tensor is 3, .*lm_head/kernel: its axis 'vocab' has 256 parts; "
+                               r"use one of 1, 2, 4, .*mesh.rules.vocab: \[\]"),
+        (dict(fsdp=16), QuantConfig(), r"fsdp is 16, which does not divide .*gate_proj/kernel: its"
+                                       r" axis 'embed' has 8 parts; use one of 1, 2, 4, 8"),
+    ],
+)  # fmt: skip
+def test_what_does_not_divide_is_named(sizes, quant, message):
+    with pytest.raises(InputError, match=message):
+        placed(partition(**sizes), quant)
+
+
+def test_rules_of_the_config():
+    assert read_rules({"vocab": []}, full=False)["vocab"] == ()
+    assert read_rules({}, full=True)["table_embed"] == ("fsdp",)
+    with pytest.raises(InputError, match=r"unknown axis 'vocap' \(did you mean 'vocab'"):
+        read_rules({"vocap": []}, full=False)
+    with pytest.raises(InputError, match=r"mesh.rules.vocab: unknown axis 'tensors'"):
+        read_rules({"vocab": ["tensors"]}, full=False)
+
+
+@pytest.mark.parametrize(
+    "given, count, memory, shape",
+    [
+        ({}, 1, None, (1, 1, 1, 1)),
+        ({}, 8, None, (8, 1, 1, 1)),
+        ({}, 8, 100, (8, 1, 1, 1)),
+        ({}, 8, 60, (1, 8, 1, 1)),
+        ({"tensor": 2}, 8, 60, (4, 1, 1, 2)),
+        ({"fsdp": 2}, 8, None, (4, 2, 1, 1)),
+        ({"data": 2}, 8, None, (2, 4, 1, 1)),
+        ({"data": 2, "fsdp": 2, "sequence": 2}, 8, None, (2, 2, 2, 1)),
+    ],
+)
+def test_what_is_left_open_takes_the_devices_left(given, count, memory, shape):
+    """Of 40 bytes of weights."""
+    assert tuple(mesh_shape(MeshSection(**given), count, 40, memory).values()) == shape
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        (
+            {"tensor": 3},
+            r"mesh: tensor 3 make 3, which does not divide the 8 devices; .*1, 2, 4, 8",
+        ),
+        (
+            {"data": 2, "fsdp": 2},
+            r"data 2, fsdp 2 make 4 devices, but there are 8; leave mesh.data",
+        ),
+        ({"data": 16}, r"data 16 make 16, which does not divide the 8 devices"),
+    ],
+)
+def test_a_mesh_that_does_not_divide_the_devices(given, message):
+    with pytest.raises(InputError, match=message):
+        mesh_shape(MeshSection(**given), 8)
+
+
+def test_a_section_is_checked():
+    with pytest.raises(InputError, match="mesh.fsdp: must be at least 1, got 0"):
+        MeshSection(fsdp=0)
