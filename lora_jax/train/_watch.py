@@ -180,8 +180,8 @@ class Watch:
     def _exit(self, cause: str, code: int, gone: int | None = None) -> None:
         """Print the reason and end, without the ways out that would wait for the others."""
         with contextlib.suppress(OSError):
-            print(f"error: {cause}", file=sys.stderr, flush=True)
             sys.stdout.flush()
+            print(f"error: {cause}", file=sys.stderr, flush=True)
         farewell = threading.Thread(target=self._part, args=(gone,), daemon=True)
         farewell.start()
         farewell.join(5)

@@ -72,6 +72,10 @@ class Processes:
         texts = [file.read_text() if file.exists() else "" for file in self.files]
         return [[line for line in text.splitlines() if "peer ranks" not in line] for text in texts]
 
+    def errors(self) -> list[list[str]]:
+        """Of those, the ones that say why it ended."""
+        return [[line for line in lines if line.startswith("error: ")] for lines in self.said()]
+
 
 def _train(words, process, count, address, devices, file, trouble) -> None:
     with open(file, "w") as output:

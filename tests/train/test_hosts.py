@@ -159,8 +159,8 @@ def test_an_error_of_one_ends_all(start, trouble, tmp_path):
     processes = start(trouble=trouble, output=str(tmp_path / "failed"))
     assert processes.codes() == [2, 2], processes.said()
     error = "rows.jsonl: no longer there"
-    assert processes.said()[0][-1] == f"error: process 1 of 2 ({HOST}): {error}"
-    assert processes.said()[1] == [f"error: {error}"]
+    by_others = f"error: process 1 of 2 ({HOST}): {error}"
+    assert processes.errors() == [[by_others], [f"error: {error}"]]
 
 
 @pytest.mark.slow
@@ -175,7 +175,7 @@ def test_who_dies_or_hangs_is_named(start, config, victim, number, tmp_path):
     processes.send(number, victim)
     assert processes.codes(victim) == [1], processes.said()
     assert time.monotonic() - before < 3 * config.train.heartbeat
-    (line,) = [x for x in processes.said()[1 - victim] if not x.startswith("step")]
+    (line,) = processes.errors()[1 - victim]
     assert line.startswith(f"error: process {victim} of 2 ({HOST}) has ")
     assert line.endswith(f"./lora train {run}/config.yaml --distributed --resume goes on")
 
@@ -185,8 +185,8 @@ def test_who_hangs_in_its_own_work_is_named_and_not_who_waits(start, config, tmp
     own = dataclasses.replace(config.train, heartbeat=1)
     processes = start(trouble=hangs, train=own, output=str(tmp_path / "hangs"))
     assert processes.codes() == [1, 1], processes.said()
-    for lines in processes.said():
-        assert lines[-1].startswith(f"error: process 1 of 2 ({HOST}) has been reading its rows for")
+    for (line,) in processes.errors():
+        assert line.startswith(f"error: process 1 of 2 ({HOST}) has been reading its rows for")
 
 
 @pytest.mark.slow
@@ -233,7 +233,7 @@ def test_an_output_that_is_not_shared_is_refused(start, tmp_path):
         f"error: process 1 ({HOST}): process 0's file beside run is 'missing', process 0 has"
         " 'there'; output has to be a directory that all hosts share"
     )
-    assert [said[-1] for said in processes.said()] == [line, line]
+    assert processes.errors() == [[line], [line]]
     assert not [path for host in tmp_path.glob("host-*") for path in host.iterdir()]
 
 
