@@ -180,7 +180,6 @@ class Watch:
     def _exit(self, cause: str, code: int, gone: int | None = None) -> None:
         """Print the reason and end, without the ways out that would wait for the others."""
         with contextlib.suppress(OSError):
-            sys.stdout.flush()
             print(f"error: {cause}", file=sys.stderr, flush=True)
         farewell = threading.Thread(target=self._part, args=(gone,), daemon=True)
         farewell.start()
@@ -189,9 +188,10 @@ class Watch:
 
     def _part(self, gone: int | None) -> None:
         """Process 0 holds the others' reason, so it goes last."""
-        if gone == 0:
-            return
         with contextlib.suppress(Exception):
+            sys.stdout.flush()  # may wait for whoever reads it, so here
+            if gone == 0:
+                return
             self.client.key_value_set(f"{_GONE}{self.process}", "")
             while self.process == 0:
                 left = len(self.client.key_value_dir_get(_GONE)) + (gone is not None)
