@@ -68,7 +68,8 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
         "  ./lora train configs/gsm8k.yaml --data.train train.jsonl --data.eval test.jsonl\n"
         "  ./lora train configs/quickstart.yaml --lora.r 8 --output runs/rank8\n"
         "  ./lora train runs/rank8/config.yaml --resume\n"
-        "  ./lora train configs/gsm8k.yaml --resume auto --output runs/gsm8k\n",
+        "  ./lora train configs/gsm8k.yaml --resume auto --output runs/gsm8k\n"
+        "  ./lora train CONFIG.yaml --distributed --resume auto     (the same on every host)\n",
         SECTIONS,
     )
     p.add_argument("config", metavar="CONFIG.yaml")
@@ -80,6 +81,13 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
         const="always",
         help="go on from the newest whole checkpoint; auto: begin if there is no run yet, and do"
         " nothing if it is finished, so that one command line serves every restart",
+    )
+    p.add_argument(
+        "--distributed",
+        action="store_true",
+        help="train together with the processes that are started with the same command: by Slurm,"
+        " Cloud TPU, Kubernetes or Open MPI, or with JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES"
+        " and JAX_PROCESS_ID",
     )
     p.add_argument(
         "--dry-run",

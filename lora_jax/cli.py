@@ -1,6 +1,7 @@
 """The command line: parse, call, print."""
 
 import argparse
+import contextlib
 import difflib
 import json
 import re
@@ -105,31 +106,47 @@ def _train(options: argparse.Namespace, overrides: list[str]) -> None:
     nothing = (
         "stopped before the first step, so nothing is saved yet; the same command starts again"
     )
-    with stops_at_once(nothing):
-        result = _trained(options, _with_output(options, overrides))
-    if result is None:
+    if options.distributed:
+        _train_together(options, overrides)
         return
-    _report(result.directory)
-    _say(_console())(
-        f"held-out loss {result.before.loss:.4f} before, {result.after.loss:.4f} after"
-        f"{' (stopped early, best kept)' if result.stopped_early else ''}; {result.directory}"
-    )
+    with stops_at_once(nothing):
+        result = _trained(options, _run_config(options, overrides))
+    if result is not None:
+        _finish(result)
 
 
-def _trained(options: argparse.Namespace, overrides: list[str]) -> Any:
+def _train_together(options: argparse.Namespace, overrides: list[str]) -> None:
+    """As one of several processes, which take signals after the same step."""
+    from .train import join_hosts, once
+
+    with join_hosts() as watch:
+        config = _run_config(options, overrides)
+        again = f"./lora train {config.output}/config.yaml --distributed --resume"
+        watch.begin(config.train.heartbeat, again)
+        result = _trained(options, config)
+        if result is not None:
+            once(lambda: _finish(result))
+
+
+def _run_config(options: argparse.Namespace, overrides: list[str]) -> Any:
+    from .train import load_config
+
+    return load_config(options.config, _with_output(options, overrides))
+
+
+def _trained(options: argparse.Namespace, config: Any) -> Any:
     """The result of a run; None if there is nothing to train."""
     from ._terminal import TrainingProgress, describe_job
-    from .train import is_finished, load_config, prepare, run
+    from .train import is_finished, is_first, once, prepare, run
 
-    config, console = load_config(options.config, overrides), _console()
-    job, say = prepare(config), _say(console)
+    job, console = prepare(config), _console()
+    console.quiet, say = not is_first(), _say(console)
     if options.dry_run:
         say(describe_job(job))
         return None
-    if options.resume == "auto" and is_finished(job.config):
+    if options.resume == "auto" and once(lambda: is_finished(job.config)):
         directory = Path(job.config.output)
-        if not (directory / "report.md").exists():
-            _report(directory)
+        once(lambda: (directory / "report.md").exists() or _report(directory))
         say(f"{directory}: this run is finished; there is nothing left to do")
         return None
     for note in job.train.report.notes:
@@ -139,10 +156,26 @@ def _trained(options: argparse.Namespace, overrides: list[str]) -> Any:
         return run(job, resume=resume, listener=progress)
 
 
-def _report(directory: Path) -> None:
-    with stops_at_once(f"{directory}: this run is finished, but for its report"):
-        from .report import draw_loss, write_report
+def _finish(result: Any) -> None:
+    """Write the report of a run, and say where it is."""
+    _report(result.directory)
+    _say(_console())(
+        f"held-out loss {result.before.loss:.4f} before, {result.after.loss:.4f} after"
+        f"{' (stopped early, best kept)' if result.stopped_early else ''}; {result.directory}"
+    )
 
+
+def _report(directory: Path) -> None:
+    from .report import draw_loss, write_report
+    from .train import several_hosts
+
+    # Several end together, so one of them does not stop by itself.
+    unless = (
+        contextlib.nullcontext()
+        if several_hosts()
+        else stops_at_once(f"{directory}: this run is finished, but for its report")
+    )
+    with unless:
         draw_loss(directory)
         write_report(directory)
 

@@ -13,6 +13,9 @@ from ._config import run_config as run_config
 from ._evaluate import Evaluation as Evaluation
 from ._evaluate import evaluate as evaluate
 from ._evaluate import make_eval_step as make_eval_step
+from ._hosts import is_first as is_first
+from ._hosts import once as once
+from ._hosts import several_hosts as several_hosts
 from ._job import Job as Job
 from ._job import Setup as Setup
 from ._job import load_base as load_base
@@ -20,6 +23,7 @@ from ._job import load_tokenizer as load_tokenizer
 from ._job import prepare as prepare
 from ._job import prepare_abstract as prepare_abstract
 from ._job import with_adapter as with_adapter
+from ._join import join_hosts as join_hosts
 from ._loop import Result as Result
 from ._loop import job_batches as job_batches
 from ._loop import run as run

@@ -119,6 +119,8 @@ class TrainSection:
     tensorboard: bool = True
     loss_chunk: int = 1024
     """Tokens whose logits exist at one time."""
+    heartbeat: float = 100.0
+    """Seconds within which a process that died is noticed, where several train a run."""
 
     def __post_init__(self) -> None:
         for name in (
@@ -136,7 +138,7 @@ class TrainSection:
                 raise InputError(f"train.{name}: must be at least 1, got {getattr(self, name)}")
         if max(self.steps or 0, self.epochs) >= 2**31:
             raise InputError("train.steps: more than 2^31 steps or epochs; give fewer")
-        for name in ("learning_rate", "epochs", "clip_norm", *_OPTIONS_OF.values()):
+        for name in ("learning_rate", "epochs", "clip_norm", "heartbeat", *_OPTIONS_OF.values()):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise InputError(f"train.{name}: must be a number above 0, got {value}")

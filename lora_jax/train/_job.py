@@ -36,6 +36,7 @@ from ..models import (
 from ..optim._lora_fa import without_lora_a
 from ..transform import LoraLinen, lora_linen
 from ._config import ModelSection, RunConfig
+from ._hosts import agree_on_config
 from ._mesh import device_memory, make_mesh
 from ._partition import Partition, read_rules
 from ._run_rows import examples_of, rows_of, with_length
@@ -162,6 +163,7 @@ def prepare(config: RunConfig) -> Job:
     Raises:
         InputError: for whatever in the config does not fit the files it names.
     """
+    agree_on_config(config)
     rows, held_out = rows_of(config.data)  # first, since it fails fast
     _check_start(config)
     section, quant = _model_section(config), _quant_as_read(config)

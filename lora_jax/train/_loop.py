@@ -14,7 +14,7 @@ import numpy as np
 
 from .._errors import InputError
 from .._files import atomic_directory
-from .._interrupt import StopRequest, stop, stop_signals
+from .._interrupt import Stopped, StopRequest, stop_signals
 from .._tree import combine
 from ..adapters import save_adapter
 from ..data import BatchIterator, eval_batches
@@ -23,6 +23,16 @@ from ..models import save_pretrained
 from ._checkpoint import Checkpoints
 from ._config import RunConfig
 from ._evaluate import Evaluation, evaluate, make_eval_step
+from ._hosts import (
+    agree,
+    agreed_stop,
+    check_shared,
+    is_first,
+    largest,
+    once,
+    several_hosts,
+    whole,
+)
 from ._job import Job, prepare
 from ._metrics import Listener, MetricsLog, notice, peak_memory
 from ._notes import write_notes
@@ -32,6 +42,7 @@ from ._rundir import Resume, open_directory
 from ._start import training_batches
 from ._step import LOWEST_SCALE
 from ._tokens import stopping_config
+from ._watch import alone
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,9 +117,11 @@ def run(job: Job, *, resume: Resume = False, listener: Listener | None = None) -
 
     Full training uses up the weights of the job: two copies of a model may be one too many.
     """
-    with stop_signals() as asked:
+    with (agreed_stop if several_hosts() else stop_signals)() as asked:
         # Nothing is written before the data and the optimizer are known to be right.
         loop = _Loop(job, listener)
+        agree({"data": loop.batches.get_state()["fingerprint"]}, "give all processes the same rows")
+        check_shared(Path(job.config.output))
         with open_directory(job.config, resume) as opened, _errors(opened.directory, loop, asked):
             loop.open(opened.directory, opened.begun)
             return loop.run(asked)
@@ -157,7 +170,8 @@ class _Loop:
         if begun:
             where = "its beginning, since nothing was saved" if saved is None else f"step {step}"
             notice(f"{directory}: going on from {where}")
-        self.log = MetricsLog(directory, tensorboard=c.tensorboard, resumed_from=step)
+        if is_first():
+            self.log = MetricsLog(directory, tensorboard=c.tensorboard, resumed_from=step)
 
     def _like(self, place: dict[str, Any]) -> Any:
         """Arrays such as those of a checkpoint with this place."""
@@ -185,18 +199,20 @@ class _Loop:
 
     def _stop(self, at: int, code: int) -> NoReturn:
         """Save what is not saved yet, and say how to go on."""
-        again = f"./lora train {self.directory / 'config.yaml'} --resume"
+        together = " --distributed" if several_hosts() else ""
+        again = f"./lora train {self.directory / 'config.yaml'}{together} --resume"
         if at == 0:
             nothing = "stopped before the first step, so nothing is saved yet"
-            stop(f"{self.directory}: {nothing}; {again} starts again", code)
+            _end(f"{self.directory}: {nothing}; {again} starts again", code)
         if self.checkpoints.latest() != at:
             if self.window:
                 self._log(at)
             self._save(at)
-        stop(f"{self.directory}: stopped and saved at step {at}; {again} goes on", code)
+        _end(f"{self.directory}: stopped and saved at step {at}; {again} goes on", code)
 
     def _one_step(self, at: int) -> None:
-        parts = [next(self.batches) for _ in range(self.job.config.train.accumulate)]
+        with alone("reading its rows"):
+            parts = [next(self.batches) for _ in range(self.job.config.train.accumulate)]
         batch = {name: np.stack([p[name] for p in parts]) for name in parts[0]}
         rows = batch.pop("rows")
         self.state, metrics = self.step(self.state, self.job.base, self.job.batch(batch))
@@ -231,7 +247,7 @@ class _Loop:
                 "tokens": self.progress.tokens,
                 "tokens_per_second": read / seconds,
                 "epoch": round(self.batches.epoch, 4),
-                "peak_memory_bytes": peak_memory(),
+                "peak_memory_bytes": largest(peak_memory()),
             }
         )
 
@@ -297,7 +313,10 @@ class _Loop:
         self.checkpoints.save(at, (self.state, self.best), place)
 
     def _record(self, record: dict[str, Any]) -> None:
-        self.log(record)
+        if not is_first():
+            return
+        with alone("writing metrics.jsonl"):
+            self.log(record)
         if self.listener is not None:
             self.listener(record)
 
@@ -308,6 +327,12 @@ class _Loop:
         after = progress.best or progress.last
         assert progress.before is not None and after is not None
         return Result(self.directory, at, progress.before, after, trainable, progress.stopped)
+
+
+def _end(message: str, code: int) -> NoReturn:
+    """Say why, and end."""
+    notice(message)
+    raise Stopped(message, code)
 
 
 def _due(every: int | None, at: int) -> bool:
@@ -322,8 +347,12 @@ def _diverged(metrics: dict[str, Any]) -> bool:
 
 def save_result(job: Job, directory: Path, trainable: dict[str, Any]) -> None:
     """Write what a job has trained: `adapter/` in PEFT's format, or `model/`."""
-    save = _save_adapter if job.config.train.method == "lora" else _save_model
-    save(job, directory, trainable)
+    trainable = whole(trainable)
+    if job.config.train.method == "lora":
+        job = dataclasses.replace(job, trainable=whole(job.trainable))
+        once(lambda: _save_adapter(job, directory, trainable))
+    else:
+        once(lambda: _save_model(job, directory, trainable))
 
 
 def _save_adapter(job: Job, directory: Path, adapter: dict[str, Any]) -> None:
@@ -366,6 +395,6 @@ def _errors(directory: Path, loop: _Loop, asked: StopRequest) -> Iterator[None]:
         raise InputError(f"{directory}: cannot write: {error.strerror or error}") from error
     except KeyboardInterrupt:
         again = f"./lora train {directory / 'config.yaml'} --resume goes on"
-        stop(f"{directory}: interrupted; {again} from the newest checkpoint", asked.code or 130)
+        _end(f"{directory}: interrupted; {again} from the newest checkpoint", asked.code or 130)
     finally:
         loop.close()

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 
 from .._files import atomic_file
+from ._hosts import is_first
 
 Listener = Callable[[dict[str, Any]], None]
 """Whoever watches a run: called with every record of `metrics.jsonl`."""
@@ -91,7 +92,7 @@ class _Events:
 
 def notice(line: str) -> None:
     """Tell whoever waits for the run, beside its results; one process speaks for all."""
-    if jax.process_index() == 0:
+    if is_first():
         print(line, file=sys.stderr, flush=True)
 
 

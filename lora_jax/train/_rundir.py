@@ -7,18 +7,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-import jax
-from jax.experimental import multihost_utils
-
 from .._errors import InputError
 from .._files import atomic_file, leftovers
 from ._config import RunConfig, config_text, load_config
+from ._hosts import once
 from ._lock import LOCK_FILE, locked
 from ._metrics import notice
 from ._schema import to_plain
 
 CONFIG_FILE = "config.yaml"
-_FREE = {"train.learning_rate", "train.clip_norm", "train.offload_optimizer"}
+_FREE = {"train.learning_rate", "train.clip_norm", "train.offload_optimizer", "train.heartbeat"}
 """What may change when a run goes on: a loss that diverged, or full memory, calls for it."""
 _FREE_SECTION = "mesh"
 """As may the devices it runs on."""
@@ -44,12 +42,16 @@ def open_directory(config: RunConfig, resume: Resume) -> Iterator[Opened]:
     Raises:
         InputError: if the directory is not as `resume` says: held, finished, of another config.
     """
+    with contextlib.ExitStack() as held:
+        begun = once(lambda: held.enter_context(_held(config, resume)))
+        yield Opened(Path(config.output), begun)
+
+
+@contextlib.contextmanager
+def _held(config: RunConfig, resume: Resume) -> Iterator[bool]:
+    """Whether the run was begun before, while the directory is held."""
     directory = Path(config.output)
-    begun = _check(config, resume)
-    multihost_utils.sync_global_devices("nothing is written before all have looked")
-    if jax.process_index() != 0:
-        yield Opened(directory, begun)
-        return
+    _check(config, resume)  # before anything is touched
     with locked(directory):
         begun = _check(config, resume)
         if resume == "auto" and not begun:
@@ -58,7 +60,7 @@ def open_directory(config: RunConfig, resume: Resume) -> Iterator[Opened]:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         with atomic_file(directory / CONFIG_FILE) as temporary:
             temporary.write_text(config_text(config), encoding="utf-8")
-        yield Opened(directory, begun)
+        yield begun
 
 
 def _check(config: RunConfig, resume: Resume) -> bool:
