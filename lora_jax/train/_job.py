@@ -229,6 +229,12 @@ def _partition(config: RunConfig, devices: Sequence[Any], memory: float | None) 
     # A trained weight has a gradient and two moments beside it.
     weights = tree_bytes(pretrained.params) * (4 if full else 1)
     mesh = make_mesh(config.mesh, devices, weights, memory)
+    length, parts = with_length(config.data, pretrained).seq_length, mesh.shape["sequence"]
+    if length % parts:
+        raise InputError(
+            f"mesh: sequence is {parts}, which does not divide data.max_length {length}; set that"
+            f" to {-(-length // parts) * parts}"
+        )
     return Partition(mesh, read_rules(config.mesh.rules, full), pretrained.config)
 
 

@@ -132,3 +132,20 @@ def test_bad_options() -> None:
         batch_iterator(make_examples(3), seed=-1, **SHAPE)
     with pytest.raises(InputError, match="give max_length 4"):
         batch_iterator(make_examples(9), batch_size=1, seq_length=4)
+
+
+def test_processes_fill_their_own_rows():
+    """What two of them fill is together what one fills."""
+    examples = make_examples(20)
+    whole, first, second = (
+        batch_iterator(examples, own_rows=own, **SHAPE) for own in (None, {0, 2}, {1})
+    )
+    for _ in range(7):
+        batch, *parts = next(whole), next(first), next(second)
+        for name, filled in batch.items():
+            assert np.array_equal(parts[0][name][[0, 2]], filled[[0, 2]])
+            assert np.array_equal(parts[1][name][1], filled[1])
+        assert not parts[0]["segment_ids"][1].any() and (parts[1]["rows"][[0, 2]] == -1).all()
+    assert first.get_state() == whole.get_state()
+    (own,) = eval_batches(make_examples(3), own_rows={1}, **SHAPE)
+    assert not own["segment_ids"][[0, 2]].any() and own["segment_ids"][1].any()

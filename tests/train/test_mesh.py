@@ -8,9 +8,11 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import optax
 import pytest
 import yaml
 from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import PartitionSpec as P
 from safetensors.numpy import load_file
 
 from lora_jax import QuantConfig
@@ -20,7 +22,7 @@ from lora_jax._tree import leaves_with_path
 from lora_jax.models import ModelConfig, abstract_params
 from lora_jax.models._config_json import config_from_hf
 from lora_jax.quant import QuantizedTensor
-from lora_jax.train import MeshSection, load_config, train
+from lora_jax.train import MeshSection, TrainState, load_config, prepare_abstract, train
 from lora_jax.train._mesh import AXES, mesh_shape
 from lora_jax.train._partition import RULES, RULES_OF_FULL, Partition, read_rules
 
@@ -197,6 +199,37 @@ def test_rules_of_the_config():
         read_rules({"vocap": []}, full=False)
     with pytest.raises(InputError, match=r"mesh.rules.vocab: unknown axis 'tensors'"):
         read_rules({"vocab": ["tensors"]}, full=False)
+
+
+def test_moments_are_cut_by_a_rule_of_their_own():
+    shape = jax.ShapeDtypeStruct((2, 512, 4), np.float32)
+    tree = {"model": {"layers": {"self_attn": {"q_proj": {"lora_A": shape}}}}}
+    scalar = jax.ShapeDtypeStruct((), np.int32)
+    moments = optax.ScaleByAdamState(scalar, tree, tree)
+    state = TrainState(scalar, tree, moments, scalar, scalar, scalar)
+    rules = read_rules({"moments": ["fsdp"]}, full=False)
+
+    def first(tree):
+        return jax.tree.leaves(tree)[0].spec
+
+    whole, cut = (partition(rules=r, fsdp=2).state(state) for r in (RULES, rules))
+    assert (
+        first(whole.opt_state.mu)
+        == first(whole.trainable)
+        == first(cut.trainable)
+        == P(*[None] * 3)
+    )
+    assert first(cut.opt_state.mu) == P(None, None, "fsdp") and cut.opt_state.count.spec == P()
+
+
+@pytest.mark.parametrize(
+    "sequence, message",
+    [(5, r"sequence is 5, which does not divide data.max_length 48; set that to 50")],
+)
+def test_a_row_is_cut_evenly(directory, sequence, message):
+    config = load_config(directory / "run.yaml", ["--mesh.sequence", str(sequence)])
+    with pytest.raises(InputError, match=message):
+        prepare_abstract(config, jax.devices() * sequence)
 
 
 @pytest.mark.parametrize(
