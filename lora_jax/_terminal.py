@@ -120,7 +120,7 @@ def describe_job(job: Job) -> str:
             f"{name} rows: {report.rows:,}, {report.tokens:,} tokens, {report.trained_tokens:,}"
             f" trained on, {report.truncated} truncated, {sum(report.dropped.values())} dropped"
         )
-    lines += [f"note: {note}" for note in job.train.report.notes]
+    lines += [f"note: {note}" for note in job.notes]
     lines.append(
         f"steps: {steps_of(job.config, batches):,} ({batches.batches_per_epoch:,} batches an epoch)"
     )

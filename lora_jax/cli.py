@@ -149,7 +149,7 @@ def _trained(options: argparse.Namespace, config: Any) -> Any:
         once(lambda: (directory / "report.md").exists() or _report(directory))
         say(f"{directory}: this run is finished; there is nothing left to do")
         return None
-    for note in job.train.report.notes:
+    for note in job.notes:
         say(f"note: {note}")
     resume = "auto" if options.resume == "auto" else options.resume is not None
     with TrainingProgress(console) as progress:

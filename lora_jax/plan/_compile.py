@@ -15,7 +15,7 @@ from .._errors import InputError, first_line
 from .._tree import leaves_with_path
 from ..models import NO_FLOAT16
 from ..quant import QuantizedTensor
-from ..train import RunConfig, Setup, make_program, prepare_abstract
+from ..train import RunConfig, Setup, idle_note, make_program, prepare_abstract
 from ._count import count
 from ._hlo import parse
 from ._targets import Target, gpu_text
@@ -78,6 +78,7 @@ def compile_plan(config: RunConfig, target: Target, at_most: float | None = None
             "attention": setup.pretrained.attention_path,
             "rank": c.lora.r,
             "mesh": mesh,
+            "idle": idle_note(c.train.batch_size, mesh),
         },
         "owners": owners,
         "flops": {dtype: n // math.prod(mesh.values()) for dtype, n in counts.flops.items()},

@@ -54,6 +54,8 @@ def _head(plan: Plan) -> Iterator[str]:
     axes = ", ".join(f"{axis} {n}" for axis, n in run["mesh"].items() if n > 1)
     several = f", each of {target.count} ({axes})" if target.count > 1 else ""
     yield f"for {target.device.name}{several}; compiled by jax {plan.versions['jax']}, not run"
+    if run["idle"]:
+        yield run["idle"]
 
 
 def _bar(share: float) -> str:

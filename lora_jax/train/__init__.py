@@ -30,6 +30,7 @@ from ._loop import run as run
 from ._loop import steps_of as steps_of
 from ._loop import train as train
 from ._loss import next_token_loss as next_token_loss
+from ._mesh import idle_note as idle_note
 from ._metrics import peak_memory as peak_memory
 from ._notes import adapter_notes as adapter_notes
 from ._optimizer import make_optimizer as make_optimizer

@@ -37,7 +37,7 @@ from ..optim._lora_fa import without_lora_a
 from ..transform import LoraLinen, lora_linen
 from ._config import ModelSection, RunConfig
 from ._hosts import agree_on_config
-from ._mesh import device_memory, make_mesh
+from ._mesh import device_memory, idle_note, make_mesh
 from ._partition import Partition, read_rules
 from ._run_rows import examples_of, rows_of, with_length
 from ._start import start_from_data
@@ -128,6 +128,13 @@ class Job(Setup):
     eval: Examples
     places: Mapping[int, str] = dataclasses.field(default_factory=dict)
     """Where each training row stands in its file."""
+
+    @property
+    def notes(self) -> list[str]:
+        """What whoever starts the run should know of its rows and its devices."""
+        shape = {} if self.mesh is None else self.mesh.shape
+        idle = idle_note(self.config.train.batch_size, shape)
+        return [*self.train.report.notes, *filter(None, [idle])]
 
 
 def load_base(section: ModelSection, quant: Any = None, place: Any = None) -> Pretrained:

@@ -1,7 +1,7 @@
 """The mesh of a run: its devices by named axes, and how much each of them has."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -74,6 +74,25 @@ def device_memory() -> float | None:
     """Bytes of this process's smallest device, if they tell."""
     limits = [(device.memory_stats() or {}).get("bytes_limit") for device in jax.local_devices()]
     return None if None in limits else min(limits)  # type: ignore[type-var]
+
+
+def idle_note(batch_size: int, shape: Mapping[str, int]) -> str | None:
+    """What to know of a batch whose rows do not fill the devices evenly; None if they do.
+
+    Example:
+        >>> idle_note(6, {"data": 4})
+        'train.batch_size 6 leaves 2 of 8 rows empty; a multiple of 4 (data 4) fills all devices'
+    """
+    axes = {axis: shape[axis] for axis in BATCH_AXES if shape.get(axis, 1) > 1}
+    parts = math.prod(axes.values())
+    empty = -batch_size % parts
+    if not empty:
+        return None
+    told = " x ".join(f"{axis} {n}" for axis, n in axes.items())
+    return (
+        f"train.batch_size {batch_size} leaves {empty} of {batch_size + empty} rows empty; a"
+        f" multiple of {parts} ({told}) fills all devices"
+    )
 
 
 def _divisors(n: int) -> list[int]:

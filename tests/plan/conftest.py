@@ -38,7 +38,7 @@ def make_plan() -> Callable[..., Plan]:
     run = {
         "method": "lora", "batch_size": 4, "accumulate": 1, "max_length": 2048,
         "dtype": "bfloat16", "param_dtype": None, "remat": "everything", "optimizer": "adamw",
-        "offload_optimizer": False, "loss_chunk": 1024, "rank": 8, "mesh": {},
+        "offload_optimizer": False, "loss_chunk": 1024, "rank": 8, "mesh": {}, "idle": None,
         "quant": {"format": "nf4", "embedding": None, "head": None, "stored": False},
     }  # fmt: skip
     gigabytes = (5.6, 0.1, 0.1, 0.2, 0.1, 10.0, 1.0, 0.0)
