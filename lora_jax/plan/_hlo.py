@@ -123,13 +123,14 @@ class Program:
             for x in self.computations[name].values():
                 kind = x.opcode.removesuffix("-start")
                 if kind in COLLECTIVES:
-                    size = x.bytes if x.opcode == kind else _started_bytes(kind, x)
+                    shapes = _exchanged(kind, x)
+                    size = sum(shape.bytes for shape in shapes)
                     received = round(size * _share(kind, _group(x.attributes)))
-                    largest = max(x.shapes, key=lambda shape: shape.bytes)
+                    largest = max(shapes, key=lambda shape: shape.bytes)
                     sums = found[kind, largest.dtype]
                     for i, amount in enumerate((1, size, received)):
                         sums[i] += times * amount
-                    sums[3] = max(sums[3], min(largest.bytes, size))
+                    sums[3] = max(sums[3], largest.bytes)
         return [Collective(*key, *sums) for key, sums in sorted(found.items())]
 
     def _executed(self, name: str, times: int) -> Iterator[tuple[str, int]]:
@@ -334,10 +335,11 @@ def _group(attributes: str) -> int | None:
     return None
 
 
-def _started_bytes(kind: str, x: Instruction) -> int:
-    """Bytes of the result among the shapes of what is started, which tell of its operand too."""
-    sizes = [shape.bytes for shape in x.shapes if shape.bytes > 4] or [0]
-    return min(sizes) if kind == "reduce-scatter" else max(sizes)
+def _exchanged(kind: str, x: Instruction) -> tuple[Shape, ...]:
+    """The arrays that result: what is only started tells of its operands, and of contexts, too."""
+    if x.opcode == kind or kind == "all-reduce":
+        return x.shapes
+    return x.shapes[len(x.operands) :][: len(x.operands)]
 
 
 def _share(kind: str, group: int | None) -> float:

@@ -10,6 +10,8 @@ _WIDTH = 40
 _EIGHTHS = " ▏▎▍▌▋▊▉"
 # JAX's allocator takes this share of a GPU's memory unless it is told otherwise.
 _BY_DEFAULT = 0.75
+_LITTLE = 1000
+"""Bytes of exchanges that no line tells of: flags and sums."""
 
 
 def show(plan: Plan) -> str:
@@ -80,6 +82,7 @@ def _amounts(plan: Plan) -> str:
     between = [
         f"{x['count']} {x['kind']} of {_scaled(x['bytes'])}B {x['dtype']} in all"
         for x in plan.collectives
+        if x["bytes"] >= _LITTLE
     ]
     return ", ".join([f"{flops:.3g} FLOPs", moved, *(between or ["nothing between devices"])])
 

@@ -264,7 +264,9 @@ def gathered(q: QuantizedTensor) -> QuantizedTensor:
     if q.in_use is None or mesh.empty or mesh.manual_axes:
         return q
     rows, columns = q.in_use
-    q = jax.lax.optimization_barrier(q)
+    # Without a barrier a TPU's compiler gathers slices of the stack, in a layout of which it makes
+    # a copy of the whole stack.  Others would gather once more behind a second barrier.
+    q = jax.lax.platform_dependent(q, tpu=jax.lax.optimization_barrier, default=lambda q: q)
     specs = partition_specs(q, rows or None, columns or None)
     return jax.tree.map(jax.lax.with_sharding_constraint, q, specs)
 

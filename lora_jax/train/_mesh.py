@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+from jax.experimental import mesh_utils
 
 from .._errors import InputError
 from ._config import MeshSection
@@ -32,8 +33,12 @@ def make_mesh(
         InputError: if the axes do not make as many devices as there are.
     """
     shape = mesh_shape(section, len(devices), weights, memory)
+    # On a TPU's torus an axis may need part of a physical one: 8 of 4 x 4 x 4.
+    placed = mesh_utils.create_device_mesh(
+        tuple(shape.values()), devices, allow_split_physical_axes=True
+    )
     types = (jax.sharding.AxisType.Auto,) * len(AXES)
-    return jax.make_mesh(tuple(shape.values()), AXES, axis_types=types, devices=devices)
+    return jax.sharding.Mesh(placed, AXES, axis_types=types)
 
 
 def mesh_shape(

@@ -70,7 +70,7 @@ class Partition:
         specs = partition_specs(leaf, rows or None, columns or None, stack)
         used = tuple(tuple(a for a in axes if a not in BATCH_AXES) for axes in (rows, columns))
         placed = jax.tree.map(self._shape, leaf, specs)
-        return dataclasses.replace(placed, in_use=None if used == (rows, columns) else used)
+        return dataclasses.replace(placed, in_use=used if rows or columns else None)
 
     def put(self, tree: Params) -> Params:
         """A tree's arrays, which every process has whole or cut already, cut over the mesh.

@@ -19,8 +19,11 @@ import jax  # noqa: E402
 
 from lora_jax.plan._compile import compile_plan  # noqa: E402
 from lora_jax.plan._targets import parse_target  # noqa: E402
+from lora_jax.quant import _matmul  # noqa: E402
 from lora_jax.train import load_config, train  # noqa: E402
 
+# Kernels as small as these are multiplied slab by slab, as large ones are.
+_matmul.LARGEST_DENSE = 2**28
 SHAPE = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
