@@ -1,8 +1,9 @@
 """What compiled programs exchange between devices, and what each does: the table of README.md.
 
-    python experiments/pods/figures.py          # needs ./lora install plan-tpu, no TPU
+    python experiments/pods/figures.py    # after ./lora install plan-tpu, ./lora install plan-gpu
 
-Llama 3.1 8B (and 70B where it says so) from their config.json alone, compiled for TPU v5e slices.
+Llama 3.1 8B (and 70B where it says so) from their config.json alone, compiled for 8 H100s and for
+slices of TPU v5e; no GPU or TPU is needed.
 """
 
 import contextlib
@@ -19,9 +20,10 @@ from lora_jax.plan import Plan, plan  # noqa: E402
 
 CONFIG = "configs/llama3_8b_qlora.yaml"
 ONE_STEP = ("--train.accumulate", "1")
-EIGHT, SLICE, ALL = "v5e:2x4", "v5e:4x4", "v5e:16x16"
+GPUS, EIGHT, SLICE, ALL = "h100x8", "v5e:2x4", "v5e:4x4", "v5e:16x16"
 BLOCKS = 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336)
 """Parameters of the blocks' kernels in Llama 3.1 8B."""
+Row = tuple[str, str, str]
 
 
 def main() -> None:
@@ -44,51 +46,52 @@ def total(found: list[Any], of: str = "bytes") -> int:
     return sum(x[of] for x in found)
 
 
-def data_parallel() -> Iterator[tuple[str, str, str]]:
-    made = compiled(EIGHT, 8, "--mesh.data", "8")
-    ratio = total(exchanged(made, "all-reduce")) / made.owners["gradients"]
-    others = {x["kind"] for x in made.collectives} - {"all-reduce"} or "nothing else"
-    yield (
-        f"data 8: all-reduced bytes over those of the adapter's float32 gradients ({EIGHT})",
-        "<= 1.02, no gather",
-        f"{ratio:.3f} (summed in bfloat16), {others}",
-    )
+def data_parallel() -> Iterator[Row]:
+    for target in (GPUS, EIGHT):
+        made = compiled(target, 8, "--mesh.data", "8")
+        ratio = total(exchanged(made, "all-reduce")) / made.owners["gradients"]
+        others = ", ".join({x["kind"] for x in made.collectives} - {"all-reduce"})
+        yield (
+            f"data 8 ({target}): all-reduced bytes over those of the adapter's float32 gradients",
+            "<= 1.02, no gather",
+            f"{ratio:.3f} (they are summed in bfloat16), {others or 'nothing else'}",
+        )
 
 
-def fsdp() -> Iterator[tuple[str, str, str]]:
-    dense = compiled(EIGHT, 8, "--mesh.fsdp", "8", "--quant", "null")
-    made = compiled(EIGHT, 8, "--mesh.fsdp", "8")
-    gathers, whole = exchanged(made, "all-gather"), exchanged(dense, "all-gather")
-    ratio, ideal = total(gathers) / total(whole), total(whole) / (2 * 2 * BLOCKS)
-    dtypes = ", ".join(sorted({x["dtype"] for x in gathers}))
-    sizes = f"{total(gathers) / 1e9:.2f} of {total(whole) / 1e9:.2f} GB"
-    yield (
-        f"fsdp 8, NF4 with double quantization: gathered bytes over those of bfloat16 ({EIGHT})",
-        "<= 0.27, no gather of floats",
-        f"{ratio:.4f} ({sizes}), gathered: {dtypes};"
-        f" bfloat16 gathers {ideal:.3f} of its weights twice",
-    )
+def fsdp() -> Iterator[Row]:
+    for target in (GPUS, EIGHT):
+        made = compiled(target, 8, "--mesh.fsdp", "8")
+        dense = compiled(target, 8, "--mesh.fsdp", "8", "--quant", "null")
+        gathers, whole = exchanged(made, "all-gather"), exchanged(dense, "all-gather")
+        dtypes = ", ".join(sorted({x["dtype"] for x in gathers}))
+        permuted = total(exchanged(dense, "collective-permute"))
+        yield (
+            f"fsdp 8 ({target}), NF4 with double quantization: gathered bytes over twice those of"
+            " the bfloat16 weights, which is what bfloat16 gathers",
+            "<= 0.27, no gather of floats",
+            f"{total(gathers) / (4 * BLOCKS):.4f} ({total(gathers) / 1e9:.2f} GB; bfloat16"
+            f" {total(whole) / 1e9:.2f}, and {permuted / 1e9:.2f} in permutes), gathered: {dtypes}",
+        )
 
 
-def tensor_parallel() -> Iterator[tuple[str, str, str]]:
-    words = ("--mesh.tensor", "8", "--lora.target_modules")
-    made = compiled(EIGHT, 8, *words, "all-linear")
-    base = compiled(EIGHT, 8, *words, "[q_proj]", "--lora.r", "1")
-    counts = [
-        sum(x["count"] for x in p.collectives if x["largest"] >= 8 * 2048 * 4096)
-        for p in (made, base)
-    ]
-    kinds = ", ".join(sorted({x["kind"] for x in made.collectives}))
-    more = total(made.collectives) - total(base.collectives) - made.owners["gradients"]
-    yield (
-        f"tensor 8: exchanges with all linear layers adapted, and with q_proj of rank 1 ({EIGHT})",
-        "as many, none permutes",
-        f"{counts[0]} and {counts[1]} of an activation's size or combined with one; {kinds};"
-        f" {more / total(base.collectives):+.2%} bytes beside the gradients",
-    )
+def tensor_parallel() -> Iterator[Row]:
+    activation = 8 * 2048 * 4096 * 2
+    for target in (GPUS, EIGHT):
+        words = ("--mesh.tensor", "8", "--lora.target_modules")
+        made = compiled(target, 8, *words, "all-linear")
+        base = compiled(target, 8, *words, "[q_proj]", "--lora.r", "1")
+        ours, least = (total(exchanged(p, "all-reduce")) / activation / 32 for p in (made, base))
+        more = total(made.collectives) - total(exchanged(made, "all-reduce"))
+        yield (
+            f"tensor 8 ({target}): bytes all-reduced in a layer over those of an activation, with"
+            " all linear layers adapted; with q_proj alone, rank 1",
+            "as many, no permute",
+            f"{ours:.2f}; {least:.2f}; all others {more / activation / 32:.2f}, permuted"
+            f" {total(exchanged(made, 'collective-permute')) / activation / 32:.2f}",
+        )
 
 
-def scaling() -> Iterator[tuple[str, str, str]]:
+def scaling() -> Iterator[Row]:
     one = compiled("v5e:1x1", 1)
     for name, words in (("data", ()), ("fsdp 8, data", ("--mesh.fsdp", "8"))):
         eight, many = compiled(EIGHT, 8, *words), compiled(ALL, 256, *words)
@@ -110,7 +113,7 @@ def _temporaries(made: Plan) -> float:
     return sum(made.owners[name] for name in ("gradients", "activations", "temporaries"))
 
 
-def seventy() -> Iterator[tuple[str, str, str]]:
+def seventy() -> Iterator[Row]:
     config = "configs/llama3_70b_pod.yaml"
     made = compiled(SLICE, 16, config=config)
     yield (

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float, Int
 
-from .._mesh_axes import mesh_size
+from .._mesh_axes import OPEN, cut, mesh_size
 from .._tree import vary_together
 from .._typing import Array, Key
 from ..quant import QuantizedTensor, quantized_matmul
@@ -183,6 +183,7 @@ def _delta_backward(residuals, g):
     # them back, by way of dA's transpose too, and from recomputing activations inside them.
     thin = _scaled(b, jnp.moveaxis(g, -1, -2), scaling), jnp.moveaxis(h, -1, -2)
     thin_g, thin_h = jax.lax.optimization_barrier(thin)
+    thin_g = _by_rank(thin_g)
     da = jax.lax.optimization_barrier(_over_tokens(thin_g, x)).T
     dx = (jnp.moveaxis(thin_g, -1, -2) @ a.T).reshape(whole.shape)
     return dx, da, _over_tokens(thin_h, g), jnp.zeros_like(scaling)
@@ -191,6 +192,21 @@ def _delta_backward(residuals, g):
 def _tokens(x: Array) -> Array:
     """All tokens of a batch along one axis; where devices hold parts of a row, its axes stay."""
     return x if mesh_size("sequence") > 1 and x.ndim > 2 else x.reshape(-1, x.shape[-1])
+
+
+def _by_rank(thin: Array) -> Array:
+    """(..., rank, seq) cut by its rank where a mesh cuts the layer's columns.
+
+    The gradient by x is then a sum over devices for the base's product and the adapter's alike, and
+    compilers for GPUs and TPUs add up those of all layers that share x before they exchange them.
+    """
+    if mesh_size("tensor") == 1 or thin.shape[-2] % mesh_size("tensor"):
+        return thin
+
+    def split(x: Array) -> Array:
+        return cut(x, *[OPEN] * (x.ndim - 2), "tensor", OPEN)
+
+    return jax.lax.platform_dependent(thin, cpu=lambda x: x, default=split)
 
 
 def _over_tokens(thin: Array, x: Array) -> Array:
