@@ -1,8 +1,8 @@
 """What a run does on eight devices of a CPU: prints as JSON what its programs exchange, and trains.
 
-    python on_a_mesh.py DIRECTORY
+    python on_a_mesh.py DIRECTORY NAME ...
 
-DIRECTORY holds `run.yaml` and gets a directory for each of `RUNS`.
+DIRECTORY holds `run.yaml`; a NAME is one of `PROGRAMS`, or of `RUNS`, whose directory it becomes.
 """
 
 import dataclasses
@@ -11,9 +11,10 @@ import os
 import sys
 from pathlib import Path
 
-os.environ["XLA_FLAGS"] = (
-    f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
-)
+if __name__ == "__main__":  # not in a process that imports this for its constants
+    os.environ["XLA_FLAGS"] = (
+        f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+    )
 
 import jax  # noqa: E402
 
@@ -69,13 +70,15 @@ def compiled(directory: Path, count: int, words: list[str]) -> dict:
     return compile_plan(config, target)
 
 
-def main(directory: Path) -> None:
-    made = {name: compiled(directory, *given) for name, given in PROGRAMS.items()}
-    for name, (mesh, words) in RUNS.items():
-        output = ["--output", str(directory / name)]
-        train(load_config(directory / "run.yaml", [*mesh, *words, *output]))
+def main(directory: Path, names: list[str]) -> None:
+    made = {name: compiled(directory, *PROGRAMS[name]) for name in names if name in PROGRAMS}
+    for name in names:
+        if name in RUNS:
+            mesh, words = RUNS[name]
+            output = ["--output", str(directory / name)]
+            train(load_config(directory / "run.yaml", [*mesh, *words, *output]))
     print(json.dumps({"devices": jax.device_count(), **made}))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2:])
