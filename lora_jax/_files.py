@@ -1,6 +1,8 @@
 """Files written whole or not at all, and tensors read without ever opening a pickle."""
 
 import contextlib
+import functools
+import hashlib
 import os
 import re
 import secrets
@@ -109,6 +111,17 @@ def reported(path: Path) -> Iterator[None]:
 def leftovers(directory: Path) -> list[Path]:
     """What a process that was killed has left of the files and directories it was writing."""
     return [path for path in directory.glob(".*") if re.fullmatch(_BESIDE, path.name)]
+
+
+@functools.cache
+def package_digest() -> str:
+    """The SHA-256 of this package's sources, by which one program is known from another."""
+    package, digest = Path(__file__).parent, hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        source = path.read_bytes()
+        digest.update(f"{path.relative_to(package)} {len(source)}\n".encode())
+        digest.update(source)
+    return digest.hexdigest()
 
 
 def _beside(path: Path) -> Path:

@@ -4,6 +4,7 @@ from ._examples import Example as Example
 from ._examples import Examples as Examples
 from ._examples import Report as Report
 from ._examples import build_examples as build_examples
+from ._examples import digest_of as digest_of
 from ._examples import tokenize as tokenize
 from ._make import Card as Card
 from ._make import make_rows as make_rows

@@ -1,8 +1,9 @@
 """Rows to token ids, and for each token whether it is trained on."""
 
 import dataclasses
+import hashlib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Bool, Int32
@@ -81,6 +82,15 @@ class Examples:
 
     def __getitem__(self, index: int) -> Example:
         return self.examples[index]
+
+
+def digest_of(examples: Iterable[Example], options: str = "") -> str:
+    """Tells sequences, in their order, from any others; `options` are what else may differ."""
+    digest = hashlib.sha256(options.encode())
+    for example in examples:
+        digest.update(example.input_ids.tobytes())
+        digest.update(example.loss_mask.tobytes())
+    return digest.hexdigest()[:16]
 
 
 def build_examples(

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .._errors import InputError
+from .._files import package_digest
 from ._targets import Target, parse_target
 
 OWNERS = ("base", "scales", "adapter", "optimizer", "gradients", "activations", "temporaries",
@@ -266,13 +267,12 @@ def _cache() -> Path:
 
 def _key(request: Mapping[str, Any], target: Target) -> str:
     """What a plan depends on, but for the files that its config names."""
-    sources = [path.read_bytes() for path in sorted(_PACKAGE.rglob("*.py"))]
     names = ("jax", "jaxlib", "flax", "optax", "libtpu", "jax-cuda13-plugin", "jax-cuda13-pjrt")
     told = {
         **request,
         "place": os.getcwd(),
         "device": dataclasses.asdict(target),
-        "package": hashlib.sha256(b"".join(sources)).hexdigest(),
+        "package": package_digest(),
         "versions": [_version(name) for name in names],
         "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith(_COMPILING)},
     }

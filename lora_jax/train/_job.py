@@ -14,7 +14,7 @@ from .._quant_config import QuantConfig
 from .._tree import combine, leaves_with_path, map_with_path, tree_bytes
 from .._typing import Params
 from ..adapters import load_adapter
-from ..data import Examples
+from ..data import Examples, digest_of
 from ..lora import (
     TRAINED,
     Layouts,
@@ -36,7 +36,7 @@ from ..models import (
 from ..optim._lora_fa import without_lora_a
 from ..transform import LoraLinen, lora_linen
 from ._config import ModelSection, RunConfig
-from ._hosts import agree_on_config
+from ._hosts import agree, agree_on_config
 from ._mesh import device_memory, idle_note, make_mesh
 from ._partition import Partition, read_rules
 from ._run_rows import examples_of, rows_of, with_length
@@ -175,16 +175,19 @@ def prepare(config: RunConfig) -> Job:
     _check_start(config)
     section, quant = _model_section(config), _quant_as_read(config)
     partition = _partition(config, jax.devices(), device_memory())
+    _agree_on_shapes(partition)  # programs that differ would wait for each other forever
     partition = None if partition.mesh.size == 1 else partition
     pretrained = load_base(section, quant, partition and partition.place)
     data = with_length(config.data, pretrained)
-    examples = examples_of(rows, data, pretrained)
+    examples, held_out = (examples_of(x, data, pretrained) for x in (rows, held_out))
+    read = {"rows of data.train": digest_of(examples), "held-out rows": digest_of(held_out)}
+    agree({f"the digest of {name}": x for name, x in read.items()}, "give all the same files")
     setup = _set_up(config, pretrained, examples)
     setup = setup if partition is None else _placed(setup, partition)
     return Job(
         **{field.name: getattr(setup, field.name) for field in dataclasses.fields(setup)},
         train=examples,
-        eval=examples_of(held_out, data, pretrained),
+        eval=held_out,
         places={row.index: row.where for row in rows},
     )
 
@@ -243,6 +246,14 @@ def _partition(config: RunConfig, devices: Sequence[Any], memory: float | None) 
             f" to {-(-length // parts) * parts}"
         )
     return Partition(mesh, read_rules(config.mesh.rules, full), pretrained.config)
+
+
+def _agree_on_shapes(partition: Partition) -> None:
+    """Make sure that all processes have the same model on the same mesh."""
+    model = {f"the model's {k}": x for k, x in dataclasses.asdict(partition.config).items()}
+    agree(model, "give all processes the same model.path")
+    mesh = {f"mesh.{axis}": size for axis, size in partition.mesh.shape.items()}
+    agree(mesh, "say how many devices each axis of the mesh has")
 
 
 def _placed(setup: Setup, partition: Partition) -> Setup:
