@@ -6,19 +6,22 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any, NoReturn
+from typing import Any
+
+STOPPING = "stopping after this step; Ctrl-C from now on stops at once"
 
 
 class Stopped(SystemExit):
     """A signal asked for an end.
 
     The message says what was saved and how to go on.  Uncaught, it ends the process with `code`: 0
-    after SIGTERM, since a machine that is taken away is no failure, and 130 after Ctrl-C.
+    after SIGTERM, since a machine that is taken away is no failure, and 130 after Ctrl-C.  It is
+    `in_order` unless something was cut off.
     """
 
-    def __init__(self, message: str, code: int = 0) -> None:
+    def __init__(self, message: str, code: int = 0, *, in_order: bool = True) -> None:
         super().__init__(message)
-        self.code = code
+        self.code, self.in_order = code, in_order
 
 
 class StopRequest(threading.Event):
@@ -28,29 +31,24 @@ class StopRequest(threading.Event):
     """What the process is to exit with."""
 
 
-def stop(message: str, code: int) -> NoReturn:
-    """Say why, and end."""
-    print(message, file=sys.stderr, flush=True)
-    raise Stopped(message, code)
-
-
 @contextlib.contextmanager
 def stop_signals() -> Iterator[StopRequest]:
     """An event that SIGINT or SIGTERM sets, so that no step is cut in two.
 
-    A second signal interrupts at once.  Outside the main thread Python lets nobody listen,
-    and the event is never set.
+    Ctrl-C after that interrupts at once; SIGTERM does not, since schedulers repeat it.  Outside
+    the main thread Python lets nobody listen, and the event is never set.
     """
     asked = StopRequest()
 
     def handle(number: int, frame: Any) -> None:
-        if asked.is_set():
-            asked.code = 128 + number
+        if not asked.is_set():
+            asked.code = _code(number)
+            asked.set()
+            with contextlib.suppress(RuntimeError):  # in the midst of another write
+                print(STOPPING, file=sys.stderr)
+        elif number == signal.SIGINT:
+            asked.code = _code(number)
             raise KeyboardInterrupt
-        asked.code = _code(number)
-        asked.set()
-        with contextlib.suppress(RuntimeError):  # in the midst of another write
-            print("stopping after this step; once more stops at once", file=sys.stderr)
 
     with _handled(handle):
         yield asked

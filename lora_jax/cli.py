@@ -117,12 +117,11 @@ def _train(options: argparse.Namespace, overrides: list[str]) -> None:
 
 def _train_together(options: argparse.Namespace, overrides: list[str]) -> None:
     """As one of several processes, which take signals after the same step."""
-    from .train import join_hosts, once
+    from .train import join_hosts, once, resume_command
 
     with join_hosts() as watch:
         config = _run_config(options, overrides)
-        again = f"./lora train {config.output}/config.yaml --distributed --resume"
-        watch.begin(config.train.heartbeat, again)
+        watch.begin(config.train.heartbeat, resume_command(Path(config.output)))
         result = _trained(options, config)
         if result is not None:
             once(lambda: _finish(result))

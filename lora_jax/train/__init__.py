@@ -42,6 +42,7 @@ from ._run_rows import with_length as with_length
 from ._rundir import Resume as Resume
 from ._rundir import is_finished as is_finished
 from ._rundir import next_directory as next_directory
+from ._rundir import resume_command as resume_command
 from ._rundir import with_output as with_output
 from ._step import TrainState as TrainState
 from ._step import init_state as init_state

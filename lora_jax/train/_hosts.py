@@ -19,11 +19,11 @@ import numpy as np
 from jax._src import distributed
 from jax.experimental import multihost_utils
 
-from .._files import reported
-from .._interrupt import StopRequest
+from .._files import package_digest, reported
+from .._interrupt import STOPPING, StopRequest
 from ._config import RunConfig
 from ._schema import to_plain
-from ._watch import Disagreement
+from ._watch import Disagreement, leave_stops_to_steps
 
 _PROGRAMS = ("jax", "jaxlib", "flax", "optax")
 _WAIT = 3600 * 1000
@@ -108,6 +108,7 @@ def _disagreement(place: str, other: int, fix: str) -> Disagreement:
 def agree_on_config(config: RunConfig) -> None:
     """Make sure that all processes run the same program with the same config."""
     programs = {name: version(name) for name in _PROGRAMS}
+    programs["lora_jax's source"] = package_digest()[:16]
     agree(programs, "install the same versions everywhere")
     agree(_flat(to_plain(config)), "start all processes with the same config")
 
@@ -162,22 +163,26 @@ class AgreedStop(StopRequest):
 
     def is_set(self) -> bool:
         """To be asked once a step by every process."""
+        leave_stops_to_steps()
         self._steps += 1
         return multihost_utils.reached_preemption_sync_point(self._steps)
 
 
 @contextlib.contextmanager
 def agreed_stop() -> Iterator[AgreedStop]:
-    """As `stop_signals`, for several processes; Ctrl-C is taken as SIGTERM, the second at once."""
+    """As `stop_signals`, for several processes: the first Ctrl-C is taken as SIGTERM."""
+    asked = AgreedStop()
 
     def handle(number: int, frame: Any) -> None:
         signal.signal(number, before or signal.SIG_DFL)
-        print("stopping after this step; once more stops at once", file=sys.stderr)
+        asked.code = 128 + number
+        with contextlib.suppress(RuntimeError):  # in the midst of another write
+            print(STOPPING, file=sys.stderr)
         signal.raise_signal(signal.SIGTERM)
 
     before = signal.signal(signal.SIGINT, handle)
     try:
-        yield AgreedStop()
+        yield asked
     finally:
         signal.signal(signal.SIGINT, before or signal.SIG_DFL)
 
@@ -194,14 +199,18 @@ def largest(count: int) -> int:
 
 
 def whole(tree: Any) -> Any:
-    """A tree whose arrays this process can read, even where others hold parts of them."""
+    """A tree whose arrays process 0 can read, even where others hold parts of them.
+
+    All processes call this alike; in the others, what was gathered is None.
+    """
 
     def read(leaf: Any) -> Any:
         if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable:
             return leaf
         if leaf.is_fully_replicated:
             return np.asarray(leaf)
-        return multihost_utils.process_allgather(leaf, tiled=True)
+        gathered = multihost_utils.process_allgather(leaf, tiled=True)
+        return gathered if is_first() else None
 
     return jax.tree.map(read, tree)
 

@@ -11,6 +11,7 @@ import jax
 from jax._src import clusters, distributed
 
 from .._errors import InputError
+from .._interrupt import Stopped
 from ._relay import Relay
 from ._watch import Watch
 
@@ -41,7 +42,7 @@ def join_hosts(timeout: float = 300) -> Iterator[Watch]:
     try:
         yield watch
     except BaseException as error:
-        if isinstance(error, SystemExit) and not error.code:  # a stop that all have agreed on
+        if isinstance(error, Stopped) and error.in_order:  # as all have agreed
             _leave(watch)
             raise
         watch.fail(error)

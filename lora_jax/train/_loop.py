@@ -24,7 +24,6 @@ from ._checkpoint import Checkpoints
 from ._config import RunConfig
 from ._evaluate import Evaluation, evaluate, make_eval_step
 from ._hosts import (
-    agree,
     agreed_stop,
     check_shared,
     is_first,
@@ -38,7 +37,7 @@ from ._metrics import Listener, MetricsLog, notice, peak_memory
 from ._notes import write_notes
 from ._optimizer import learning_rate
 from ._program import make_program
-from ._rundir import Resume, open_directory
+from ._rundir import Resume, open_directory, resume_command
 from ._start import training_batches
 from ._step import LOWEST_SCALE
 from ._tokens import stopping_config
@@ -120,7 +119,6 @@ def run(job: Job, *, resume: Resume = False, listener: Listener | None = None) -
     with (agreed_stop if several_hosts() else stop_signals)() as asked:
         # Nothing is written before the data and the optimizer are known to be right.
         loop = _Loop(job, listener)
-        agree({"data": loop.batches.get_state()["fingerprint"]}, "give all processes the same rows")
         check_shared(Path(job.config.output))
         with open_directory(job.config, resume) as opened, _errors(opened.directory, loop, asked):
             loop.open(opened.directory, opened.begun)
@@ -199,8 +197,7 @@ class _Loop:
 
     def _stop(self, at: int, code: int) -> NoReturn:
         """Save what is not saved yet, and say how to go on."""
-        together = " --distributed" if several_hosts() else ""
-        again = f"./lora train {self.directory / 'config.yaml'}{together} --resume"
+        again = resume_command(self.directory)
         if at == 0:
             nothing = "stopped before the first step, so nothing is saved yet"
             _end(f"{self.directory}: {nothing}; {again} starts again", code)
@@ -329,10 +326,11 @@ class _Loop:
         return Result(self.directory, at, progress.before, after, trainable, progress.stopped)
 
 
-def _end(message: str, code: int) -> NoReturn:
+def _end(message: str, code: int, *, in_order: bool = True) -> NoReturn:
     """Say why, and end."""
-    notice(message)
-    raise Stopped(message, code)
+    if in_order or not several_hosts():  # else the watch over the others says so
+        notice(message)
+    raise Stopped(message, code, in_order=in_order)
 
 
 def _due(every: int | None, at: int) -> bool:
@@ -394,7 +392,7 @@ def _errors(directory: Path, loop: _Loop, asked: StopRequest) -> Iterator[None]:
     except OSError as error:
         raise InputError(f"{directory}: cannot write: {error.strerror or error}") from error
     except KeyboardInterrupt:
-        again = f"./lora train {directory / 'config.yaml'} --resume goes on"
-        _end(f"{directory}: interrupted; {again} from the newest checkpoint", asked.code or 130)
+        again = f"{resume_command(directory)} goes on from the newest checkpoint"
+        _end(f"{directory}: interrupted; {again}", asked.code or 130, in_order=False)
     finally:
         loop.close()

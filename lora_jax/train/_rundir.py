@@ -10,7 +10,7 @@ from typing import Any, Literal
 from .._errors import InputError
 from .._files import atomic_file, leftovers
 from ._config import RunConfig, config_text, load_config
-from ._hosts import once
+from ._hosts import once, several_hosts
 from ._lock import LOCK_FILE, locked
 from ._metrics import notice
 from ._schema import to_plain
@@ -95,6 +95,12 @@ def _refuse_to_resume(config: RunConfig) -> None:
             f"{directory}: this run is finished; to train its result further, start another run"
             " with train.adapter (or model.path) set to what it left"
         )
+
+
+def resume_command(directory: Path) -> str:
+    """What goes on with a run."""
+    together = " --distributed" if several_hosts() else ""
+    return f"./lora train {directory / CONFIG_FILE}{together} --resume"
 
 
 def free_directory(config: RunConfig) -> Path:

@@ -18,7 +18,10 @@ _LONG = 24 * 3600 * 1000
 """Milliseconds: a wait that only the end of another process cuts short."""
 _PATIENCE = 10
 """Heartbeats that a process may take for what it does alone while the others wait."""
+_NOTICE = "RECEIVED_PREEMPTION_NOTICE"
+"""Where JAX tells all processes that one has got SIGTERM."""
 _alone: list[tuple[str, float]] = []
+_stops_with_steps = threading.Event()
 
 
 @contextlib.contextmanager
@@ -37,6 +40,11 @@ def alone(what: str) -> Iterator[None]:
         yield
     finally:
         _alone.pop()
+
+
+def leave_stops_to_steps() -> None:
+    """From now on SIGTERM is seen to after a step, when there is something to save."""
+    _stops_with_steps.set()
 
 
 class Disagreement(InputError):
@@ -109,6 +117,8 @@ class Watch:
             ending = self._ending(self._limit / 10 or 1)
             if ending is not None:
                 self._end(ending["cause"], ending["code"], ending["gone"])
+            if not _stops_with_steps.is_set() and self._noticed():
+                self._end("stopped before the first step; the same command starts again", 0)
             now = time.monotonic()
             if now - before > self._limit / 2:  # this process itself was stopped for a while
                 self._answered, self._heard = now, dict.fromkeys(self._heard, now)
@@ -121,6 +131,13 @@ class Watch:
         except Exception:  # nothing yet, in one of the coordinator's many words
             self._left.wait(0.05)
             return None
+
+    def _noticed(self) -> bool:
+        """Whether a process has got SIGTERM."""
+        try:
+            return bool(self.client.key_value_try_get(_NOTICE))
+        except Exception:  # there is no such key
+            return False
 
     def _judge(self, now: float) -> None:
         if not self._limit:
@@ -180,7 +197,7 @@ class Watch:
     def _exit(self, cause: str, code: int, gone: int | None = None) -> None:
         """Print the reason and end, without the ways out that would wait for the others."""
         with contextlib.suppress(OSError):
-            print(f"error: {cause}", file=sys.stderr, flush=True)
+            print(f"{'error: ' if code else ''}{cause}", file=sys.stderr, flush=True)
         farewell = threading.Thread(target=self._part, args=(gone,), daemon=True)
         farewell.start()
         farewell.join(5)

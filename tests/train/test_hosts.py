@@ -81,11 +81,31 @@ def cannot_read(process: int) -> None:
         _job.rows_of = no_rows
 
 
+def loses_a_held_out_row(process: int) -> None:
+    read = _job.rows_of
+
+    def fewer(*given):
+        rows, held_out = read(*given)
+        return rows, dataclasses.replace(held_out, rows=held_out.rows[1:])
+
+    if process == 1:
+        _job.rows_of = fewer
+
+
 def lives_elsewhere(where: Path, process: int) -> None:
     _hosts._LAG = 0.2
     folder = where / f"host-{process}"
     folder.mkdir()
     os.chdir(folder)
+
+
+def is_preempted_while_it_loads(process: int) -> None:
+    def load(*_):
+        signal.raise_signal(signal.SIGTERM)
+        time.sleep(1000)
+
+    if process == 1:
+        _job.load_base = load
 
 
 def hangs(process: int) -> None:
@@ -150,6 +170,23 @@ def test_another_config_is_named_by_all(start, tmp_path):
     )
     assert processes.said() == [[line], [line]]
     assert not output.exists()
+
+
+def test_other_held_out_rows_are_found(start, tmp_path):
+    """Which no step would show, but the held-out loss of all."""
+    processes = start(trouble=loses_a_held_out_row, output=str(tmp_path / "other"))
+    assert processes.codes() == [2, 2], processes.said()
+    for (line,) in processes.errors():
+        assert line.startswith(f"error: process 1 ({HOST}): the digest of held-out rows is ")
+        assert line.endswith("; give all the same files")
+
+
+@pytest.mark.slow
+def test_preempted_before_the_first_step_all_end_at_once(start, tmp_path):
+    processes = start(trouble=is_preempted_while_it_loads, output=str(tmp_path / "early"))
+    assert processes.codes() == [0, 0], processes.said()
+    line = "stopped before the first step; the same command starts again"
+    assert all(line in lines for lines in processes.said())
 
 
 @pytest.mark.parametrize(
@@ -226,6 +263,7 @@ def test_four_processes_come_to_the_same(start, config, tmp_path):
     compare_adapters(*runs)
 
 
+@pytest.mark.slow
 def test_an_output_that_is_not_shared_is_refused(start, tmp_path):
     processes = start(trouble=functools.partial(lives_elsewhere, tmp_path), output="run")
     assert processes.codes() == [2, 2]

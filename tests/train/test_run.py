@@ -249,11 +249,14 @@ def test_termination_is_no_failure(make_job):
     assert run(job, resume=True, listener=listener).steps == 6
 
 
-def test_second_signal_interrupts_at_once(make_job):
+def test_a_second_ctrl_c_interrupts_at_once(make_job):
     job = make_job(train={"log_every": 1, "save_every": 1})
-    stopped = stopped_by([signal.SIGTERM] * 2, job, at=2)
-    assert stopped.code == 128 + signal.SIGTERM and "interrupted; ./lora train" in str(stopped)
+    stopped = stopped_by([signal.SIGTERM, signal.SIGINT], job, at=2)
+    assert stopped.code == 130 and "interrupted; ./lora train" in str(stopped)
     assert "--resume goes on from the newest" in str(stopped)
+    # Schedulers send SIGTERM several times.
+    stopped = stopped_by([signal.SIGTERM] * 3, job, at=4, resume=True)
+    assert stopped.code == 0 and "stopped and saved at step 4" in str(stopped)
     assert run(job, resume=True).steps == 6
 
 
