@@ -140,7 +140,7 @@ class Partition:
         """The rows of a batch of which this process's devices hold anything."""
         like = self.batch_shape((batch_size, self.mesh.shape["sequence"]), np.int32)
         held = like.sharding.addressable_devices_indices_map(like.shape).values()
-        return {row for rows, _ in held for row in range(*rows.indices(batch_size))}
+        return {row for index in held if index for row in range(*index[0].indices(batch_size))}
 
     def batch_shape(self, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
         """An array (..., batch, seq) as a step takes it: with empty rows until all have as many."""
