@@ -9,10 +9,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
+EIGHT = ("--train.batch_size", "16", "--train.accumulate", "1")
 PLANS = {
-    "llama3_8b_qlora": ("rtx4090", "v5e:1x1"),
-    "llama3_70b_qlora": ("h100",),
+    "llama3_8b_qlora": (("rtx4090",), ("v5e:1x1",), ("h100x8", *EIGHT), ("v5e:4x4", *EIGHT)),
+    "llama3_70b_qlora": (("h100",),),
+    "llama3_70b_pod": (("v5e:4x4", "--train.batch_size", "16"), ("v5e:16x16",)),
+    "llama3_405b_qlora": (("v5p:4x4x4",),),
 }
+"""For every config its targets, each with words laid over the config."""
 
 
 def main() -> None:
@@ -21,11 +25,11 @@ def main() -> None:
     for name, targets in PLANS.items():
         config = Path("configs", f"{name}.yaml")
         lines = [f"# {config.name}", "", "Compiled, not run: memory and amounts of work, no speed."]
-        for target in targets:
-            made = plan(config, target)
+        for target, *words in targets:
+            made = plan(config, target, words)
             versions = ", ".join(f"{package} {made.versions[package]}" for package in ("jax",))
             print(f"{name} for {target}: {made.total / 1e9:.3f} GB ({made.seconds:.0f} s)")
-            command = f"./lora plan {config} --target {target}"
+            command = " ".join(["./lora plan", str(config), "--target", target, *words])
             lines += ["", f"    {command}    # {versions}", "", "```", show(made), "```"]
         (ROOT / config).with_suffix(".plan.md").write_text("\n".join(lines) + "\n", "utf-8")
 

@@ -16,7 +16,7 @@ import threading
 import time
 from typing import TextIO
 
-GRACE = 10
+GRACE = 60
 """Seconds that the others have to end by themselves once one has failed."""
 
 
