@@ -16,7 +16,7 @@ import threading
 import time
 from typing import TextIO
 
-GRACE = 60
+GRACE = 120
 """Seconds that the others have to end by themselves once one has failed."""
 
 

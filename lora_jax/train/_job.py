@@ -37,8 +37,8 @@ from ..optim._lora_fa import without_lora_a
 from ..transform import LoraLinen, lora_linen
 from ._config import ModelSection, RunConfig
 from ._hosts import agree, agree_on_config
-from ._mesh import device_memory, idle_note, make_mesh
-from ._partition import Partition, read_rules
+from ._mesh import Needs, device_memory, idle_note, make_mesh
+from ._partition import Partition, parts_of_width, read_rules
 from ._run_rows import examples_of, rows_of, with_length
 from ._start import start_from_data
 from ._tokens import with_new_rows, with_tokens_of
@@ -238,7 +238,8 @@ def _partition(config: RunConfig, devices: Sequence[Any], memory: float | None) 
     pretrained = _abstract(config)
     # A trained weight has a gradient and two moments beside it.
     weights = tree_bytes(pretrained.params) * (4 if full else 1)
-    mesh = make_mesh(config.mesh, devices, weights, memory)
+    needs = Needs(weights, memory, parts_of_width(pretrained.params, pretrained.config))
+    mesh = make_mesh(config.mesh, devices, needs)
     length, parts = with_length(config.data, pretrained).seq_length, mesh.shape["sequence"]
     if length % parts:
         raise InputError(

@@ -1,5 +1,6 @@
 """The mesh of a run: its devices by named axes, and how much each of them has."""
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,20 +20,19 @@ ROOM_FOR_WEIGHTS = 0.5
 
 
 def make_mesh(
-    section: MeshSection, devices: Sequence[Any], weights: int, memory: float | None
+    section: MeshSection, devices: Sequence[Any], needs: "Needs | None" = None
 ) -> jax.sharding.Mesh:
     """The mesh that a config asks for, over these devices.
 
     Args:
         section: The config's.
         devices: All devices, those of other hosts too.
-        weights: Bytes of what a device without `fsdp` and `tensor` would hold between steps.
-        memory: Bytes of a device; None where nobody knows.
+        needs: What tells whether weights are copied or cut.
 
     Raises:
         InputError: if the axes do not make as many devices as there are.
     """
-    shape = mesh_shape(section, len(devices), weights, memory)
+    shape = mesh_shape(section, len(devices), needs or Needs())
     # On a TPU's torus an axis may need part of a physical one: 8 of 4 x 4 x 4.
     placed = mesh_utils.create_device_mesh(
         tuple(shape.values()), devices, allow_split_physical_axes=True
@@ -41,19 +41,30 @@ def make_mesh(
     return jax.sharding.Mesh(placed, AXES, axis_types=types)
 
 
-def mesh_shape(
-    section: MeshSection, count: int, weights: int = 0, memory: float | None = None
-) -> dict[str, int]:
+@dataclasses.dataclass(frozen=True)
+class Needs:
+    """What a device would have to hold of weights.
+
+    `weights`: bytes between steps, if nothing is cut.  `memory`: bytes of a device; None where
+    nobody knows.  `parts`: into how many parts `fsdp` can cut them at most, or a divisor of that.
+    """
+
+    weights: int = 0
+    memory: float | None = None
+    parts: int = 0
+
+
+def mesh_shape(section: MeshSection, count: int, needs: Needs) -> dict[str, int]:
     """Devices along each axis.
 
-    What the config leaves open takes all devices that are left: `fsdp` if the weights fill more
-    than half of a device, else `data`.
+    What the config leaves open takes all devices that are left: `data`, or `fsdp`, as far as it
+    can, if the weights fill more than half of a device.
 
     Example:
-        >>> mesh_shape(MeshSection(tensor=2), 8)
+        >>> mesh_shape(MeshSection(tensor=2), 8, Needs())
         {'data': 4, 'fsdp': 1, 'sequence': 1, 'tensor': 2}
-        >>> mesh_shape(MeshSection(), 8, weights=40, memory=60)
-        {'data': 1, 'fsdp': 8, 'sequence': 1, 'tensor': 1}
+        >>> mesh_shape(MeshSection(), 8, Needs(weights=40, memory=60, parts=4))
+        {'data': 2, 'fsdp': 4, 'sequence': 1, 'tensor': 1}
     """
     given = {axis: getattr(section, axis) for axis in AXES}
     taken = math.prod(n for n in given.values() if n is not None)
@@ -61,18 +72,21 @@ def mesh_shape(
     if count % taken:
         raise InputError(
             f"mesh: {told} make {taken}, which does not divide the {count} devices; their product"
-            f" has to be one of {', '.join(map(str, _divisors(count)))}"
+            f" has to be one of {divisors(count)}"
         )
-    left, per_device = count // taken, weights / given["tensor"] / (given["fsdp"] or 1)
-    large = memory is not None and per_device > ROOM_FOR_WEIGHTS * memory
-    axis = next((a for a in ("fsdp", "data")[:: 1 if large else -1] if given[a] is None), None)
-    if axis is None and left > 1:
+    left, per_device = count // taken, needs.weights / given["tensor"] / (given["fsdp"] or 1)
+    large = needs.memory is not None and per_device > ROOM_FOR_WEIGHTS * needs.memory
+    filled = {axis: 1 if n is None else n for axis, n in given.items()}
+    if given["fsdp"] is None and (large or given["data"] is not None):
+        filled["fsdp"] = left if given["data"] is not None else math.gcd(left, needs.parts)
+    if given["data"] is None:
+        filled["data"] = left // (filled["fsdp"] if given["fsdp"] is None else 1)
+    if math.prod(filled.values()) != count:
         raise InputError(
             f"mesh: {told or 'data 1, fsdp 1'} make {taken} devices, but there are {count}; leave"
-            f" mesh.data out, or set it to {given['data'] * left}"
+            f" mesh.data out, or set it to {filled['data'] * left}"
         )
-    filled = {a: 1 if n is None else n for a, n in given.items()}
-    return filled if axis is None else {**filled, axis: left}
+    return filled
 
 
 def device_memory() -> float | None:
@@ -100,5 +114,6 @@ def idle_note(batch_size: int, shape: Mapping[str, int]) -> str | None:
     )
 
 
-def _divisors(n: int) -> list[int]:
-    return [d for d in range(1, n + 1) if n % d == 0]
+def divisors(n: int) -> str:
+    """All of them, to choose one from."""
+    return ", ".join(str(d) for d in range(1, n + 1) if n % d == 0)

@@ -14,7 +14,7 @@ from .._tree import leaves_with_path, map_with_path
 from .._typing import Params
 from ..models import ModelConfig, logical_axes
 from ..quant import QuantizedTensor, partition_specs
-from ._mesh import AXES, BATCH_AXES
+from ._mesh import AXES, BATCH_AXES, divisors
 
 RULES: Mapping[str, tuple[str, ...]] = {
     "embed": ("fsdp",),
@@ -155,33 +155,42 @@ class Partition:
 
     def _spec(self, path: str, leaf: Any) -> list[tuple[str, ...] | None]:
         """Mesh axes of each axis of the dense leaf."""
-        names = logical_axes(path, self.config.family, leaf.ndim)
-        sizes = list(leaf.shape)
-        if isinstance(leaf, QuantizedTensor):  # cut between blocks only
-            lead = leaf.ndim - len(leaf.kernel_shape)
-            for axis in leaf.contracting[:1]:
-                sizes[lead + axis] = leaf.codes.shape[-3]
         return [
-            self._axes(path, name, size) or None for name, size in zip(names, sizes, strict=True)
+            self._axes(path, name, parts) or None
+            for name, parts in _most_parts(path, leaf, self.config)
         ]
 
     def _axes(self, path: str, name: str, size: int) -> tuple[str, ...]:
         axes = tuple(a for a in self.rules[name] if self.mesh.shape[a] > 1)
         parts = math.prod(self.mesh.shape[a] for a in axes)
-        heads = {
-            "heads": self.config.num_attention_heads,
-            "kv_heads": self.config.num_key_value_heads,
-        }
-        size = math.gcd(size, heads.get(name, size))
         if size % parts == 0:
             return axes
         if name == "kv_heads":  # Every device has them all, as wherever there are few.
             return ()
         raise InputError(
             f"mesh: {' · '.join(axes)} is {parts}, which does not divide {path}: its axis {name!r}"
-            f" has {size} parts; use one of {_divisors(size)}, or keep it whole:"
+            f" has {size} parts; use one of {divisors(size)}, or keep it whole:"
             f" mesh.rules.{name}: []"
         )
+
+
+def _most_parts(path: str, leaf: Any, config: ModelConfig) -> list[tuple[str, int]]:
+    """The name of each axis of the dense leaf, and into how many equal parts it can be cut."""
+    names, sizes = logical_axes(path, config.family, leaf.ndim), list(leaf.shape)
+    if isinstance(leaf, QuantizedTensor):  # between blocks only
+        sizes[leaf.ndim - len(leaf.kernel_shape) + leaf.contracting[0]] = leaf.codes.shape[-3]
+    heads = {"heads": config.num_attention_heads, "kv_heads": config.num_key_value_heads}
+    return [
+        (name, math.gcd(size, heads.get(name, 0))) for name, size in zip(names, sizes, strict=True)
+    ]
+
+
+def parts_of_width(params: Params, config: ModelConfig) -> int:
+    """Into how many parts the model's width can be cut in all kernels of the blocks."""
+    named = (
+        pair for path, leaf in leaves_with_path(params) for pair in _most_parts(path, leaf, config)
+    )
+    return math.gcd(*(parts for name, parts in named if name == "embed"))
 
 
 def _put(x: Any, like: jax.ShapeDtypeStruct) -> Any:
@@ -221,7 +230,3 @@ def read_rules(given: Mapping[str, list[str]], full: bool) -> dict[str, tuple[st
 def _joined(parts: Any) -> tuple[str, ...]:
     flat = ((part,) if isinstance(part, str) else part or () for part in parts)
     return tuple(axis for axes in flat for axis in axes)
-
-
-def _divisors(n: int) -> str:
-    return ", ".join(str(d) for d in range(1, n + 1) if n % d == 0)

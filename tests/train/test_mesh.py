@@ -23,8 +23,14 @@ from lora_jax.models import ModelConfig, abstract_params
 from lora_jax.models._config_json import config_from_hf
 from lora_jax.quant import QuantizedTensor
 from lora_jax.train import MeshSection, TrainState, load_config, prepare_abstract, train
-from lora_jax.train._mesh import AXES, mesh_shape
-from lora_jax.train._partition import RULES, RULES_OF_FULL, Partition, read_rules
+from lora_jax.train._mesh import AXES, Needs, mesh_shape
+from lora_jax.train._partition import (
+    RULES,
+    RULES_OF_FULL,
+    Partition,
+    parts_of_width,
+    read_rules,
+)
 
 from .on_a_mesh import RUNS, SHAPE
 
@@ -199,6 +205,11 @@ def test_quantized_kernels_are_cut_with_their_scales_and_gathered_over_rows_alon
     assert placed(partition(tensor=2), QuantConfig())["lm_head/kernel"].shape == (512, 256)
 
 
+def test_into_how_many_parts_fsdp_can_cut():
+    assert parts_of_width(abstract_params(CONFIG), CONFIG) == 512
+    assert parts_of_width(abstract_params(CONFIG, quant=QuantConfig()), CONFIG) == 512 // 64
+
+
 def test_few_heads_of_keys_stay_whole():
     leaves = placed(partition(tensor=4))
     assert specs(leaves["model/layers/self_attn/k_proj/kernel"]) == (None, None, None)
@@ -266,6 +277,7 @@ def test_a_row_is_cut_evenly(directory, sequence, message):
         ({}, 8, None, (8, 1, 1, 1)),
         ({}, 8, 100, (8, 1, 1, 1)),
         ({}, 8, 60, (1, 8, 1, 1)),
+        ({}, 24, 60, (3, 8, 1, 1)),
         ({"tensor": 2}, 8, 60, (4, 1, 1, 2)),
         ({"fsdp": 2}, 8, None, (4, 2, 1, 1)),
         ({"data": 2}, 8, None, (2, 4, 1, 1)),
@@ -273,8 +285,9 @@ def test_a_row_is_cut_evenly(directory, sequence, message):
     ],
 )
 def test_what_is_left_open_takes_the_devices_left(given, count, memory, shape):
-    """Of 40 bytes of weights."""
-    assert tuple(mesh_shape(MeshSection(**given), count, 40, memory).values()) == shape
+    """Of 40 bytes of weights in 16 parts."""
+    needs = Needs(40, memory, 16)
+    assert tuple(mesh_shape(MeshSection(**given), count, needs).values()) == shape
 
 
 @pytest.mark.parametrize(
@@ -293,7 +306,7 @@ def test_what_is_left_open_takes_the_devices_left(given, count, memory, shape):
 )
 def test_a_mesh_that_does_not_divide_the_devices(given, message):
     with pytest.raises(InputError, match=message):
-        mesh_shape(MeshSection(**given), 8)
+        mesh_shape(MeshSection(**given), 8, Needs())
 
 
 def test_a_section_is_checked():
