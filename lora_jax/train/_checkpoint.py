@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import errno
 import functools
-import gc
 import hashlib
 import json
 import logging
@@ -64,7 +63,8 @@ class Checkpoints:
     def save(self, step: int, tree: Any, place: dict[str, Any]) -> None:
         """Save a tree of arrays after a step, and `place` (JSON) beside it."""
         args: Any = self._ocp.args
-        sealed = _sealed({"place": place, "fingerprints": fingerprints(tree)})
+        content = {"place": place, "arrays": _described(tree), "fingerprints": fingerprints(tree)}
+        sealed = _sealed(content)
         items = {"state": args.StandardSave(_storable(tree)), "place": args.JsonSave(sealed)}
         with _writing(self._directory):
             self._manager.save(step, args=args.Composite(**items))
@@ -76,7 +76,7 @@ class Checkpoints:
             like: From the place to arrays whose structure, types, memory and shardings count.
 
         Raises:
-            InputError: if there are checkpoints, but all are broken or of another structure.
+            InputError: if there are checkpoints, but all are broken, or one is of another model.
         """
         broken: dict[int, str] = {}
         while (step := self._newest_below(min(broken, default=_NO_STEP))) is not None:
@@ -107,14 +107,18 @@ class Checkpoints:
     def _read(self, step: int, like: Callable[[dict[str, Any]], Any]) -> Saved | str:
         """A checkpoint, or in words what is wrong with it; all processes find the same."""
         found, problem = None, "another process cannot read it"
-        with _quietly(), _unheard():
+        hook = sys.unraisablehook
+        sys.unraisablehook = functools.partial(_unless_left_behind, hook)
+        with _quietly():
             try:
                 found = self._load(self._directory.absolute() / str(step), like)
-            # Orbax has no error of its own: a broken file shows as any of many kinds.
+                sys.unraisablehook = hook
+            except InputError:  # of another model, which all processes find
+                raise
+            # Orbax has no error of its own: a broken file shows as any of many kinds.  Its other
+            # reads complain, each at length, whenever they are collected, so the hook stays.
             except Exception as error:
                 problem = first_line(error)
-            if found is None:
-                gc.collect()
         if not multihost_utils.process_allgather(np.asarray(found is not None)).all():
             return problem
         assert found is not None
@@ -128,9 +132,10 @@ class Checkpoints:
     def _load(self, path: Path, like: Callable[[dict[str, Any]], Any]) -> tuple[Any, Any]:
         ocp = self._ocp
         content = ocp.JsonCheckpointHandler().restore(path / "place", args=ocp.args.JsonRestore())
-        if content != _sealed({name: content[name] for name in ("place", "fingerprints")}):
+        if content != _sealed({k: v for k, v in content.items() if k != "digest"}):
             raise ValueError("its place is not what was saved")
         wanted = like(content["place"])
+        _check_kind(path, content["arrays"], _described(wanted))
         stored = ocp.StandardCheckpointHandler().restore(
             path / "state", args=ocp.args.StandardRestore(_storable(wanted))
         )
@@ -157,6 +162,24 @@ class Checkpoints:
         if broken:
             multihost_utils.sync_global_devices("broken checkpoints moved aside")
             self._manager.reload()
+
+
+def _described(tree: Any) -> dict[str, str]:
+    """Type and shape of every array, by path."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    names = (jax.tree_util.keystr(keys, simple=True, separator="/") for keys, _ in leaves)
+    return {name: f"{x.dtype}{list(x.shape)}" for name, (_, x) in zip(names, leaves, strict=True)}
+
+
+def _check_kind(path: Path, saved: dict[str, str], own: dict[str, str]) -> None:
+    """Refuse a checkpoint of other arrays: no older one would be of this run."""
+    for name in {**saved, **own}:
+        if saved.get(name) != own.get(name):
+            raise InputError(
+                f"{path}: is of another model or adapter: {name} is {saved.get(name, 'missing')},"
+                f" here it is {own.get(name, 'missing')}; resume with the model and the settings it"
+                " was trained with, or write to another directory"
+            )
 
 
 def _sealed(content: dict[str, Any]) -> dict[str, Any]:
@@ -196,20 +219,9 @@ def _writing(directory: Path) -> Iterator[None]:
 
 
 def _unless_left_behind(hook: Any, error: Any) -> None:
-    """Pass an error on, but for that of orbax's other writes, whose event loop has ended."""
-    if str(error.exc_value) != "Event loop is closed":
+    """Pass an error on, but for those of orbax's other reads and writes, which nobody awaits."""
+    if not str(error.exc_value).startswith(("Event loop is closed", "Encountered error while rea")):
         hook(error)
-
-
-@contextlib.contextmanager
-def _unheard() -> Iterator[None]:
-    """Where one read fails, orbax's others complain, each at length, as they are collected."""
-    hook = sys.unraisablehook
-    sys.unraisablehook = lambda error: None
-    try:
-        yield
-    finally:
-        sys.unraisablehook = hook
 
 
 @contextlib.contextmanager

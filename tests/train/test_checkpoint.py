@@ -3,6 +3,7 @@
 import errno
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -196,8 +197,18 @@ def test_none_that_is_whole(three, message_of):
     assert sorted(three.rglob("*")) == before
 
 
-def test_another_structure_is_refused(three, message_of):
-    assert "none is a whole checkpoint" in message_of(restored, three, {"count": jnp.int32(0)})
+@pytest.mark.parametrize(
+    "tree, what",
+    [
+        ({"count": jnp.int32(0)}, r"codes is int8\[8\], here it is missing"),
+        ({**TREE, "weights": jnp.zeros((3, 6))}, r"weights is float32\[3, 5\], .* float32\[3, 6\]"),
+        ({**TREE, "half": jnp.zeros(8)}, r"half is bfloat16\[8\], here it is float32\[8\]"),
+    ],
+)
+def test_one_of_another_model_is_refused_and_left_alone(three, message_of, tree, what):
+    found = message_of(restored, three, tree)
+    assert re.search(rf"checkpoints/3: is of another model or adapter: {what}", found)
+    assert sorted(path.name for path in three.iterdir()) == ["1", "2", "3"]
 
 
 @pytest.mark.slow
