@@ -298,11 +298,12 @@ def _choose(
         counts = counts.at[jnp.arange(len(token)), token].add(1)
     step = progress.step + 1
     ends = jnp.any(token[:, None] == request.end_ids, axis=1) | (step >= request.limits)
-    chosen = _with_logprobs(token, logits) if kind.logprobs else Chosen(token)
+    chosen = with_logprobs(token, logits) if kind.logprobs else Chosen(token)
     return Progress(token, step, progress.ended | ends, counts), chosen
 
 
-def _with_logprobs(token: Array, logits: Array) -> Chosen:
+def with_logprobs(token: Array, logits: Array) -> Chosen:
+    """Tokens with their log-probabilities and those of the likeliest in their place."""
     logprobs = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
     own = jnp.take_along_axis(logprobs, token[:, None], axis=-1)[:, 0]
     best, tokens = jax.lax.top_k(logprobs, min(MOST_LOGPROBS, logits.shape[-1]))

@@ -1,0 +1,294 @@
+"""A batch whose rows come and go: each has a place in one cache and is as far as it is.
+
+Each row has as many slots of the cache as the longest text may need, in one array for all rows:
+XLA writes to it in place, reads the first slots of all rows without a copy, and knows every shape
+beforehand.  Pages would have to be gathered for each token.  What differs between steps is data;
+how many rows, tokens and slots take part is rounded up to one of a few shapes, whose programs are
+all compiled at the start.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Bool, Int
+
+from .._tree import combine
+from .._typing import Array, Params
+from ..lora import choose_rows
+from ._cache import KVCache, by_layer, init_cache
+from ._decoding import Chosen, with_logprobs
+from ._sampling import RowParams, choose, penalize
+from ._unstack import split_layers, unstacked
+
+_STEP = 4
+"""How many times larger each shape is than the one before."""
+_LEAST_KEYS = 128
+_LEAST_TOKENS = 16
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """What one step reads: a few tokens for each row that takes part.
+
+    `ids`: tokens, filled up behind.  `rows`: where they are in the cache.  `lengths`: tokens that
+    are there already.  `counts`: how many of the `ids` are real.  `adapters`: slots, -1 for the
+    plain base.  `ordinals`: how many tokens the text has before the one that is chosen now.
+    `chosen`: whether it is; those of a prompt's earlier parts are not.
+    """
+
+    ids: Int[Any, "batch seq"]
+    rows: Int[Any, " batch"]
+    lengths: Int[Any, " batch"]
+    counts: Int[Any, " batch"]
+    adapters: Int[Any, " batch"]
+    ordinals: Int[Any, " batch"]
+    chosen: Bool[Any, " batch"]
+    params: RowParams
+    logprobs: Bool[Any, ""]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class State:
+    """What stays on the device between steps, and is updated in place.
+
+    `key`, `value`: as in `KVCache`.  `counts`: how often each token is in a row's text.
+    `in_prompt`: which tokens its prompt has.  Both are kept for rows with penalties alone.
+    """
+
+    key: Any
+    value: Any
+    counts: Int[Array, "rows vocab"]
+    in_prompt: Bool[Array, "rows vocab"]
+
+
+class ContinuousBatch:
+    """Rows that are stepped in any company.
+
+    Args:
+        module: A `CausalLM`, wrapped by `lora_linen` where there are adapters.
+        params: The base's parameters.
+        slots: An `AdapterBank`'s slots, or an empty tree; only its shapes are looked at.
+        rows: How many rows there are.
+        length: Tokens of a row at most, prompt and text.
+        chunk: Tokens that are read of a prompt in one step, at most.
+        cache_dtype: As in `init_cache`.
+    """
+
+    def __init__(
+        self,
+        module: Any,
+        params: Params,
+        slots: Params,
+        *,
+        rows: int,
+        length: int,
+        chunk: int,
+        cache_dtype: str,
+    ) -> None:
+        self.rows, self.length, self.chunk = rows, length, chunk
+        self._module, self._params = unstacked(module, params)
+        model = getattr(self._module, "module", self._module)
+        self.vocab = model.config.vocab_size
+        self._fresh = functools.partial(_fresh, model, rows, length, cache_dtype)
+        self._lengths = _sizes(min(_LEAST_KEYS, length), length)
+        self._programs = self._compile(slots)
+        self.reset()
+
+    @property
+    def compilations(self) -> int:
+        """Programs, all of them compiled at the start."""
+        return len(self._programs)
+
+    def reset(self) -> None:
+        """Forget all rows."""
+        self._state = jax.jit(self._fresh)()
+
+    def step(self, slots: Params, step: Step) -> tuple[Chosen, np.ndarray]:
+        """The next token of each row, and whether its numbers are finite.
+
+        Args:
+            slots: The bank's.
+            step: Of a shape from `decode_rows` or `prompt_tokens`.
+        """
+        (batch, seq), keys = step.ids.shape, _least(self._lengths, _reach(step))
+        program = self._programs["step", batch, seq, keys]
+        self._state, chosen, finite = program(self._params, slots, self._state, step)
+        if not step.logprobs:
+            chosen = Chosen(chosen.token)
+        return jax.device_get((chosen, finite))
+
+    def copy(self, source: int, target: int) -> None:
+        """Let a row hold what another does."""
+        self._state = self._programs["copy"](self._state, np.int32(source), np.int32(target))
+
+    def wipe(self, row: int) -> None:
+        """Zero a row: a number that is not finite would reach whoever has it next, times zero."""
+        self._state = self._programs["wipe"](self._state, np.int32(row))
+
+    def begin_penalties(self, row: int, prompt: tuple[int, ...]) -> None:
+        """Note which tokens a prompt has, and that there is no text yet."""
+        seen = np.zeros(self.vocab, bool)
+        seen[list(prompt)] = True
+        self._state = self._programs["penalties"](self._state, np.int32(row), seen)
+
+    def decode_rows(self, count: int) -> int:
+        """The number of rows of the smallest step with room for so many."""
+        return _least(_sizes(1, self.rows), count)
+
+    def prompt_tokens(self, count: int) -> int:
+        """The number of tokens of the smallest step with room for so many of one row."""
+        return _least(_sizes(min(_LEAST_TOKENS, self.chunk), self.chunk), count)
+
+    def _compile(self, slots: Params) -> dict[Any, Any]:
+        state = jax.eval_shape(self._fresh)
+        number = jax.ShapeDtypeStruct((), jnp.int32)
+        seen = jax.ShapeDtypeStruct((self.vocab,), jnp.bool_)
+        in_place = functools.partial(jax.jit, donate_argnums=0)
+        programs: dict[Any, Any] = {
+            "copy": in_place(_copied).lower(state, number, number).compile(),
+            "wipe": in_place(_wiped).lower(state, number).compile(),
+            "penalties": in_place(_with_prompt).lower(state, number, seen).compile(),
+        }
+        prompts = {(1, n) for n in _sizes(min(_LEAST_TOKENS, self.chunk), self.chunk)}
+        for batch, seq in sorted({(n, 1) for n in _sizes(1, self.rows)} | prompts):
+            for keys in self._lengths:
+                own = functools.partial(_step, self._module, self.rows, keys)
+                program = jax.jit(own, donate_argnums=2)
+                lowered = program.lower(self._params, slots, state, empty_step(batch, seq))
+                programs["step", batch, seq, keys] = lowered.compile()
+        return programs
+
+
+def empty_step(batch: int, seq: int) -> Step:
+    """A step in which no row takes part, to be filled in."""
+    zeros = np.zeros(batch, np.int32)
+    ones = np.ones(batch, np.float32)
+    params = RowParams(
+        temperature=0 * ones, top_k=zeros, top_p=ones, min_p=0 * ones, repetition_penalty=ones,
+        presence_penalty=0 * ones, frequency_penalty=0 * ones,
+        key=np.zeros((batch, 2), np.uint32), stream=zeros,
+    )  # fmt: skip
+    return Step(
+        ids=np.zeros((batch, seq), np.int32), rows=zeros, lengths=zeros, counts=zeros,
+        adapters=zeros - 1, ordinals=zeros, chosen=np.zeros(batch, bool), params=params,
+        logprobs=np.bool_(False),
+    )  # fmt: skip
+
+
+def _sizes(least: int, most: int) -> list[int]:
+    """From the least to the most by steps of `_STEP`.
+
+    Example:
+        >>> _sizes(1, 16), _sizes(128, 1000)
+        ([1, 4, 16], [128, 512, 1000])
+    """
+    sizes = [least]
+    while sizes[-1] < most:
+        sizes.append(min(sizes[-1] * _STEP, most))
+    return sizes
+
+
+def _least(sizes: list[int], count: int) -> int:
+    return next(size for size in sizes if size >= count)
+
+
+def _reach(step: Step) -> int:
+    """Slots that some row of a step looks at."""
+    return int(np.max(np.where(step.counts > 0, step.lengths + step.counts, 1)))
+
+
+def _fresh(model: Any, rows: int, length: int, dtype: str) -> State:
+    cache = init_cache(model.config, rows, length, dtype)
+    cache = by_layer(cache) if model.unrolled else cache
+    shape = (rows, model.config.vocab_size)
+    return State(cache.key, cache.value, jnp.zeros(shape, jnp.int32), jnp.zeros(shape, bool))
+
+
+def _step(
+    module: Any, all_rows: int, keys: int, params: Any, slots: Any, state: State, step: Step
+) -> tuple[State, Chosen, Array]:
+    """One more token for each row, after those of the step."""
+    model, (batch, seq) = getattr(module, "module", module), step.ids.shape
+    overlay = combine(slots, choose_rows(slots, step.adapters))
+    if model.unrolled:
+        overlay = split_layers(overlay, model.config.family.stack)
+    variables = {"params": combine(params, overlay)}
+    last = jnp.maximum(step.counts - 1, 0)
+    # What fills up stands where the last token does: positions tell some models how long texts are.
+    positions = step.lengths[:, None] + jnp.minimum(jnp.arange(seq), last[:, None])
+    rows = None if batch == all_rows else step.rows
+    segments = jnp.ones((batch, keys), jnp.int32)
+    cache = KVCache(state.key, state.value, segments, step.lengths, rows)
+    hidden, cache = module.apply(
+        variables, step.ids, positions, None, cache, method="hidden_states"
+    )
+    hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
+    logits = module.apply(variables, hidden, method="logits")
+    token = _chosen(logits, state, step)
+    counts = state.counts.at[step.rows, token].add(step.chosen.astype(jnp.int32))
+    chosen = jax.lax.cond(step.logprobs, with_logprobs, _without_logprobs, token, logits)
+    finite = jnp.all(jnp.isfinite(logits), axis=-1)
+    return State(cache.key, cache.value, counts, state.in_prompt), chosen, finite
+
+
+def _chosen(logits: Array, state: State, step: Step) -> Int[Array, " batch"]:
+    """A token of each row; nothing is computed that no row asks for."""
+    p = step.params
+
+    def penalized(logits: Array) -> Array:
+        return penalize(logits, state.in_prompt[step.rows], state.counts[step.rows], p)
+
+    def pick(scores: Array, *, sampled: bool) -> Array:
+        return choose(scores, p, step.ordinals, sampled=sampled)
+
+    penalizes = (p.repetition_penalty != 1) | (p.presence_penalty != 0) | (p.frequency_penalty != 0)
+    scores = logits.astype(jnp.float32)
+    scores = jax.lax.cond(jnp.any(penalizes), penalized, lambda x: x, scores)
+    greedy, drawn = (functools.partial(pick, sampled=sampled) for sampled in (False, True))
+    return jax.lax.cond(jnp.any(p.temperature > 0), drawn, greedy, scores)
+
+
+def _without_logprobs(token: Array, logits: Array) -> Chosen:
+    shapes = jax.eval_shape(with_logprobs, token, logits)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    return dataclasses.replace(zeros, token=token)
+
+
+def _row_axis(state: State) -> int:
+    return 0 if isinstance(state.key, tuple) else 1
+
+
+def _copied(state: State, source: Array, target: Array) -> State:
+    axis = _row_axis(state)
+
+    def copy(x: Array) -> Array:
+        row = jax.lax.dynamic_index_in_dim(x, source, axis)
+        return jax.lax.dynamic_update_index_in_dim(x, row, target, axis)
+
+    return dataclasses.replace(
+        state, key=jax.tree.map(copy, state.key), value=jax.tree.map(copy, state.value)
+    )
+
+
+def _wiped(state: State, row: Array) -> State:
+    axis = _row_axis(state)
+
+    def wipe(x: Array) -> Array:
+        zeros = jnp.zeros_like(jax.lax.dynamic_index_in_dim(x, row, axis))
+        return jax.lax.dynamic_update_index_in_dim(x, zeros, row, axis)
+
+    return dataclasses.replace(
+        state, key=jax.tree.map(wipe, state.key), value=jax.tree.map(wipe, state.value)
+    )
+
+
+def _with_prompt(state: State, row: Array, seen: Array) -> State:
+    return dataclasses.replace(
+        state, counts=state.counts.at[row].set(0), in_prompt=state.in_prompt.at[row].set(seen)
+    )
