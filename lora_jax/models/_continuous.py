@@ -18,14 +18,16 @@ from jaxtyping import Bool, Int
 
 from .._tree import combine
 from .._typing import Array, Params
-from ..lora import choose_rows
+from ..lora import PLAIN, choose_rows
 from ._cache import KVCache, by_layer, init_cache
 from ._decoding import Chosen, with_logprobs
-from ._sampling import RowParams, choose, penalize
+from ._sampling import RowParams, SamplingParams, choose, penalize
 from ._unstack import split_layers, unstacked
 
 _STEP = 4
 """How many times larger each shape is than the one before."""
+NOWHERE = np.iinfo(np.int32).max
+"""A row that is not in the cache: what it writes is dropped."""
 _LEAST_KEYS = 128
 _LEAST_TOKENS = 16
 
@@ -166,18 +168,21 @@ class ContinuousBatch:
 
 
 def empty_step(batch: int, seq: int) -> Step:
-    """A step in which no row takes part, to be filled in."""
-    zeros = np.zeros(batch, np.int32)
-    ones = np.ones(batch, np.float32)
-    params = RowParams(
-        temperature=0 * ones, top_k=zeros, top_p=ones, min_p=0 * ones, repetition_penalty=ones,
-        presence_penalty=0 * ones, frequency_penalty=0 * ones,
-        key=np.zeros((batch, 2), np.uint32), stream=zeros,
-    )  # fmt: skip
+    """A step in which no row takes part, to be filled in.
+
+    Example:
+        >>> empty_step(4, 1).ids.shape
+        (4, 1)
+    """
+
+    def whole(value: int) -> np.ndarray:
+        return np.full(batch, value, np.int32)
+
+    params = RowParams.of(SamplingParams(), batch, batch, None)
     return Step(
-        ids=np.zeros((batch, seq), np.int32), rows=zeros, lengths=zeros, counts=zeros,
-        adapters=zeros - 1, ordinals=zeros, chosen=np.zeros(batch, bool), params=params,
-        logprobs=np.bool_(False),
+        ids=np.zeros((batch, seq), np.int32), rows=whole(NOWHERE), lengths=whole(0),
+        counts=whole(0), adapters=whole(PLAIN), ordinals=whole(0), chosen=np.zeros(batch, bool),
+        params=params, logprobs=np.bool_(False),
     )  # fmt: skip
 
 
