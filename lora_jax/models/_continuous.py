@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 
 from .._tree import combine
 from .._typing import Array, Params
@@ -96,9 +96,11 @@ class ContinuousBatch:
         self.rows, self.length, self.chunk = rows, length, chunk
         self._module, self._params = unstacked(module, params)
         model = getattr(self._module, "module", self._module)
-        self.vocab = model.config.vocab_size
+        self.vocab, self._logits_dtype = model.config.vocab_size, model.dtype
         self._fresh = functools.partial(_fresh, model, rows, length, cache_dtype)
-        self._lengths = _sizes(min(_LEAST_KEYS, length), length)
+        self._batches = sorted({1, *_sizes(1, rows)})
+        self._chunks = _sizes(_LEAST_TOKENS, chunk)
+        self._lengths = _sizes(_LEAST_KEYS, length)
         self._programs = self._compile(slots)
         self.reset()
 
@@ -119,8 +121,9 @@ class ContinuousBatch:
             step: Of a shape from `decode_rows` or `prompt_tokens`.
         """
         (batch, seq), keys = step.ids.shape, _least(self._lengths, _reach(step))
-        program = self._programs["step", batch, seq, keys]
-        self._state, chosen, finite = program(self._params, slots, self._state, step)
+        read, choose = self._programs["read", batch, seq, keys], self._programs["choose", batch]
+        self._state, logits = read(self._state, self._params, slots, step)
+        self._state, chosen, finite = choose(self._state, logits, _without_ids(step))
         if not step.logprobs:
             chosen = Chosen(chosen.token)
         return jax.device_get((chosen, finite))
@@ -141,30 +144,41 @@ class ContinuousBatch:
 
     def decode_rows(self, count: int) -> int:
         """The number of rows of the smallest step with room for so many."""
-        return _least(_sizes(1, self.rows), count)
+        return _least(self._batches, count)
 
     def prompt_tokens(self, count: int) -> int:
         """The number of tokens of the smallest step with room for so many of one row."""
-        return _least(_sizes(min(_LEAST_TOKENS, self.chunk), self.chunk), count)
+        return _least(self._chunks, count)
 
     def _compile(self, slots: Params) -> dict[Any, Any]:
         state = jax.eval_shape(self._fresh)
         number = jax.ShapeDtypeStruct((), jnp.int32)
         seen = jax.ShapeDtypeStruct((self.vocab,), jnp.bool_)
-        in_place = functools.partial(jax.jit, donate_argnums=0)
         programs: dict[Any, Any] = {
-            "copy": in_place(_copied).lower(state, number, number).compile(),
-            "wipe": in_place(_wiped).lower(state, number).compile(),
-            "penalties": in_place(_with_prompt).lower(state, number, seen).compile(),
+            "copy": _in_place(_copied).lower(state, number, number),
+            "wipe": _in_place(_wiped).lower(state, number),
+            "penalties": _in_place(_with_prompt).lower(state, number, seen),
         }
-        prompts = {(1, n) for n in _sizes(min(_LEAST_TOKENS, self.chunk), self.chunk)}
-        for batch, seq in sorted({(n, 1) for n in _sizes(1, self.rows)} | prompts):
+        shapes = {(n, 1) for n in self._batches} | {(1, n) for n in self._chunks}
+        for batch, seq in sorted(shapes):
+            step = empty_step(batch, seq)
             for keys in self._lengths:
-                own = functools.partial(_step, self._module, self.rows, keys)
-                program = jax.jit(own, donate_argnums=2)
-                lowered = program.lower(self._params, slots, state, empty_step(batch, seq))
-                programs["step", batch, seq, keys] = lowered.compile()
-        return programs
+                read = functools.partial(_read, self._module, self.rows, keys)
+                lowered = _in_place(read).lower(state, self._params, slots, step)
+                programs["read", batch, seq, keys] = lowered
+            logits = jax.ShapeDtypeStruct((batch, self.vocab), self._logits_dtype)
+            programs["choose", batch] = _in_place(_choose).lower(state, logits, _without_ids(step))
+        return {name: lowered.compile() for name, lowered in programs.items()}
+
+
+def _in_place(function: Any) -> Any:
+    """A state goes in, and comes out in the same memory."""
+    return jax.jit(function, donate_argnums=0)
+
+
+def _without_ids(step: Step) -> Step:
+    """What a choice reads of a step, which is the same for all lengths."""
+    return dataclasses.replace(step, ids=step.ids[:, :0])
 
 
 def empty_step(batch: int, seq: int) -> Step:
@@ -187,16 +201,13 @@ def empty_step(batch: int, seq: int) -> Step:
 
 
 def _sizes(least: int, most: int) -> list[int]:
-    """From the least to the most by steps of `_STEP`.
+    """From the most downwards by a factor of `_STEP`, but not below the least.
 
     Example:
-        >>> _sizes(1, 16), _sizes(128, 1000)
-        ([1, 4, 16], [128, 512, 1000])
+        >>> _sizes(1, 16), _sizes(128, 1000), _sizes(128, 64)
+        ([1, 4, 16], [250, 1000], [64])
     """
-    sizes = [least]
-    while sizes[-1] < most:
-        sizes.append(min(sizes[-1] * _STEP, most))
-    return sizes
+    return [*_sizes(least, most // _STEP), most] if most // _STEP >= least else [most]
 
 
 def _least(sizes: list[int], count: int) -> int:
@@ -215,10 +226,10 @@ def _fresh(model: Any, rows: int, length: int, dtype: str) -> State:
     return State(cache.key, cache.value, jnp.zeros(shape, jnp.int32), jnp.zeros(shape, bool))
 
 
-def _step(
-    module: Any, all_rows: int, keys: int, params: Any, slots: Any, state: State, step: Step
-) -> tuple[State, Chosen, Array]:
-    """One more token for each row, after those of the step."""
+def _read(
+    module: Any, all_rows: int, keys: int, state: State, params: Any, slots: Any, step: Step
+) -> tuple[State, Float[Array, "batch vocab"]]:
+    """Logits after the tokens of a step, which are in the cache then."""
     model, (batch, seq) = getattr(module, "module", module), step.ids.shape
     overlay = combine(slots, choose_rows(slots, step.adapters))
     if model.unrolled:
@@ -234,12 +245,19 @@ def _step(
         variables, step.ids, positions, None, cache, method="hidden_states"
     )
     hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
-    logits = module.apply(variables, hidden, method="logits")
+    logits = module.apply(variables, hidden[:, None], method="logits")[:, 0]
+    return dataclasses.replace(state, key=cache.key, value=cache.value), logits
+
+
+def _choose(
+    state: State, logits: Float[Array, "batch vocab"], step: Step
+) -> tuple[State, Chosen, Bool[Array, " batch"]]:
+    """A token of each row, and whether its logits are finite."""
     token = _chosen(logits, state, step)
-    counts = state.counts.at[step.rows, token].add(step.chosen.astype(jnp.int32))
+    counts = state.counts.at[step.rows, token].add(step.chosen.astype(jnp.int32), mode="drop")
     chosen = jax.lax.cond(step.logprobs, with_logprobs, _without_logprobs, token, logits)
     finite = jnp.all(jnp.isfinite(logits), axis=-1)
-    return State(cache.key, cache.value, counts, state.in_prompt), chosen, finite
+    return dataclasses.replace(state, counts=counts), chosen, finite
 
 
 def _chosen(logits: Array, state: State, step: Step) -> Int[Array, " batch"]:

@@ -57,7 +57,9 @@ class Row:
     @property
     def unread(self) -> int:
         """Tokens that are known and not in the cache."""
-        return 0 if self.job is None else len(self.job.prompt) + len(self.job.text) - len(self.tokens)
+        return (
+            0 if self.job is None else len(self.job.prompt) + len(self.job.text) - len(self.tokens)
+        )
 
     @property
     def reads_prompt(self) -> bool:
