@@ -260,7 +260,13 @@ class TextRow:
         if found:
             self.finish_reason = "stop"
 
+    @property
+    def last_logprobs(self) -> TokenLogprobs | None:
+        """Those of the last token, if they were asked for."""
+        return self._logprobs[-1] if self._logprobs else None
+
     def completion(self) -> Completion:
+        """All that is known of the text so far."""
         logprobs = None if self.alternatives is None else tuple(self._logprobs)
         return Completion(self.text, tuple(self.tokens), self.finish_reason, logprobs)
 

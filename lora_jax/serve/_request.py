@@ -105,14 +105,12 @@ class Ticket:
             self._ended = event.ending is not None
             yield event
 
-    def push(self, chosen: Chosen, at: int) -> bool:
+    def push(self, chosen: Chosen, place: int) -> bool:
         """Give the client a token; whether it was the last."""
-        before = len(self._row.text)
-        self._row.push(chosen, at, 0)
-        logprobs = self._row.completion_logprobs()
-        ending = self._row.finish_reason
-        token = self._row.tokens[-1]
-        self._give(Event(self._row.text[before:], token, logprobs, ending))
+        given = len(self._row.text)
+        self._row.push(chosen, place, 0)
+        row, ending = self._row, self._row.finish_reason
+        self._give(Event(row.text[given:], row.tokens[-1], row.last_logprobs, ending))
         return ending is not None
 
     def end(self, ending: Ending, error: str | None = None) -> None:

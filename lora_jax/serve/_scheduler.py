@@ -54,16 +54,20 @@ class Row:
     job: Job | None = None
     used: int = 0
 
-    @property
-    def unread(self) -> int:
-        """Tokens that are known and not in the cache."""
-        return (
-            0 if self.job is None else len(self.job.prompt) + len(self.job.text) - len(self.tokens)
-        )
 
-    @property
-    def reads_prompt(self) -> bool:
-        return self.job is not None and not self.job.text
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Tokens that a row reads in a step, for the request that has it when the step begins.
+
+    `start`: how many are in the row before.  `last`: whether they are the last that are known, so
+    that another is chosen.
+    """
+
+    row: Row
+    job: Job
+    tokens: tuple[int, ...]
+    start: int
+    last: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,8 +93,7 @@ class Scheduler:
         >>> for prompt in ((5, 6, 7), (5, 6, 8, 9)):
         ...     scheduler.submit(Job(prompt))
         >>> [start] = scheduler.admit(lambda adapter: -1)
-        >>> row, tokens = scheduler.next_prompt()
-        >>> tokens
+        >>> scheduler.prompt_part().tokens
         (5, 6)
     """
 
@@ -137,24 +140,31 @@ class Scheduler:
                 starts.append(self._start(job, slot))
         return starts
 
-    def next_prompt(self) -> tuple[Row, tuple[int, ...]] | None:
-        """The row whose prompt has its turn, first come first served, and the tokens to read."""
-        reading = [row for row in self.rows if row.reads_prompt]
+    def prompt_part(self) -> Part | None:
+        """What is read next of a prompt; that of the first who came has its turn."""
+        reading = [row for row in self.running if row.job is not None and not row.job.text]
         if not reading:
             return None
         row = min(reading, key=lambda row: row.used)
         assert row.job is not None
-        return row, row.job.prompt[len(row.tokens) :][: self._chunk]
+        start = len(row.tokens)
+        tokens = row.job.prompt[start : start + self._chunk]
+        return Part(row, row.job, tokens, start, start + len(tokens) == len(row.job.prompt))
 
-    def writing(self) -> tuple[Row, ...]:
-        """Rows that have begun their text: each reads its last token for the next."""
-        return tuple(row for row in self.rows if row.job is not None and row.job.text)
+    def text_parts(self) -> list[Part]:
+        """The last token of each text, which its row reads for the next."""
+        return [
+            Part(row, row.job, (row.job.text[-1],), len(row.tokens), True)
+            for row in self.rows
+            if row.job is not None and row.job.text
+        ]
 
-    def read(self, row: Row, job: Job, tokens: Iterable[int]) -> bool:
-        """Note that a row has read tokens; whether it still is the request's."""
-        if row.job is job:
-            row.tokens.extend(tokens)
-        return row.job is job
+    def read(self, part: Part) -> bool:
+        """Note that a row has read tokens, if it still is the request's."""
+        if part.row.job is not part.job:
+            return False
+        part.row.tokens.extend(part.tokens)
+        return True
 
     def end(self, job: Job) -> Row | None:
         """Let a request go, wherever it is; the row that became free."""

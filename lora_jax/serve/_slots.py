@@ -77,6 +77,11 @@ class Slots:
         if slot is not None and slot.users == 0:
             slot.adapter, slot.ready = None, False
 
+    def clear(self) -> None:
+        """Note that no slot holds anything."""
+        for slot in self.slots:
+            slot.adapter, slot.ready = None, False
+
     def reserve_empty(self, adapter: Hashable) -> bool:
         """Keep a slot for an adapter if one is empty; it has to `arrive`."""
         slot = next((slot for slot in self.slots if slot.adapter is None), None)
