@@ -65,8 +65,8 @@ class State:
 
     key: Any
     value: Any
-    counts: Int[Array, "rows vocab"]
-    in_prompt: Bool[Array, "rows vocab"]
+    counts: Int[Any, "rows vocab"]
+    in_prompt: Bool[Any, "rows vocab"]
 
 
 class ContinuousBatch:

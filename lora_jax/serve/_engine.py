@@ -14,10 +14,10 @@ import numpy as np
 from .._config import LoraConfig
 from .._errors import InputError, nearest
 from .._typing import Params
-from ..models import Chosen, ContinuousBatch, Pretrained, TextRow
+from ..models import Chosen, ContinuousBatch, Pretrained
 from ..transform import lora_linen
 from ._adapters import Adapter, Shelf
-from ._request import Ending, Event, Request, Ticket, row_params
+from ._request import Ending, Event, Request, Ticket, check_lengths
 from ._scheduler import Job, Part, Scheduler, Start
 from ._slots import Slots
 from ._step import assembled
@@ -160,7 +160,8 @@ class Engine:
             InputError: if an argument is out of its range, or the adapter is not known.
             QueueFullError: if too many requests wait.
         """
-        ticket = self._ticket(request, on_event)
+        ticket = Ticket(request, self._tokenizer, self._cancel, on_event)
+        check_lengths(ticket.job.prompt, request.max_new_tokens, self._length, self._batch.vocab)
         with self._changed:
             if self._closed:
                 raise InputError("submit: the engine is closed; make another")
@@ -365,19 +366,6 @@ class Engine:
             counted = {name: getattr(self._stats, name) + n for name, n in more.items()}
             self._stats = dataclasses.replace(self._stats, **counted)
 
-    def _ticket(self, request: Request, on_event: Callable[[Event], None] | None) -> Ticket:
-        prompt = request.prompt
-        if isinstance(prompt, str):
-            prompt = self._tokenizer.with_bos(self._tokenizer.encode(prompt))
-        prompt = tuple(int(token) for token in prompt)
-        _check_prompt(prompt, request.max_new_tokens, self._length, self._batch.vocab)
-        limit = request.max_new_tokens
-        row = TextRow(self._tokenizer, request.stop, request.stop_ids, request.logprobs, limit)
-        params = row_params(request.sampling)
-        job = Job(prompt)
-        job.holder = Ticket(request, job, row, params, self._cancel, on_event)
-        return job.holder
-
 
 def _check_sizes(
     rows: int, length: int, longest: int, chunk: int, slots: int, waiting: int
@@ -391,18 +379,4 @@ def _check_sizes(
     if length > longest:
         raise InputError(
             f"Engine: max_length is {length}, but the model was made for {longest} positions"
-        )
-
-
-def _check_prompt(prompt: tuple[int, ...], limit: int, length: int, vocab: int) -> None:
-    if not prompt:
-        raise InputError("prompt: is empty; start it with the bos token")
-    if not 0 <= min(prompt) <= max(prompt) < vocab:
-        raise InputError(f"prompt: holds a token outside of 0..{vocab - 1}")
-    if limit < 1:
-        raise InputError(f"max_new_tokens must be at least 1, got {limit}")
-    if len(prompt) + limit > length:
-        raise InputError(
-            f"prompt: has {len(prompt)} tokens, which with {limit} new ones exceeds the engine's"
-            f" {length}; shorten it or lower max_new_tokens"
         )

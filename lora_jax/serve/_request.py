@@ -8,6 +8,8 @@ from typing import Literal
 
 import numpy as np
 
+from .._errors import InputError
+from .._tokenizer import Tokenizer
 from ..models import Chosen, Completion, RowParams, SamplingParams, TextRow, TokenLogprobs
 from ._scheduler import Job
 
@@ -70,18 +72,24 @@ class Ticket:
     def __init__(
         self,
         request: Request,
-        job: Job,
-        row: TextRow,
-        params: RowParams,
+        tokenizer: Tokenizer,
         cancel: Callable[["Ticket"], None],
         on_event: Callable[[Event], None] | None,
     ) -> None:
-        self.request, self.job = request, job
-        self.params = params
+        wait, prompt = request.timeout, request.prompt
+        if wait is not None and not wait >= 0:
+            raise InputError(f"timeout must be at least 0, got {wait}")
+        if isinstance(prompt, str):
+            prompt = tokenizer.with_bos(tokenizer.encode(prompt))
+        self.request = request
+        self.job = Job(tuple(int(token) for token in prompt), holder=self)
+        self.params = _row_params(request.sampling)
+        self.deadline = None if wait is None else time.monotonic() + wait
         self.reused_tokens = 0
         """Tokens of the prompt that another request had read before."""
-        self.deadline = None if request.timeout is None else time.monotonic() + request.timeout
-        self._row, self._cancel, self._on_event = row, cancel, on_event
+        options = (request.stop, request.stop_ids, request.logprobs, request.max_new_tokens)
+        self._row = TextRow(tokenizer, *options)
+        self._cancel, self._on_event = cancel, on_event
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._ended = False
 
@@ -123,9 +131,24 @@ class Ticket:
             self._on_event(event)
 
 
-def row_params(sampling: SamplingParams) -> RowParams:
+def _row_params(sampling: SamplingParams) -> RowParams:
     """A request's own values, with a seed drawn where it needs one and names none."""
     if sampling.samples and sampling.seed is None:
         seed = int(np.random.default_rng().integers(2**63))
         sampling = dataclasses.replace(sampling, seed=seed)
     return RowParams.of(sampling, 1, 1, None)
+
+
+def check_lengths(prompt: tuple[int, ...], limit: int, length: int, vocab: int) -> None:
+    """Refuse a prompt of no tokens, of others than there are, or too long for its answer."""
+    if not prompt:
+        raise InputError("prompt: is empty; start it with the bos token")
+    if not 0 <= min(prompt) <= max(prompt) < vocab:
+        raise InputError(f"prompt: holds a token outside of 0..{vocab - 1}")
+    if limit < 1:
+        raise InputError(f"max_new_tokens must be at least 1, got {limit}")
+    if len(prompt) + limit > length:
+        raise InputError(
+            f"prompt: has {len(prompt)} tokens, which with {limit} new ones exceeds the engine's"
+            f" {length}; shorten it or lower max_new_tokens"
+        )
