@@ -7,6 +7,7 @@ from ._bundled import bundled_model as bundled_model
 from ._cache import init_cache as init_cache
 from ._checkpoint import weight_norms as weight_norms
 from ._config import ModelConfig as ModelConfig
+from ._continuous import MOST_AT_ONCE as MOST_AT_ONCE
 from ._continuous import ContinuousBatch as ContinuousBatch
 from ._continuous import Step as Step
 from ._continuous import empty_step as empty_step

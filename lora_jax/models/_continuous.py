@@ -20,7 +20,7 @@ from .._tree import combine
 from .._typing import Array, Params
 from ..lora import PLAIN, choose_rows
 from ._cache import KVCache, by_layer, init_cache
-from ._decoding import Chosen, with_logprobs
+from ._decoding import Chosen, empty_chunk, with_logprobs
 from ._sampling import RowParams, SamplingParams, choose, penalize
 from ._unstack import split_layers, unstacked
 
@@ -28,6 +28,8 @@ _STEP = 4
 """How many times larger each shape is than the one before."""
 NOWHERE = np.iinfo(np.int32).max
 """A row that is not in the cache: what it writes is dropped."""
+MOST_AT_ONCE = 8
+"""Tokens of a text that one step adds, at most."""
 _LEAST_KEYS = 128
 _LEAST_TOKENS = 16
 
@@ -96,7 +98,7 @@ class ContinuousBatch:
         self.rows, self.length, self.chunk = rows, length, chunk
         self._module, self._params = unstacked(module, params)
         model = getattr(self._module, "module", self._module)
-        self.vocab, self._logits_dtype = model.config.vocab_size, model.dtype
+        self.vocab = model.config.vocab_size
         self._fresh = functools.partial(_fresh, model, rows, length, cache_dtype)
         self._batches = sorted({1, *_sizes(1, rows)})
         self._chunks = _sizes(_LEAST_TOKENS, chunk)
@@ -113,20 +115,22 @@ class ContinuousBatch:
         """Forget all rows."""
         self._state = jax.jit(self._fresh)()
 
-    def step(self, slots: Params, step: Step) -> tuple[Chosen, np.ndarray]:
-        """The next token of each row, and whether its numbers are finite.
+    def step(self, slots: Params, step: Step, count: int = 1) -> tuple[Chosen, np.ndarray]:
+        """The next tokens of each row, (batch, count), and whether their numbers are finite.
 
         Args:
             slots: The bank's.
             step: Of a shape from `decode_rows` or `prompt_tokens`.
+            count: Tokens to add to texts, up to `MOST_AT_ONCE`; 1 after a prompt.
         """
-        (batch, seq), keys = step.ids.shape, _least(self._lengths, _reach(step))
-        read, choose = self._programs["read", batch, seq, keys], self._programs["choose", batch]
-        self._state, logits = read(self._state, self._params, slots, step)
-        self._state, chosen, finite = choose(self._state, logits, _without_ids(step))
+        batch, seq = step.ids.shape
+        keys = _least(self._lengths, min(_reach(step) + count - 1, self.length))
+        program = self._programs["step", batch, seq, keys]
+        inputs = (self._params, slots, step, np.int32(count))
+        self._state, chosen, finite = program(self._state, *inputs)
         if not step.logprobs:
             chosen = Chosen(chosen.token)
-        return jax.device_get((chosen, finite))
+        return jax.tree.map(lambda x: x[:, :count], jax.device_get((chosen, finite)))
 
     def copy(self, source: int, target: int) -> None:
         """Let a row hold what another does."""
@@ -159,26 +163,17 @@ class ContinuousBatch:
             "wipe": _in_place(_wiped).lower(state, number),
             "penalties": _in_place(_with_prompt).lower(state, number, seen),
         }
-        shapes = {(n, 1) for n in self._batches} | {(1, n) for n in self._chunks}
-        for batch, seq in sorted(shapes):
-            step = empty_step(batch, seq)
+        for batch, seq in sorted({(n, 1) for n in self._batches} | {(1, n) for n in self._chunks}):
+            inputs = (self._params, slots, empty_step(batch, seq), np.int32(1))
             for keys in self._lengths:
-                read = functools.partial(_read, self._module, self.rows, keys)
-                lowered = _in_place(read).lower(state, self._params, slots, step)
-                programs["read", batch, seq, keys] = lowered
-            logits = jax.ShapeDtypeStruct((batch, self.vocab), self._logits_dtype)
-            programs["choose", batch] = _in_place(_choose).lower(state, logits, _without_ids(step))
+                advance = functools.partial(_advance, self._module, self.rows, keys)
+                programs["step", batch, seq, keys] = _in_place(advance).lower(state, *inputs)
         return {name: lowered.compile() for name, lowered in programs.items()}
 
 
 def _in_place(function: Any) -> Any:
     """A state goes in, and comes out in the same memory."""
     return jax.jit(function, donate_argnums=0)
-
-
-def _without_ids(step: Step) -> Step:
-    """What a choice reads of a step, which is the same for all lengths."""
-    return dataclasses.replace(step, ids=step.ids[:, :0])
 
 
 def empty_step(batch: int, seq: int) -> Step:
@@ -226,6 +221,41 @@ def _fresh(model: Any, rows: int, length: int, dtype: str) -> State:
     return State(cache.key, cache.value, jnp.zeros(shape, jnp.int32), jnp.zeros(shape, bool))
 
 
+def _advance(
+    module: Any,
+    all_rows: int,
+    keys: int,
+    state: State,
+    params: Any,
+    slots: Any,
+    step: Step,
+    count: Any,
+) -> tuple[State, Chosen, Bool[Array, "batch most"]]:
+    """`count` more tokens of each row, each after the one before."""
+    batch, seq = step.ids.shape
+    vocab = getattr(module, "module", module).config.vocab_size
+
+    def add(at: Any, carry: tuple[Any, ...]) -> tuple[Any, ...]:
+        state, ids, chunk, finite = carry
+        own = dataclasses.replace(
+            step, ids=ids, lengths=step.lengths + at * step.counts, ordinals=step.ordinals + at
+        )
+        state, logits = _read(module, all_rows, keys, state, params, slots, own)
+        state, chosen = _choose(state, logits, own)
+        chunk = jax.tree.map(lambda all, new: all.at[:, at].set(new), chunk, chosen)
+        finite = finite.at[:, at].set(jnp.all(jnp.isfinite(logits), axis=-1))
+        return state, chosen.token[:, None], chunk, finite
+
+    most = MOST_AT_ONCE if seq == 1 else 1
+    nothing = (empty_chunk(batch, vocab, most), jnp.ones((batch, most), bool))
+    carry = (state, jnp.asarray(step.ids), *nothing)
+    if seq == 1:
+        state, _, chunk, finite = jax.lax.fori_loop(0, count, add, carry)
+    else:
+        state, _, chunk, finite = add(0, carry)
+    return state, chunk, finite
+
+
 def _read(
     module: Any, all_rows: int, keys: int, state: State, params: Any, slots: Any, step: Step
 ) -> tuple[State, Float[Array, "batch vocab"]]:
@@ -249,15 +279,12 @@ def _read(
     return dataclasses.replace(state, key=cache.key, value=cache.value), logits
 
 
-def _choose(
-    state: State, logits: Float[Array, "batch vocab"], step: Step
-) -> tuple[State, Chosen, Bool[Array, " batch"]]:
-    """A token of each row, and whether its logits are finite."""
+def _choose(state: State, logits: Float[Array, "batch vocab"], step: Step) -> tuple[State, Chosen]:
+    """A token of each row, which its text has from then on."""
     token = _chosen(logits, state, step)
     counts = state.counts.at[step.rows, token].add(step.chosen.astype(jnp.int32), mode="drop")
     chosen = jax.lax.cond(step.logprobs, with_logprobs, _without_logprobs, token, logits)
-    finite = jnp.all(jnp.isfinite(logits), axis=-1)
-    return dataclasses.replace(state, counts=counts), chosen, finite
+    return dataclasses.replace(state, counts=counts), chosen
 
 
 def _chosen(logits: Array, state: State, step: Step) -> Int[Array, " batch"]:

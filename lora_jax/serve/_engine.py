@@ -8,13 +8,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from .._config import LoraConfig
 from .._errors import InputError, nearest
 from .._typing import Params
-from ..models import Chosen, ContinuousBatch, Pretrained
+from ..models import MOST_AT_ONCE, Chosen, ContinuousBatch, Pretrained
 from ..transform import lora_linen
 from ._adapters import Adapter, Shelf
 from ._request import Ending, Event, Request, Ticket, check_lengths
@@ -22,6 +21,8 @@ from ._scheduler import Job, Part, Scheduler, Start
 from ._slots import Slots
 from ._step import assembled
 
+_SECONDS = 0.02
+"""How long a step of several tokens may take, so that newcomers do not wait longer."""
 _PATIENCE = 0.05
 """Seconds between looks at the deadlines of those who wait while nothing runs."""
 
@@ -119,6 +120,7 @@ class Engine:
         self._stats = Stats(0, 0)
         self._arrived: list[tuple[Adapter, Params | Exception]] = []
         self._news = self._closed = False
+        self._at_once = 1
         # Whoever holds it sees, and may change, all that is above.
         self._changed = threading.Condition(threading.RLock())
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="adapters")
@@ -323,26 +325,38 @@ class Engine:
     def _write_tokens(self) -> None:
         with self._changed:
             parts = self._scheduler.text_parts()
+            # Whoever reads a prompt has its next part soon; so has whoever comes meanwhile.
+            count = 1 if self._scheduler.prompt_part() else self._at_once
         if parts:
-            self._step(parts, self._batch.decode_rows(len(parts)), 1)
+            start = time.perf_counter()
+            self._step(parts, self._batch.decode_rows(len(parts)), 1, count)
+            taken = (time.perf_counter() - start) / count
+            self._at_once = max(1, min(int(_SECONDS / taken), MOST_AT_ONCE))
 
-    def _step(self, parts: Sequence[Part], batch: int, seq: int) -> None:
+    def _step(self, parts: Sequence[Part], batch: int, seq: int, count: int = 1) -> None:
         step, places = assembled(parts, self._scheduler.rows, batch, seq)
-        chosen, finite = self._batch.step(self._shelf.slots, step)
-        chosen = jax.tree.map(lambda x: x[:, None], chosen)
+        chosen, finite = self._batch.step(self._shelf.slots, step, count)
         with self._changed:
             for part, place in zip(parts, places, strict=True):
-                if not finite[place]:
+                if np.all(finite[place]):
+                    self._take(part, chosen, place)
+                else:
                     self._spoil(part)
-                elif self._scheduler.read(part):
-                    self._count(prompt_tokens=0 if part.job.text else len(part.tokens))
-                    if part.last:
-                        self._push(part.job, chosen, place)
 
-    def _push(self, job: Job, chosen: Chosen, place: int) -> None:
-        job.text.append(int(chosen.token[place, 0]))
+    def _take(self, part: Part, chosen: Chosen, place: int) -> None:
+        """What a row read is in its cache, and what was chosen is its client's."""
+        for at in range(chosen.token.shape[1]):
+            if not self._scheduler.read(part):
+                return
+            self._count(prompt_tokens=0 if part.job.text else len(part.tokens))
+            if part.last:
+                self._push(part.job, chosen, place, at)
+                part = dataclasses.replace(part, tokens=(part.job.text[-1],))
+
+    def _push(self, job: Job, chosen: Chosen, place: int, at: int) -> None:
+        job.text.append(int(chosen.token[place, at]))
         self._count(new_tokens=1)
-        if job.holder.push(chosen, place):
+        if job.holder.push(chosen, place, at):
             self._finish(job, None)
 
     def _spoil(self, part: Part) -> None:

@@ -113,10 +113,10 @@ class Ticket:
             self._ended = event.ending is not None
             yield event
 
-    def push(self, chosen: Chosen, place: int) -> bool:
+    def push(self, chosen: Chosen, place: int, at: int) -> bool:
         """Give the client a token; whether it was the last."""
         given = len(self._row.text)
-        self._row.push(chosen, place, 0)
+        self._row.push(chosen, place, at)
         row, ending = self._row, self._row.finish_reason
         self._give(Event(row.text[given:], row.tokens[-1], row.last_logprobs, ending))
         return ending is not None

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Hashable
+from typing import Any
 
 from ._scheduler import Wait
 
@@ -35,7 +36,7 @@ class Slots:
 
     def __init__(self, count: int) -> None:
         self.slots = tuple(Slot(number) for number in range(count))
-        self.missing: list[Hashable] = []
+        self.missing: list[Any] = []
         self._clock = 0
 
     def take(self, adapter: Hashable) -> int | Wait:

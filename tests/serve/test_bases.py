@@ -11,7 +11,6 @@ from tests.models.families import MODELS, ours
 from tests.serve.answers import Adapters, ask
 
 SIZES = dict(max_rows=2, max_length=96, prefill_chunk=16, adapter_slots=1, max_rank=4)
-QUICK = ("gemma3",)
 # Their frequencies depend on how long the text is when a token is read, in parts or at once.
 BY_LENGTH = ("llama-dynamic",)
 
@@ -33,21 +32,16 @@ def check(base, folder):
             adapters.check(ticket)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
-        for name in MODELS
-        if name not in BY_LENGTH
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in BY_LENGTH])
 def test_families(name, pretrained, tmp_path):
     check(dataclasses.replace(ours(name), tokenizer=pretrained.tokenizer), tmp_path)
 
 
-def test_a_quantized_base(pretrained, tmp_path):
-    params = quantize_params(pretrained.params, QuantConfig(block_size=32))
-    check(dataclasses.replace(pretrained, params=params), tmp_path)
+def test_a_quantized_base_with_windows_and_a_tied_head(pretrained, tmp_path):
+    base = ours("qwen2")
+    params = quantize_params(base.params, QuantConfig(block_size=16))
+    check(dataclasses.replace(base, params=params, tokenizer=pretrained.tokenizer), tmp_path)
 
 
 @pytest.mark.slow
