@@ -15,6 +15,8 @@ from lora_jax.serve import Engine, Request, Ticket
 
 GAP = 1e-4
 """Two best log-probabilities closer than this may change places by rounding."""
+SIZES = dict(max_rows=2, max_length=96, prefill_chunk=16, adapter_slots=1, max_rank=4)
+"""Of an engine that is made for one test."""
 LONGEST, MOST = 64, 32
 """Tokens of a prompt and of an answer at most."""
 
@@ -94,3 +96,18 @@ def ask(seed: int, length: int = 10, **options: Any) -> Request:
     """A request with two log-probabilities, which `check` looks at."""
     options = {"max_new_tokens": 8, "logprobs": 2, **options}
     return Request(prompt(seed, length), **options)
+
+
+def check(base: Pretrained, folder: Path) -> None:
+    """A base's answers, with an adapter and without, are those of `generate`."""
+    adapters = Adapters(base, folder)
+    directory = adapters.make("a", 1)
+    few = base.config.vocab_size - 3
+    requests = [
+        Request(prompt(length, length, few), adapter=name, max_new_tokens=8, logprobs=2)
+        for length, name in ((30, "a"), (41, None), (5, "a"))
+    ]
+    with Engine(base, **SIZES) as engine:
+        engine.load_adapter("a", directory)
+        for ticket in [engine.submit(request) for request in (*requests, requests[0])]:
+            adapters.check(ticket)
