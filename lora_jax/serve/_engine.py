@@ -55,7 +55,7 @@ class Engine:
         max_rows: Requests that are answered at one time.
         max_length: Tokens of a request at most, prompt and answer; those that the model was made
             for by default.
-        prefill_chunk: Tokens of a prompt that are read between two tokens of the others.
+        prefill_chunk: Tokens of prompts that are read between two tokens of the others.
         adapter_slots: Adapters that are on the device at one time; others that are known are read
             again when they are asked for.
         max_rank: The largest rank of an adapter.
@@ -264,7 +264,7 @@ class Engine:
             self._receive(arrived)
             for start in self._admit():
                 self._begin(start)
-            self._read_prompt()
+            self._read_prompts()
             self._write_tokens()
         except Exception as error:  # the device failed: nothing that was on it is certain
             self._recover(error)
@@ -316,11 +316,18 @@ class Engine:
         if ticket.request.sampling.penalizes:
             self._batch.begin_penalties(start.row.number, start.job.prompt)
 
-    def _read_prompt(self) -> None:
+    def _read_prompts(self) -> None:
+        """As many parts of prompts as are together no longer than the longest of parts."""
+        left = self._batch.chunk
+        while part := self._next_prompt(left):
+            size = self._batch.prompt_tokens(len(part.tokens))
+            self._step([part], 1, size)
+            left -= size
+
+    def _next_prompt(self, left: int) -> Part | None:
         with self._changed:
             part = self._scheduler.prompt_part()
-        if part is not None:
-            self._step([part], 1, self._batch.prompt_tokens(len(part.tokens)))
+        return part if part and self._batch.prompt_tokens(len(part.tokens)) <= left else None
 
     def _write_tokens(self) -> None:
         with self._changed:
