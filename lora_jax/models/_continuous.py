@@ -93,7 +93,7 @@ class ContinuousBatch:
         rows: int,
         length: int,
         chunk: int,
-        cache_dtype: str,
+        cache_dtype: Any,
     ) -> None:
         self.rows, self.length, self.chunk = rows, length, chunk
         self._module, self._params = unstacked(module, params)

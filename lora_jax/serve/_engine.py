@@ -3,6 +3,7 @@
 import dataclasses
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -105,19 +106,14 @@ class Engine:
         self._tokenizer, self._length = pretrained.tokenizer, length
         self._shelf = Shelf(pretrained, config if adapter_slots else None, adapter_slots)
         module = lora_linen(pretrained.module) if adapter_slots else pretrained.module
-        self._batch = ContinuousBatch(
-            module,
-            pretrained.params,
-            self._shelf.slots,
-            rows=max_rows,
-            length=length,
-            chunk=min(prefill_chunk, length),
-            cache_dtype=cache_dtype or np.dtype(pretrained.module.dtype).name,
-        )
+        model = (module, pretrained.params, self._shelf.slots)
+        chunk, dtype = min(prefill_chunk, length), cache_dtype or pretrained.module.dtype
+        sizes: dict[str, int] = dict(rows=max_rows, length=length, chunk=chunk)
+        self._batch = ContinuousBatch(*model, **sizes, cache_dtype=dtype)
         self._known: dict[str, Adapter] = {}
-        self._scheduler = Scheduler(max_rows, max_waiting, min(prefill_chunk, length))
+        self._scheduler = Scheduler(max_rows, max_waiting, chunk)
         self._slots = Slots(adapter_slots)
-        self._stats = Stats(0, 0)
+        self._counts: Counter[str] = Counter()
         self._arrived: list[tuple[Adapter, Params | Exception]] = []
         self._news = self._closed = False
         self._at_once = 1
@@ -149,7 +145,7 @@ class Engine:
         """What it does now, and how much it did."""
         with self._changed:
             running, waiting = len(self._scheduler.running), len(self._scheduler.waiting)
-            return dataclasses.replace(self._stats, running=running, waiting=waiting)
+            return Stats(running, waiting, **self._counts)
 
     def submit(self, request: Request, on_event: Callable[[Event], None] | None = None) -> Ticket:
         """Let a request wait for its turn.
@@ -236,7 +232,7 @@ class Engine:
             self._slots.release(row.slot)
         self._scheduler.end(job)
         if ending is not None:
-            job.holder.end(ending, error)
+            job.holder.give(Event(ending=ending, error=error))
 
     # What follows is called by the engine's thread alone.
 
@@ -310,7 +306,7 @@ class Engine:
     def _begin(self, start: Start) -> None:
         ticket: Ticket = start.job.holder
         ticket.reused_tokens = start.reused
-        self._count(reused_tokens=start.reused)
+        self._counts["reused_tokens"] += start.reused
         if start.source is not None:
             self._batch.copy(start.source.number, start.row.number)
         if ticket.request.sampling.penalizes:
@@ -319,15 +315,16 @@ class Engine:
     def _read_prompts(self) -> None:
         """As many parts of prompts as are together no longer than the longest of parts."""
         left = self._batch.chunk
-        while part := self._next_prompt(left):
+        while part := self._next_part():
             size = self._batch.prompt_tokens(len(part.tokens))
+            if size > left:
+                return
             self._step([part], 1, size)
             left -= size
 
-    def _next_prompt(self, left: int) -> Part | None:
+    def _next_part(self) -> Part | None:
         with self._changed:
-            part = self._scheduler.prompt_part()
-        return part if part and self._batch.prompt_tokens(len(part.tokens)) <= left else None
+            return self._scheduler.prompt_part()
 
     def _write_tokens(self) -> None:
         with self._changed:
@@ -355,16 +352,18 @@ class Engine:
         for at in range(chosen.token.shape[1]):
             if not self._scheduler.read(part):
                 return
-            self._count(prompt_tokens=0 if part.job.text else len(part.tokens))
+            self._counts["prompt_tokens"] += 0 if part.job.text else len(part.tokens)
             if part.last:
                 self._push(part.job, chosen, place, at)
                 part = dataclasses.replace(part, tokens=(part.job.text[-1],))
 
     def _push(self, job: Job, chosen: Chosen, place: int, at: int) -> None:
         job.text.append(int(chosen.token[place, at]))
-        self._count(new_tokens=1)
-        if job.holder.push(chosen, place, at):
+        self._counts["new_tokens"] += 1
+        event = job.holder.push(chosen, place, at)
+        if event.ending is not None:
             self._finish(job, None)
+        job.holder.give(event)
 
     def _spoil(self, part: Part) -> None:
         """End a request whose numbers overflowed, and leave nothing of them to others."""
@@ -381,11 +380,6 @@ class Engine:
             self._slots.clear()
         self._batch.reset()
         self._shelf.reset()
-
-    def _count(self, **more: int) -> None:
-        with self._changed:
-            counted = {name: getattr(self._stats, name) + n for name, n in more.items()}
-            self._stats = dataclasses.replace(self._stats, **counted)
 
 
 def _check_sizes(

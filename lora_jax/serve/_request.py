@@ -113,22 +113,22 @@ class Ticket:
             self._ended = event.ending is not None
             yield event
 
-    def push(self, chosen: Chosen, place: int, at: int) -> bool:
-        """Give the client a token; whether it was the last."""
-        given = len(self._row.text)
-        self._row.push(chosen, place, at)
-        row, ending = self._row, self._row.finish_reason
-        self._give(Event(row.text[given:], row.tokens[-1], row.last_logprobs, ending))
-        return ending is not None
+    def push(self, chosen: Chosen, place: int, at: int) -> Event:
+        """Add a token to the text; what there is to tell of it."""
+        given, row = len(self._row.text), self._row
+        row.push(chosen, place, at)
+        return Event(row.text[given:], row.tokens[-1], row.last_logprobs, row.finish_reason)
 
-    def end(self, ending: Ending, error: str | None = None) -> None:
-        """Tell the client that nothing more comes."""
-        self._give(Event(ending=ending, error=error))
-
-    def _give(self, event: Event) -> None:
+    def give(self, event: Event) -> None:
+        """Tell the client; one who cannot be told any more asks for nothing more."""
         self._events.put(event)
-        if self._on_event is not None:
+        if self._on_event is None:
+            return
+        try:
             self._on_event(event)
+        except Exception:
+            self._on_event = None
+            self.cancel()
 
 
 def _row_params(sampling: SamplingParams) -> RowParams:

@@ -55,10 +55,11 @@ class Slots:
         self._touch(slot)
         return slot.number
 
-    def arrive(self, adapter: Hashable) -> int:
-        """Note that an adapter is in its slot."""
+    def arrive(self, adapter: Hashable) -> int | None:
+        """Note that an adapter is in its slot, if it still has one."""
         slot = self._slot(adapter)
-        assert slot is not None
+        if slot is None:
+            return None
         slot.ready = True
         return slot.number
 

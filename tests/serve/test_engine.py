@@ -149,6 +149,25 @@ def test_cancelling_leaves_nothing_behind(engine, adapters):
     adapters.check(engine.submit(CROWD[4]))
 
 
+def test_a_client_may_cancel_or_fail_while_it_is_told(engine, adapters):
+    seen = []
+
+    def cancel(event):
+        seen.append(event.ending)
+        tickets[0].cancel()
+
+    def fail(_):
+        raise RuntimeError("the connection is gone")
+
+    crowd = [engine.submit(request) for request in CROWD]
+    tickets = [engine.submit(ask(0, max_new_tokens=1), cancel)]
+    assert [event.ending for event in tickets[0]] == ["length"] == seen
+    gone = engine.submit(ask(1, max_new_tokens=30), fail)
+    assert [event.ending for event in gone] == [None, "cancelled"]
+    for ticket in crowd:
+        adapters.check(ticket)
+
+
 def test_an_answer_ends_at_its_deadline(engine):
     late = engine.submit(ask(0, timeout=0.0))
     assert [event.ending for event in late] == ["deadline"]
