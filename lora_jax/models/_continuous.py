@@ -214,7 +214,7 @@ def _reach(step: Step) -> int:
     return int(np.max(np.where(step.counts > 0, step.lengths + step.counts, 1)))
 
 
-def _fresh(model: Any, rows: int, length: int, dtype: str) -> State:
+def _fresh(model: Any, rows: int, length: int, dtype: Any) -> State:
     cache = init_cache(model.config, rows, length, dtype)
     cache = by_layer(cache) if model.unrolled else cache
     shape = (rows, model.config.vocab_size)

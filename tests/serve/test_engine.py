@@ -225,7 +225,7 @@ def test_a_closed_engine_takes_nothing_and_leaves_nobody_waiting(pretrained):
         (dict(logprobs=21), "logprobs must be from 0 to 20"),
         (dict(timeout=-1.0), "timeout must be at least 0"),
     ],
-    ids=str,
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
 def test_bad_requests(engine, options, message):
     with pytest.raises(InputError, match=message):
