@@ -1,6 +1,7 @@
 """Adapters by name: where they are, and what a slot of the bank holds of them."""
 
 import dataclasses
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ class Shelf:
     """
 
     def __init__(self, pretrained: Pretrained, config: LoraConfig | None, slots: int) -> None:
-        self._pretrained, self._versions = pretrained, 0
+        self._pretrained, self._versions = pretrained, itertools.count()
         self._bank: AdapterBank | None = None
         self.slots: Params = {}
         if config is not None:
@@ -63,8 +64,7 @@ class Shelf:
         path = Path(directory)
         stamp = _stamp(path)
         fitted = self._fitted(path)
-        self._versions += 1
-        return Adapter(name, self._versions, path, stamp), fitted
+        return Adapter(name, next(self._versions), path, stamp), fitted
 
     def read(self, adapter: Adapter) -> Params:
         """What the slot of an adapter holds, which was loaded before and made way since.

@@ -49,7 +49,8 @@ class Engine:
     a long prompt is read in parts between the tokens of the others.  A request that begins as
     another did, with the same adapter, does not read that beginning again.  Every program is
     compiled before the first request.  One seed gives one text, whatever else is in the batch, as
-    far as rounding goes: a batch of another size adds up in another order.
+    far as rounding goes: a batch of another size adds up in another order.  Where positions depend
+    on how long a text is (dynamic ropes), each part of a prompt is read as if it were the last.
 
     Args:
         pretrained: The base, with a tokenizer.

@@ -10,6 +10,8 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from enum import Enum
 from typing import Any
 
+from ..lora import PLAIN
+
 LEAST_COPY = 16
 """Tokens of a common beginning for which a row is copied rather than read again."""
 
@@ -50,7 +52,7 @@ class Row:
     number: int
     tokens: list[int] = dataclasses.field(default_factory=list)
     adapter: Hashable | None = None
-    slot: int = -1
+    slot: int = PLAIN
     job: Job | None = None
     used: int = 0
 
@@ -173,7 +175,7 @@ class Scheduler:
             return None
         row = next((row for row in self.rows if row.job is job), None)
         if row is not None:
-            row.job, row.slot = None, -1
+            row.job, row.slot = None, PLAIN
         return row
 
     def forget(self, rows: Iterable[Row]) -> None:

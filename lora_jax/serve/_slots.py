@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Hashable
 from typing import Any
 
+from ..lora import PLAIN
 from ._scheduler import Wait
 
 
@@ -45,7 +46,7 @@ class Slots:
         None stands for the plain base, which needs no slot.
         """
         if adapter is None:
-            return -1
+            return PLAIN
         slot = self._slot(adapter)
         if slot is None and (slot := self._make_way(adapter)) is None:
             return Wait.NO_SLOT
@@ -70,7 +71,7 @@ class Slots:
 
     def release(self, number: int) -> None:
         """One request fewer uses a slot."""
-        if number >= 0:
+        if number != PLAIN:
             self.slots[number].users -= 1
 
     def drop(self, adapter: Hashable) -> None:
