@@ -4,6 +4,7 @@ from . import models as models
 from . import optim as optim
 from . import plan as plan
 from . import report as report
+from . import serve as serve
 from . import train as train
 from ._config import LoraConfig as LoraConfig
 from ._errors import InputError as InputError

@@ -1,6 +1,7 @@
 """Adapters on disk, in PEFT's format, several made into one, and starts that look at data."""
 
 from ._bank import AdapterBank as AdapterBank
+from ._bank import write_slot as write_slot
 from ._corda import init_corda as init_corda
 from ._eva import init_eva as init_eva
 from ._load import load_adapter as load_adapter

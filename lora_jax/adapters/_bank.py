@@ -111,11 +111,19 @@ class AdapterBank:
         Raises:
             InputError: if it does not fit, naming the first three reasons, or no slot is free.
         """
-        number, fitted = self._slot_for(name, slot), _fitted(self.slots, adapter)
+        number, fitted = self._slot_for(name, slot), self.fitted(adapter)
         moves = name in self.names and self.slot(name) != number
         bank = self.drop(name) if moves else self
         names = (*bank.names[:number], name, *bank.names[number + 1 :])
         return AdapterBank(_written(bank.slots, fitted, number), names)
+
+    def fitted(self, adapter: Params) -> dict[str, Any]:
+        """An adapter as one slot holds it: of the bank's rank and modules, in the bank's dtype.
+
+        Raises:
+            InputError: if it does not fit, naming the first three reasons.
+        """
+        return _fitted(self.slots, adapter)
 
     def drop(self, name: str) -> "AdapterBank":
         """The bank with a slot emptied.
@@ -201,7 +209,6 @@ def _slot_axis(path: str, leaf: Any) -> int | None:
 
 
 def _fitted(slots: Params, adapter: Params) -> dict[str, Any]:
-    """An adapter as one slot holds it: of the bank's rank and modules, in the bank's dtype."""
     room, leaves = dict(leaves_with_path(slots)), dict(leaves_with_path(adapter))
     misfits = [f"{path} has no room" for path in sorted(leaves.keys() - room.keys())]
     fitted = {}
@@ -210,7 +217,6 @@ def _fitted(slots: Params, adapter: Params) -> dict[str, Any]:
         if axis is None:
             if path not in leaves and f"{path.rpartition('_lora')[0]}_lora_A" in leaves:
                 misfits.append(f"{path} is missing")
-            fitted[path] = space
             continue
         axis -= 1  # that of slots counts among the leaf's
         shape = (*space.shape[:axis], *space.shape[axis + 1 :])
@@ -233,9 +239,8 @@ def _fitted(slots: Params, adapter: Params) -> dict[str, Any]:
     return tree_from_paths(fitted)
 
 
-@jax.jit
-def _written(slots: Params, adapter: Params, number: Any) -> dict[str, Any]:
-    """The slots with one of them replaced: compiled once for all slots and adapters of a bank."""
+def _write(slots: Params, adapter: Params, number: Any) -> dict[str, Any]:
+    """The slots with one of them replaced."""
     new = dict(leaves_with_path(adapter))
 
     def leaf(path: str, x: Array) -> Array:
@@ -246,3 +251,9 @@ def _written(slots: Params, adapter: Params, number: Any) -> dict[str, Any]:
         return x.at[at].set(new[path])
 
     return dict(map_with_path(leaf, slots))
+
+
+_written = jax.jit(_write)
+"""Compiled once for all slots and adapters of a bank."""
+write_slot = jax.jit(_write, donate_argnums=0)
+"""The same in place, where nobody else has the slots: an adapter's bytes move, and no others."""

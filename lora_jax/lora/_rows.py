@@ -142,7 +142,8 @@ class RowParam(meta.AxisMetadata):
         def product(x: Array) -> Array:
             return base_product(x, kernel, precision)
 
-        return self._sum(x, kernel, product, lora_delta)
+        few = x.shape[1:-1] == (1,) and len(self.scaling) <= 2 * len(self.rows)
+        return self._sum(x, kernel, product, self._through_all if few else self._by_row(lora_delta))
 
     def convolution(self, x: Array, kernel: Array, convolve: Convolve, groups: int) -> Array:
         """The layer for inputs (batch, ..., d_in), without its bias."""
@@ -153,14 +154,35 @@ class RowParam(meta.AxisMetadata):
         def delta(x: Array, a: Array, b: Array, scaling: Array, *bias: Array) -> Array:
             return convolution_delta(x, a, b, scaling, convolve, groups, *bias)
 
-        return self._sum(x, kernel, product, delta)
+        return self._sum(x, kernel, product, self._by_row(delta))
 
-    def _sum(self, x: Array, kernel: Any, product: Callable, delta: Callable) -> Array:
+    def _by_row(self, delta: Callable) -> Callable[[Array], Array]:
+        """Each row's delta, through a copy of its slot's factors."""
+        biases = () if self.lora_B_bias is None else (self._of_rows(self.lora_B_bias),)
+        return lambda x: jax.vmap(delta)(x, *self._factors(), *biases)
+
+    def _through_all(self, x: Float[Array, "batch 1 d_in"]) -> Float[Array, "batch 1 d_out"]:
+        """Each row's delta, where single tokens meet few slots: through all of them at once.
+
+        ((x·[A_0 A_1 …]) ⊙ mask)·[B_0; B_1; …] is two plain products that read each factor once.
+        """
+        own = self.rows[:, None] == jnp.arange(len(self.scaling))
+        scaling = jnp.where(own, jax.lax.stop_gradient(self.scaling.astype(jnp.float32)), 0)
+        a, b = self.lora_A.astype(x.dtype), self.lora_B.astype(x.dtype)
+        thin = jnp.einsum("btd,ndr->btnr", x, a, preferred_element_type=jnp.float32)
+        # A select, since another's number times zero may be no number.
+        thin = jnp.where(own[:, None, :, None], scaling[:, None, :, None] * thin, 0)
+        delta = jnp.einsum("btnr,nro->bto", thin.astype(x.dtype), b)
+        if self.lora_B_bias is None:
+            return delta
+        biases = scaling @ self.lora_B_bias.astype(jnp.float32)
+        return delta + biases[:, None].astype(x.dtype)
+
+    def _sum(self, x: Array, kernel: Any, product: Callable, deltas_of: Callable) -> Array:
         """A layer's product, and for each row its own delta."""
         self._check_batch(x)
         base, dropped = product(x), self._dropped(x)
-        biases = () if self.lora_B_bias is None else (self._of_rows(self.lora_B_bias),)
-        deltas = jax.vmap(delta)(dropped, *self._factors(), *biases)
+        deltas = deltas_of(dropped)
         if self.magnitude is None:
             return base + deltas
         if self.dropout_key is None:

@@ -7,7 +7,12 @@ from ._bundled import bundled_model as bundled_model
 from ._cache import init_cache as init_cache
 from ._checkpoint import weight_norms as weight_norms
 from ._config import ModelConfig as ModelConfig
+from ._continuous import MOST_AT_ONCE as MOST_AT_ONCE
+from ._continuous import ContinuousBatch as ContinuousBatch
+from ._continuous import Step as Step
+from ._continuous import empty_step as empty_step
 from ._decoder import CausalLM as CausalLM
+from ._decoding import Chosen as Chosen
 from ._formats import abstract_params as abstract_params
 from ._formats import quantize_params as quantize_params
 from ._generate import generate as generate
@@ -17,10 +22,12 @@ from ._load import NO_FLOAT16 as NO_FLOAT16
 from ._load import Pretrained as Pretrained
 from ._load import load_pretrained as load_pretrained
 from ._load import load_without_weights as load_without_weights
+from ._sampling import RowParams as RowParams
 from ._sampling import SamplingParams as SamplingParams
 from ._save import save_pretrained as save_pretrained
 from ._text import Completion as Completion
 from ._text import StreamedText as StreamedText
+from ._text import TextRow as TextRow
 from ._text import TokenLogprobs as TokenLogprobs
 from ._text import generate_text as generate_text
 from ._text import stream_text as stream_text

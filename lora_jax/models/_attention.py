@@ -106,7 +106,8 @@ def attend_cached(
         True
     """
     batch, seq, heads, d = query.shape
-    how = _how(d, scale, cap, score_bytes)
+    # Queries may stand anywhere among the keys, were there as many of them.
+    how = dataclasses.replace(_how(d, scale, cap, score_bytes), stages=1)
     grouped = query.reshape(batch, seq, key.shape[1], -1, d).transpose(0, 2, 3, 1, 4)
     out: Array = _attend(how, grouped, key, value, mask[:, :, None])
     return out.transpose(0, 3, 1, 2, 4).reshape(batch, seq, heads, d)
@@ -147,11 +148,12 @@ def attention_path(dtype: Any, group: int, d: int, cap: float | None = None) -> 
 
 @dataclasses.dataclass(frozen=True)
 class _How:
-    """What is known while tracing: how scores are made, and how many at one time."""
+    """What is known while tracing: how scores are made, how many at one time, in which stages."""
 
     scale: float
     cap: float | None
     score_bytes: int
+    stages: int = STAGES
 
     def scores(self, query: Array, key: Array) -> Array:
         scores = _product("bkgqd,bksd->bkgqs", query, key) * self.scale
@@ -184,7 +186,7 @@ def _attend(
 def _forward(how: _How, query: Array, key: Array, value: Array, mask: Array) -> tuple[Array, Any]:
     query, seen = _together(query, mask)
     outs, sums = [], []
-    for queries, keys, parts in _stages(query.shape, key.shape[2], how.score_bytes):
+    for queries, keys, parts in _stages(query.shape, key.shape[2], how):
         k, v = key[:, :, keys], value[:, :, keys]
 
         def part(_: None, xs: tuple[Array, Array], k: Array = k, v: Array = v) -> Any:
@@ -211,7 +213,7 @@ def _backward(how: _How, residuals: Any, gradient: Any) -> tuple[Any, ...]:
     # A key's gradient is a sum over the queries' parts: in 32 bits, whatever the type.
     d_key, d_value = jnp.zeros(key.shape, jnp.float32), jnp.zeros(value.shape, jnp.float32)
     d_query = []
-    for queries, keys, parts in _stages(query.shape, key.shape[2], how.score_bytes):
+    for queries, keys, parts in _stages(query.shape, key.shape[2], how):
         k, v = key[:, :, keys], value[:, :, keys]
 
         def part(sums: tuple[Array, Array], xs: Any, k: Array = k, v: Array = v) -> Any:
@@ -246,16 +248,14 @@ def _together(x: Array, mask: Array) -> tuple[Array, Array]:
     return jax.lax.optimization_barrier((x, mask))
 
 
-def _stages(
-    shape: tuple[int, ...], keys: int, score_bytes: int
-) -> Iterator[tuple[slice, slice, int]]:
+def _stages(shape: tuple[int, ...], keys: int, how: _How) -> Iterator[tuple[slice, slice, int]]:
     """Queries, the keys that they may see, and the parts in which their scores are few enough."""
     batch, kv_heads, group, seq, _ = shape
-    count = max(min(STAGES, seq // _SHORTEST_STAGE), 1) if seq == keys else 1
+    count = max(min(how.stages, seq // _SHORTEST_STAGE), 1) if seq == keys else 1
     for stage in range(count):
         start, end = (seq * at // count for at in (stage, stage + 1))
         visible = keys * (stage + 1) // count
-        length = max(score_bytes // (4 * batch * kv_heads * group * visible), 1)
+        length = max(how.score_bytes // (4 * batch * kv_heads * group * visible), 1)
         yield slice(start, end), slice(0, visible), -(-(end - start) // length)
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from .._errors import InputError, nearest
 from .._typing import Array
@@ -23,12 +23,17 @@ class KVCache:
     with one for each layer; head by head, as attention multiplies them.  `segment_ids`:
     (batch, capacity), 0 where a slot is empty or padding.  `length`: slots in use, (); the
     number 0 of a new cache tells while tracing that there is nothing to look back at.
+
+    Rows that come and go have lengths of their own, (batch,), and no padding.  Then `segment_ids`
+    may be shorter than the capacity: later slots are not looked at.  `rows`: where in a cache of
+    more rows those of the batch are, (batch,); None is all of them in order.
     """
 
     key: Any
     value: Any
     segment_ids: Any
     length: Any
+    rows: Any = None
 
 
 @jax.tree_util.register_dataclass
@@ -98,13 +103,22 @@ def by_layer(cache: KVCache) -> KVCache:
 
 
 def write(
-    kept: Any, new: Float[Array, "batch seq kv_heads d"], layer: Array | int, start: Array | int
+    kept: Any,
+    new: Float[Array, "batch seq kv_heads d"],
+    layer: Array | int,
+    start: Array | int,
+    rows: Int[Array, " batch"] | None = None,
 ) -> Any:
-    """All layers' keys or values, with new ones in one layer's slots from `start` on."""
+    """All layers' keys or values, with new ones in one layer's slots from `start` on.
+
+    With a start for each row they go to `rows`, and what has no slot is dropped.
+    """
     if isinstance(kept, tuple):
         own = jax.tree.map(lambda x: x[None], kept[layer])
-        own = jax.tree.map(lambda x: x[0], write(own, new, 0, start))
+        own = jax.tree.map(lambda x: x[0], write(own, new, 0, start, rows))
         return (*kept[:layer], own, *kept[layer + 1 :])
+    if jnp.ndim(start) == 1:
+        return _write_rows(kept, new, layer, jnp.asarray(start), rows)
     new = new.transpose(0, 2, 1, 3)
     if not isinstance(kept, Int8):
         at = (layer, 0, 0, start, 0)
@@ -116,12 +130,34 @@ def write(
     )
 
 
-def read(kept: Any, layer: Array | int, dtype: Any) -> Float[Array, "batch kv_heads keys d"]:
-    """One layer's keys or values."""
+def _write_rows(kept: Any, new: Array, layer: Array | int, start: Array, rows: Any) -> Any:
+    numbers = jnp.arange(len(new)) if rows is None else rows
+    slots = start[:, None] + jnp.arange(new.shape[1])
+    coded = encode(new) if isinstance(kept, Int8) else new
+
+    def put(whole: Array, own: Array) -> Array:
+        at = whole.at[layer, numbers[:, None], :, slots]
+        return at.set(own.astype(whole.dtype), mode="drop")
+
+    return jax.tree.map(put, kept, coded)
+
+
+def read(
+    kept: Any,
+    layer: Array | int,
+    dtype: Any,
+    keys: int | None = None,
+    rows: Int[Array, " batch"] | None = None,
+) -> Float[Array, "batch kv_heads keys d"]:
+    """One layer's keys or values: of all slots or the first, of all rows or some."""
     if isinstance(kept, tuple):
         own = kept[layer]
     else:
         own = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False), kept)
+    if rows is not None:
+        # XLA on CPUs would otherwise write once more, into each thing that reads.
+        own = jax.tree.map(lambda x: x[rows], jax.lax.optimization_barrier(own))
+    own = jax.tree.map(lambda x: x[:, :, :keys], own)
     if not isinstance(own, Int8):
         return own.astype(dtype)
     return (own.codes.astype(jnp.float32) * own.scale[..., None]).astype(dtype)

@@ -144,7 +144,9 @@ class Decoder(nn.Module):
         # The cache is carried whole and written to in place; as an input of each layer and its
         # output, every layer's part would be copied twice for each token.
         filled = None if cache is None else (cache.key, cache.value)
-        places = Places(rotations, mask, None if cache is None else jnp.asarray(cache.length))
+        places = Places(rotations, mask, None)
+        if cache is not None:
+            places = Places(rotations, mask, jnp.asarray(cache.length), cache.rows)
         x = self.embedding(input_ids)
         if c.family.scaled_embedding:
             x = x * jnp.asarray(c.hidden_size**0.5, x.dtype)
@@ -249,8 +251,8 @@ class CausalLM(nn.Module):
         """
         batch, seq = input_ids.shape
         if positions is None:
-            start = 0 if cache is None else cache.length
-            positions = jnp.broadcast_to(start + jnp.arange(seq), (batch, seq))
+            start = jnp.asarray(0 if cache is None else cache.length)
+            positions = jnp.broadcast_to(start[..., None] + jnp.arange(seq), (batch, seq))
         if cache is None:
             if segment_ids is None and self.config.windows is None:
                 return self.body(input_ids, positions, None, None)[0], None
@@ -259,6 +261,12 @@ class CausalLM(nn.Module):
             return self.body(input_ids, positions, mask, None)[0], None
         if segment_ids is None:
             segment_ids = jnp.ones((batch, seq), jnp.int32)
+        if jnp.ndim(cache.length) == 1:
+            mask = causal_mask(segment_ids, cache.segment_ids, cache.length)
+            hidden, layers = self.body(input_ids, positions, mask, cache)
+            return hidden, dataclasses.replace(
+                cache, key=layers[0], value=layers[1], length=cache.length + seq
+            )
         segments = jax.lax.dynamic_update_slice_in_dim(
             cache.segment_ids, segment_ids.astype(jnp.int32), cache.length, axis=1
         )
@@ -282,9 +290,11 @@ def causal_mask(
 ) -> Bool[Array, "batch 1 seq keys"]:
     """True where a query (at slot `start` + i) may see a key: not later, and its own segment.
 
+    `start` is one for all, or one for each row.
+
     A padding query sees padding, itself included, so that its softmax stays finite.
     """
-    slots = start + jnp.arange(query_segments.shape[1])
-    earlier = jnp.arange(key_segments.shape[1]) <= slots[:, None]
+    slots = jnp.asarray(start)[..., None] + jnp.arange(query_segments.shape[1])
+    earlier = jnp.arange(key_segments.shape[1]) <= slots[..., None]
     same = query_segments[:, :, None] == key_segments[:, None, :]
     return (earlier & same)[:, None]

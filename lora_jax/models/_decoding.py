@@ -298,11 +298,12 @@ def _choose(
         counts = counts.at[jnp.arange(len(token)), token].add(1)
     step = progress.step + 1
     ends = jnp.any(token[:, None] == request.end_ids, axis=1) | (step >= request.limits)
-    chosen = _with_logprobs(token, logits) if kind.logprobs else Chosen(token)
+    chosen = with_logprobs(token, logits) if kind.logprobs else Chosen(token)
     return Progress(token, step, progress.ended | ends, counts), chosen
 
 
-def _with_logprobs(token: Array, logits: Array) -> Chosen:
+def with_logprobs(token: Array, logits: Array) -> Chosen:
+    """Tokens with their log-probabilities and those of the likeliest in their place."""
     logprobs = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
     own = jnp.take_along_axis(logprobs, token[:, None], axis=-1)[:, 0]
     best, tokens = jax.lax.top_k(logprobs, min(MOST_LOGPROBS, logits.shape[-1]))
@@ -366,16 +367,17 @@ def _decode(
         chunk = jax.tree.map(lambda all, new: all.at[:, done].set(new), chunk, chosen)
         return done + 1, cache, progress, chunk
 
-    chunk = _empty_chunk(batch, _model(module).config.vocab_size, kind)
+    chunk = empty_chunk(batch, _model(module).config.vocab_size, CHUNK, kind.logprobs)
     state = (jnp.int32(0), cache, progress, chunk)
     done, cache, progress, chunk = jax.lax.while_loop(unfinished, add_token, state)
     # The cache is returned so that it can be updated in place.
     return cache, progress, chunk, done
 
 
-def _empty_chunk(batch: int, vocab: int, kind: Kind) -> Chosen:
-    token = jnp.zeros((batch, CHUNK), jnp.int32)
-    if not kind.logprobs:
+def empty_chunk(batch: int, vocab: int, length: int, logprobs: bool = True) -> Chosen:
+    """Room for the tokens of a chunk."""
+    token = jnp.zeros((batch, length), jnp.int32)
+    if not logprobs:
         return Chosen(token)
-    top = (batch, CHUNK, min(MOST_LOGPROBS, vocab))
+    top = (batch, length, min(MOST_LOGPROBS, vocab))
     return Chosen(token, jnp.zeros(token.shape), jnp.zeros(top, jnp.int32), jnp.zeros(top))

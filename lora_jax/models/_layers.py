@@ -44,12 +44,18 @@ class Places:
     `rotations`: cosines and sines (2, batch, seq, half), behind an axis of kinds where layers
     differ; None without rotary positions.
     `mask`: (batch, 1, seq, keys), None for plain causal.  `start`: the first slot of the cache
-    that is written to, None without a cache.
+    that is written to, () or (batch,), None without a cache.  `rows`: as in `KVCache`.
     """
 
     rotations: Any
     mask: Any
     start: Any
+    rows: Any = None
+
+    @property
+    def fresh(self) -> bool:
+        """Whether the tokens see each other alone: a mask of them alone says so."""
+        return self.start is None or jnp.ndim(self.start) == 0 and _is_square(self.mask)
 
     def of(self, layer: Layer) -> tuple[Array | None, Array | None]:
         """A layer's own rotation and mask."""
@@ -58,9 +64,16 @@ class Places:
             rotation = jax.lax.dynamic_index_in_dim(rotation, layer.rotation, keepdims=False)
         if mask is not None and layer.window is not None:
             seq, keys = mask.shape[-2:]
-            slots = jnp.arange(seq) + (0 if self.start is None else self.start)
-            mask = mask & (slots[:, None] - jnp.arange(keys) < layer.window)
+            slots = (
+                jnp.arange(seq) + jnp.asarray(0 if self.start is None else self.start)[..., None]
+            )
+            near = slots[..., None] - jnp.arange(keys) < layer.window
+            mask = mask & jnp.expand_dims(near, -3)
         return rotation, mask
+
+
+def _is_square(mask: Array | None) -> bool:
+    return mask is None or mask.shape[-1] == mask.shape[-2]
 
 
 class Norm(nn.Module):
@@ -113,13 +126,13 @@ class Attention(nn.Module):
         scale = (c.query_pre_attn_scalar or c.head_dim) ** -0.5
         how: dict[str, Any] = dict(scale=scale, cap=c.attn_logit_softcapping)
         if cache is not None:
-            number, start = layer.number, places.start
-            cache = (write(cache[0], key, number, start), write(cache[1], value, number, start))
-        # A mask of these tokens alone says that the cache was empty.
-        if cache is None or mask is None or mask.shape[-1] == x.shape[1]:
+            at = (layer.number, places.start, places.rows)
+            cache = (write(cache[0], key, *at), write(cache[1], value, *at))
+        if cache is None or mask is None or places.fresh:
             out = attend(query, key, value, mask, fused=self.fused, **how)
         else:
-            key, value = (read(kept, layer.number, self.dtype) for kept in cache)
+            seen = (mask.shape[-1], places.rows)
+            key, value = (read(kept, layer.number, self.dtype, *seen) for kept in cache)
             out = attend_cached(query, key, value, mask, **how)
         bias = c.attention_bias if family.out_bias is None else family.out_bias
         return self._dense(family.out, c.hidden_size, bias, out.reshape(*x.shape[:2], -1)), cache

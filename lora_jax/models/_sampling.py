@@ -1,7 +1,6 @@
 """Which token comes next: penalties, temperature, truncation and the draw, without any sorting."""
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -158,14 +157,18 @@ class RowParams:
 def choose(
     logits: Float[Array, "batch vocab"], params: RowParams, step: Array, *, sampled: bool
 ) -> Int[Array, " batch"]:
-    """The next token of each row: the most likely one, or one drawn where it is not greedy."""
+    """The next token of each row: the most likely one, or one drawn where it is not greedy.
+
+    `step` counts the tokens before it, of all rows or of each.
+    """
     best = first_of_largest(logits)
     if not sampled:
         return best
     hot = params.temperature > 0
     scores = logits.astype(jnp.float32) / jnp.where(hot, params.temperature, 1.0)[:, None]
     scores = truncate(scores, params.top_k, params.top_p, params.min_p)
-    keys = jax.vmap(functools.partial(_row_key, step=step))(params.key, params.stream)
+    steps = jnp.broadcast_to(step, params.stream.shape)
+    keys = jax.vmap(_row_key)(params.key, params.stream, steps)
     return jnp.where(hot, draw(keys, scores), best)
 
 

@@ -93,7 +93,7 @@ def generate_text(
         (True, 'length')
     """
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
-    rows = [_Row(tokenizer, stop, stop_ids, logprobs) for _ in texts]
+    rows = [TextRow(tokenizer, stop, stop_ids, logprobs) for _ in texts]
     if not rows:
         return []
     decoding = _decoding(
@@ -133,7 +133,7 @@ def stream_text(
         >>> "".join(answer) == answer.completion.text
         True
     """
-    row = _Row(tokenizer, stop, stop_ids, logprobs)
+    row = TextRow(tokenizer, stop, stop_ids, logprobs)
     decoding = _decoding(
         module, params, tokenizer, [prompt], [row], max_new_tokens, sampling, cache_dtype
     )
@@ -143,7 +143,7 @@ def stream_text(
 class StreamedText:
     """Pieces of a text as they come, and all that is known of it so far."""
 
-    def __init__(self, row: "_Row", decoding: Decoding) -> None:
+    def __init__(self, row: "TextRow", decoding: Decoding) -> None:
         self._row = row
         self._pieces = _pieces(row, decoding)
 
@@ -159,7 +159,7 @@ class StreamedText:
         return self._row.completion()
 
 
-def _pieces(row: "_Row", decoding: Decoding) -> Iterator[str]:
+def _pieces(row: "TextRow", decoding: Decoding) -> Iterator[str]:
     count = 1
     while decoding.running:
         start, given = time.perf_counter(), len(row.text)
@@ -176,7 +176,7 @@ def _decoding(
     params: Params,
     tokenizer: Tokenizer,
     prompts: Sequence[str | Sequence[int]],
-    rows: Sequence["_Row"],
+    rows: Sequence["TextRow"],
     max_new_tokens: int | Sequence[int],
     sampling: SamplingParams | None,
     cache_dtype: str | None,
@@ -198,7 +198,7 @@ def _decoding(
     return decoding
 
 
-def _give(decoding: Decoding, rows: Sequence["_Row"], chosen: Chosen) -> None:
+def _give(decoding: Decoding, rows: Sequence["TextRow"], chosen: Chosen) -> None:
     """Hand each row its new tokens; end those that found a stop string."""
     for number, row in enumerate(rows):
         for at in range(chosen.token.shape[1]):
@@ -208,7 +208,7 @@ def _give(decoding: Decoding, rows: Sequence["_Row"], chosen: Chosen) -> None:
             decoding.end(number)
 
 
-class _Row:
+class TextRow:
     """A completion in the making."""
 
     def __init__(
@@ -217,17 +217,16 @@ class _Row:
         stop: str | Sequence[str],
         stop_ids: Iterable[int] | None,
         alternatives: int | None,
+        limit: int = 0,
     ) -> None:
         self.stops = (stop,) if isinstance(stop, str) else tuple(stop)
         if "" in self.stops:
-            raise InputError("generate_text: a stop string is empty, which would stop at once")
+            raise InputError("stop: a stop string is empty, which would stop at once")
         if alternatives is not None and not 0 <= alternatives <= MOST_LOGPROBS:
-            raise InputError(
-                f"generate_text: logprobs must be from 0 to {MOST_LOGPROBS}, got {alternatives}"
-            )
+            raise InputError(f"logprobs must be from 0 to {MOST_LOGPROBS}, got {alternatives}")
         self.ends = frozenset(tokenizer.stop_ids if stop_ids is None else stop_ids)
         self.alternatives = alternatives
-        self.limit = 0
+        self.limit = limit
         self.text = ""
         self.tokens: list[int] = []
         self.finish_reason: FinishReason | None = None
@@ -261,7 +260,13 @@ class _Row:
         if found:
             self.finish_reason = "stop"
 
+    @property
+    def last_logprobs(self) -> TokenLogprobs | None:
+        """Those of the last token, if they were asked for."""
+        return self._logprobs[-1] if self._logprobs else None
+
     def completion(self) -> Completion:
+        """All that is known of the text so far."""
         logprobs = None if self.alternatives is None else tuple(self._logprobs)
         return Completion(self.text, tuple(self.tokens), self.finish_reason, logprobs)
 

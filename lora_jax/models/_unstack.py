@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .._tree import is_below, leaves_with_path, tree_from_paths
+from .._tree import is_below, leaves_with_path, map_with_path, tree_from_paths
 from .._typing import Params
 from ..quant import QuantizedTensor
 from ._decoder import CausalLM
@@ -27,19 +27,32 @@ def unstacked(module: Any, params: Params) -> tuple[Any, Params]:
     if not isinstance(model, CausalLM) or not _gains(module, model, params):
         return module, params
     stack = model.config.family.stack
-    leaves: dict[str, Any] = {}
+    views = map_with_path(lambda p, x: np.asarray(x) if is_below(p, stack) else x, params)
+    params = map_with_path(
+        lambda p, x: jax.device_put(x, may_alias=True) if is_below(p, stack) else x,
+        split_layers(views, stack),
+    )
+    written_out = model.clone(unrolled=True)
+    if module is not model:
+        written_out = dataclasses.replace(module, module=written_out)
+    return written_out, params
 
+
+def split_layers(params: Params, stack: str) -> Params:
+    """Parameters whose stack is taken apart: `layers/mlp` becomes `layers/0/mlp`, …
+
+    Example:
+        >>> split_layers({"layers": {"mlp": np.array([5, 6])}}, "layers")
+        {'layers': {'0': {'mlp': np.int64(5)}, '1': {'mlp': np.int64(6)}}}
+    """
+    leaves: dict[str, Any] = {}
     for path, leaf in leaves_with_path(params):
         if not is_below(path, stack):
             leaves[path] = leaf
             continue
-        for number, own in enumerate(np.asarray(leaf)):
-            name = f"{stack}/{number}{path.removeprefix(stack)}"
-            leaves[name] = jax.device_put(own, may_alias=True)
-    written_out = model.clone(unrolled=True)
-    if module is not model:
-        written_out = dataclasses.replace(module, module=written_out)
-    return written_out, tree_from_paths(leaves)
+        for number in range(len(leaf)):
+            leaves[f"{stack}/{number}{path.removeprefix(stack)}"] = leaf[number]
+    return tree_from_paths(leaves)
 
 
 def _gains(module: Any, model: CausalLM, params: Params) -> bool:

@@ -198,6 +198,33 @@ def test_each_row_has_its_own_bias(base):
     assert close(found, expected) and not close(found[0], alone[2][0], 1e-2)
 
 
+@pytest.mark.parametrize("field", ["use_dora", "lora_bias"])
+def test_single_tokens_are_as_those_of_longer_rows(field):
+    """They go through all slots at once, which shows in nothing, nor in gradients."""
+    model, x = nn.Dense(5, name="head"), jax.random.normal(jax.random.key(0), (4, 1, 6))
+    params = compiled.init(model, jax.random.key(1), x)
+    own = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False, **{field: True})
+    bank = AdapterBank.empty(params, own, slots=3)
+    for i, name in enumerate("abc"):
+        adapter = init_adapter(jax.random.key(i), params, own)
+        # What overflows in a slot is not seen by rows of others.
+        factor = 1e38 if name == "c" and not own.use_dora else 1.0
+        made = map_with_path(lambda p, x, f=factor: f * x if p.endswith("A") else x, adapter)
+        bank = bank.swap(name, dict(made))
+    rows = bank.rows(["b", None, "a", "b"])
+
+    @jax.jit
+    def loss(slots, rows, x):
+        tree = combine(params, combine(slots, choose_rows(slots, rows)))
+        y = lora_linen(model).apply({"params": tree}, x)[:, -1]
+        return jnp.sum(y * jnp.arange(5)), y
+
+    grad = jax.grad(loss, has_aux=True)
+    single, double = (grad(bank.slots, rows, jnp.repeat(x, n, axis=1)) for n in (1, 8))
+    for found, expected in zip(*map(jax.tree.leaves, (single, double)), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_an_adapter_comes_out_as_it_went_in(base):
     adapter = adapter_of(base, 1, r=2, use_dora=True, target_modules=["q_proj"])
     bank = AdapterBank.empty(base, config(use_dora=True), slots=2, layouts=LAYOUTS)
