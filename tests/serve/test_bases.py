@@ -13,6 +13,7 @@ from tests import compiled
 from tests.serve.answers import SIZES, ask, check
 
 
+@pytest.mark.slow
 def test_a_quantized_base_with_windows_and_a_tied_head(pretrained, tmp_path):
     kinds = ("sliding_attention", "full_attention")
     config = dataclasses.replace(

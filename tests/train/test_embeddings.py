@@ -31,13 +31,14 @@ def tied_dir(base_dir, tmp_path_factory):
     ("lora", "tied"),
     [
         ({"target_modules": ["embed_tokens", "q_proj"]}, False),
-        (
+        pytest.param(
             {
                 "target_modules": ["q_proj"],
                 "trainable_token_indices": [5, 40, 41],
                 "ensure_weight_tying": True,
             },
             True,
+            marks=pytest.mark.slow,
         ),
     ],
 )

@@ -94,6 +94,7 @@ def test_resumes_between_the_last_checkpoint_and_the_adapter(
     assert result.before.loss > result.after.loss > 0
 
 
+@pytest.mark.slow
 def test_resumes_from_the_checkpoint_before_a_broken_one(job, records, uninterrupted, capsys):
     with pytest.raises(Dies):
         run(job, listener=dies_at(8))

@@ -110,7 +110,7 @@ def test_one_that_diverges_leaves_the_others_alone(make_config):
 @pytest.mark.parametrize(
     ("quant", "own_data"),
     [
-        pytest.param(None, True, id="float32, own rows"),
+        pytest.param(None, True, id="float32, own rows", marks=pytest.mark.slow),
         pytest.param(
             QuantConfig(block_size=32), False, id="nf4, shared rows", marks=pytest.mark.slow
         ),
