@@ -8,7 +8,6 @@ lies ready take turns; each process has two CPU devices.
 
 import argparse
 import itertools
-import os
 import statistics
 import subprocess
 import sys
@@ -24,7 +23,7 @@ WORDS = ["--quant.format", "nf4", "--train.batch_size", "8", "--train.log_every"
 
 
 def main() -> None:
-    from launch import free_port
+    from launch import environment, free_port
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--processes", type=int, default=4)
@@ -34,14 +33,7 @@ def main() -> None:
         processes = [
             subprocess.Popen(
                 [sys.executable, __file__, "measure", f"{directory}/run"],
-                env=os.environ
-                | {
-                    "JAX_PLATFORMS": "cpu",
-                    "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
-                    "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
-                    "JAX_NUM_PROCESSES": str(count),
-                    "JAX_PROCESS_ID": str(number),
-                },
+                env=environment(number, count, 2, port),
             )
             for number in range(count)
         ]

@@ -49,23 +49,28 @@ def free_port() -> int:
 
 
 def start(number: int, port: int, options: argparse.Namespace) -> subprocess.Popen:
-    devices = f"--xla_force_host_platform_device_count={options.devices}"
-    own = {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {devices}".strip(),
-        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
-        "JAX_NUM_PROCESSES": str(options.processes),
-        "JAX_PROCESS_ID": str(number),
-    }
     return subprocess.Popen(
         [sys.executable, "-u", "-m", "lora_jax", *options.words, "--distributed"],
-        env={**os.environ, **own},
+        env=environment(number, options.processes, options.devices, port),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         # Ctrl-C comes to this process alone, which passes it on once.
         start_new_session=True,
     )
+
+
+def environment(number: int, processes: int, devices: int, port: int) -> dict[str, str]:
+    """What tells a process who it is, and gives it CPU devices of its own."""
+    flag = f"--xla_force_host_platform_device_count={devices}"
+    return {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip(),
+        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+        "JAX_NUM_PROCESSES": str(processes),
+        "JAX_PROCESS_ID": str(number),
+    }
 
 
 def prefix(number: int, lines: TextIO) -> None:

@@ -195,10 +195,11 @@ def _tokens(x: Array) -> Array:
 
 
 def _by_rank(thin: Array) -> Array:
-    """(..., rank, seq) cut by its rank where a mesh cuts the layer's columns.
+    """(..., rank, seq) cut by its rank over `tensor`, where that divides it.
 
-    The gradient by x is then a sum over devices for the base's product and the adapter's alike, and
-    compilers for GPUs and TPUs add up those of all layers that share x before they exchange them.
+    Where a layer's columns are cut, the gradient by x is then a sum over devices for the base's
+    product and the adapter's alike, and compilers for GPUs and TPUs add up those of all layers that
+    share x before they exchange them.
     """
     if mesh_size("tensor") == 1 or thin.shape[-2] % mesh_size("tensor"):
         return thin

@@ -155,7 +155,6 @@ def _compiled(traced: Any, target: Target) -> dict[str, Any]:
         "temporaries": temporaries,
         "total": arguments + temporaries + results + code,
         "host": memory.host_argument_size_in_bytes + memory.host_temp_size_in_bytes,
-        "flops": (compiled.cost_analysis() or {}).get("flops"),
         "traffic": program.traffic(target.device.cache),
         "collectives": [dataclasses.asdict(x) for x in program.collectives()],
     }
