@@ -1,123 +1,122 @@
-"""The chat page's server with models that say what a test has them say, well or badly."""
+"""The chat page with models that say what a test has them say, well or badly."""
 
+import asyncio
 import contextlib
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from typing import Any
 
-from lora_jax.serve._page import PATHS, page_file
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+from starlette.types import ASGIApp
 
-Say = Callable[[dict[str, Any]], Iterator[bytes] | tuple[int, dict[str, str], dict[str, Any]]]
-"""What a model does with a request: the pieces of a stream, or a status, headers and a body."""
+from lora_jax.serve._page import page_routes
+
+Say = Callable[[dict[str, Any]], Iterable[bytes] | Response]
+"""What a model does with a request: the pieces of a stream, or another answer."""
 DONE = b"data: [DONE]\n\n"
 
 
-def chunk(text: str, **more: Any) -> bytes:
-    choices = [{"index": 0, "delta": {"content": text}, "finish_reason": None}]
-    return (
-        b"data: " + json.dumps({"choices": choices, **more}, ensure_ascii=False).encode() + b"\n\n"
-    )
+def chunk(text: str) -> bytes:
+    choice = {"index": 0, "delta": {"content": text}, "finish_reason": None}
+    return _line({"choices": [choice], "usage": None})
 
 
 def usage(tokens: int) -> bytes:
-    counts = {"prompt_tokens": 1, "completion_tokens": tokens, "total_tokens": tokens + 1}
-    return b"data: " + json.dumps({"choices": [], "usage": counts}).encode() + b"\n\n"
+    return _line({"choices": [], "usage": {"completion_tokens": tokens}})
+
+
+def failure(message: str) -> bytes:
+    return _line({"error": {"message": message}})
+
+
+def _line(body: dict[str, Any]) -> bytes:
+    return b"data: " + json.dumps(body, ensure_ascii=False).encode() + b"\n\n"
 
 
 def says(text: str) -> Say:
-    """A model that says one text, whatever it is asked."""
+    """A model that says one text word by word, whatever it is asked."""
+    first, *others = text.split(" ")
+    words = [first, *(" " + word for word in others)]
+    return lambda _: [*map(chunk, words), usage(len(words)), DONE]
 
-    def say(_: dict[str, Any]) -> Iterator[bytes]:
-        words = text.split(" ")
-        for n, word in enumerate(words):
-            yield chunk(word if n == 0 else " " + word)
-        yield usage(len(words))
-        yield DONE
 
-    return say
+def refusal(status: int, message: str, **headers: str) -> Response:
+    error = {"message": message, "type": "some_error", "param": None, "code": None}
+    return JSONResponse({"error": error}, status, headers)
 
 
 def refuses(status: int, message: str, **headers: str) -> Say:
-    body = {"error": {"message": message, "type": "error", "param": None, "code": status}}
-    return lambda _: (status, headers, body)
+    return lambda _: refusal(status, message, **headers)
 
 
-class Scripted:
-    """What was asked, and how many answers are being written."""
+class Script:
+    """Models by name, the base first, and what was asked of them.
+
+    Attributes:
+        key: What opens; None: nothing is needed.
+        writing: How many answers are being written.
+    """
 
     def __init__(self, models: dict[str, Say], key: str | None = None) -> None:
         self.models, self.key = models, key
         self.asked: list[dict[str, Any]] = []
-        self.writing: set[int] = set()
-        self.idle = threading.Event()
+        self.writing = 0
 
-    def last(self, model: str) -> dict[str, Any]:
-        return [body for body in self.asked if body["model"] == model][-1]
+    def last(self, model: str) -> list[dict[str, str]]:
+        """The messages that a model was sent last."""
+        return [body["messages"] for body in self.asked if body["model"] == model][-1]
 
-    def listing(self) -> dict[str, Any]:
-        first = next(iter(self.models))
-        parents = {name: None if name == first else first for name in self.models}
-        return {"data": [{"id": name, "parent": parent} for name, parent in parents.items()]}
+    def app(self) -> ASGIApp:
+        chat = Route("/v1/chat/completions", self._chat, methods=["POST"])
+        return Starlette(routes=[Route("/v1/models", self._list), chat, *page_routes()])
+
+    def _opens(self, request: Request) -> bool:
+        return self.key is None or request.headers.get("authorization") == f"Bearer {self.key}"
+
+    async def _list(self, request: Request) -> Response:
+        if not self._opens(request):
+            return refusal(401, "No such key.")
+        base = next(iter(self.models))
+        cards = [{"id": name, "parent": None if name == base else base} for name in self.models]
+        return JSONResponse({"data": cards})
+
+    async def _chat(self, request: Request) -> Response:
+        if not self._opens(request):
+            return refusal(401, "No such key.")
+        self.asked.append(await request.json())
+        said = self.models[self.asked[-1]["model"]](self.asked[-1])
+        if isinstance(said, Response):
+            return said
+        return StreamingResponse(self._slowly(said), media_type="text/event-stream")
+
+    async def _slowly(self, pieces: Iterable[bytes]) -> AsyncIterator[bytes]:
+        self.writing += 1
+        try:
+            for piece in pieces:
+                yield piece
+                await asyncio.sleep(0.002)  # So that they arrive apart.
+        finally:
+            self.writing -= 1
 
 
 @contextlib.contextmanager
-def scripted(models: dict[str, Say], key: str | None = None) -> Iterator[tuple[str, Scripted]]:
-    """Serve the page and the models; the first is the base. Gives the address and what happens."""
-    script = Scripted(models, key)
-
-    class Handler(BaseHTTPRequestHandler):
-        def log_message(self, *_: Any) -> None: ...
-
-        def answer(self, status: int, headers: dict[str, str], body: bytes) -> None:
-            self.send_response(status)
-            for name, value in headers.items():
-                self.send_header(name.replace("_", "-"), value)
-            self.end_headers()
-            self.wfile.write(body)
-
-        def may(self) -> bool:
-            if script.key is None or self.headers["Authorization"] == f"Bearer {script.key}":
-                return True
-            status, headers, body = refuses(401, "No such key.")({})
-            self.answer(status, headers, json.dumps(body).encode())
-            return False
-
-        def do_GET(self) -> None:
-            if self.path in PATHS:
-                body, headers = page_file(self.path)
-                self.answer(200, headers, body)
-            elif self.may():
-                self.answer(200, {}, json.dumps(script.listing()).encode())
-
-        def do_POST(self) -> None:
-            asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            if not self.may():
-                return
-            script.asked.append(asked)
-            said = script.models[asked["model"]](asked)
-            if isinstance(said, tuple):
-                status, headers, body = said
-                self.answer(status, headers, json.dumps(body).encode())
-                return
-            mine = threading.get_ident()
-            script.writing.add(mine)
-            script.idle.clear()
-            try:
-                self.answer(200, {"Content-Type": "text/event-stream"}, b"")
-                for piece in said:
-                    self.wfile.write(piece)
-                    time.sleep(0.005)  # So that pieces arrive apart.
-            except OSError:
-                pass  # The reader hung up.
-            finally:
-                script.writing.discard(mine)
-                if not script.writing:
-                    script.idle.set()
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}/", script
-        server.shutdown()
+def served(app: ASGIApp) -> Iterator[str]:
+    """An app behind a port of this machine; gives its address."""
+    config = uvicorn.Config(app, port=0, log_level="error", timeout_graceful_shutdown=1)
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        while not server.started:
+            assert thread.is_alive()
+            time.sleep(0.01)
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/"
+    finally:
+        server.should_exit = True
+        thread.join()
