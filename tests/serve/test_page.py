@@ -300,6 +300,21 @@ class TestPage:
         assert page.locator(".answer .error").all_text_contents() == ["401: No such key."] * 2
         assert field.is_visible()
 
+    def test_theme_and_width_are_the_readers(self, page, alone):
+        address, _ = alone
+        talk(page, address, "base", "base")
+        ask(page, "hello")
+        papers = []
+        for theme in ("light", "dark"):
+            page.emulate_media(color_scheme=theme)
+            papers.append(page.evaluate("getComputedStyle(document.body).backgroundColor"))
+        assert papers == ["rgb(252, 252, 251)", "rgb(23, 25, 28)"]
+        left, right = (page.locator(".answer").nth(n) for n in range(2))
+        assert left.bounding_box()["y"] == right.bounding_box()["y"]
+        page.set_viewport_size({"width": 390, "height": 700})
+        assert left.bounding_box()["x"] == right.bounding_box()["x"]
+        assert page.evaluate("document.documentElement.scrollWidth") == 390
+
     def test_enter_of_an_input_method_sends_nothing(self, page, alone):
         address, script = alone
         talk(page, address, "base", "base")
