@@ -22,17 +22,17 @@ PATIENCE = 300.0
 
 
 class Server:
-    """`lora serve` with these words, at a free port, from when it serves until it is left.
+    """`lora serve` with these words, from when it serves until it is left; port 0 is any.
 
     What it says goes to standard error.
     """
 
-    def __init__(self, words: Sequence[str], **env: str) -> None:
+    def __init__(self, words: Sequence[str], port: int = 0) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "lora_jax", "serve", *words, "--port", "0"],
+            [sys.executable, "-m", "lora_jax", "serve", *words, "--port", str(port)],
             stderr=subprocess.PIPE,
             text=True,
-            env=os.environ | {"PYTHONPATH": _path()} | env,
+            env=os.environ | {"PYTHONPATH": _path()},
         )
         self._lines: list[str] = []
         self._serving = threading.Event()
@@ -92,10 +92,10 @@ class Heard:
 class Client:
     """Calls to a server, each over a connection of its own."""
 
-    def __init__(self, url: str, key: str | None = None) -> None:
+    def __init__(self, url: str, key: str | None = None, **headers: str) -> None:
         parts = urlsplit(url)
         self._host, self._port = parts.hostname or "127.0.0.1", parts.port or 80
-        self._headers = {"Content-Type": "application/json"}
+        self._headers = {"Content-Type": "application/json", **headers}
         if key:
             self._headers["Authorization"] = f"Bearer {key}"
 
