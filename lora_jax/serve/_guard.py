@@ -5,7 +5,6 @@ import binascii
 import hmac
 from collections.abc import Mapping, Sequence
 from typing import Any
-from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
@@ -85,11 +84,14 @@ def _elsewhere(headers: Headers) -> bool:
     """Whether a browser sends what another site's page asks of a server that it can reach.
 
     Browsers say so themselves, but for plain http to other machines: there the names are compared.
+    A link that leads here is followed.
     """
     site, origin = headers.get("sec-fetch-site"), headers.get("origin")
+    if headers.get("sec-fetch-mode") == "navigate" and origin is None:
+        return False
     if site is not None:
         return site not in ("same-origin", "none")
-    return origin is not None and urlsplit(origin).netloc != headers.get("host")
+    return origin is not None and origin.partition("://")[2] != headers.get("host")
 
 
 def _password(text: str) -> str:
