@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from .._errors import InputError
+from .._tokenizer import Tokenizer
 from ..models import SamplingParams
 from ._api_error import ApiError
 from ._catalog import Catalog, Voice
@@ -43,7 +44,7 @@ def completion(body: dict[str, Any], catalog: Catalog) -> Asked:
         raise ApiError(422, "echo: log-probabilities of prompts are not supported", "echo")
     given = body["prompt"]
     prompts = [given] if isinstance(given, str) or isinstance(given[0], int) else given
-    ids = [tokenizer.with_bos(tokenizer.encode(p)) if isinstance(p, str) else p for p in prompts]
+    ids = [_read(prompt, tokenizer) if isinstance(prompt, str) else prompt for prompt in prompts]
     echoes = [""] * len(ids)
     if body.get("echo"):
         echoes = [p if isinstance(p, str) else tokenizer.decode(p) for p in prompts]
@@ -77,10 +78,16 @@ def chat(body: dict[str, Any], catalog: Catalog) -> Asked:
     return _asked(body, voice, requests, [""])
 
 
+def _read(text: str, tokenizer: Tokenizer) -> list[int]:
+    """Token ids of a text; of an empty one the token that texts begin with, or end."""
+    marks = [mark for mark in (tokenizer.bos_id, tokenizer.eos_id) if mark is not None]
+    return tokenizer.with_bos(tokenizer.encode(text)) or marks[:1]
+
+
 def _asked(
     body: dict[str, Any], voice: Voice, requests: tuple[Request, ...], echoes: Sequence[str]
 ) -> Asked:
-    choices = int(body.get("n", 1))
+    choices = body.get("n", 1)
     return Asked(
         model=voice.name,
         requests=requests,
@@ -91,9 +98,9 @@ def _asked(
     )
 
 
-def _limit(ids: Sequence[int], most: float, said: bool, catalog: Catalog, field: str) -> int:
+def _limit(ids: Sequence[int], most: int, said: bool, catalog: Catalog, field: str) -> int:
     """How many tokens an answer may have: refused if the client says too many, else cut."""
-    room, limit = catalog.room(len(ids)), int(most)
+    room, limit = catalog.room(len(ids)), most
     own = catalog.settings.max_tokens
     if said and own is not None and limit > own:
         raise ApiError(400, f"max_tokens: at most {own} on this server, got {limit}", "max_tokens")
@@ -119,7 +126,7 @@ def _requests(
     stop_ids: frozenset[int],
     logprobs: int | None,
 ) -> tuple[Request, ...]:
-    choices = int(body.get("n", 1))
+    choices = body.get("n", 1)
     if len(prompts) * choices > catalog.settings.max_choices:
         raise ApiError(
             400,
@@ -128,7 +135,7 @@ def _requests(
             "n",
         )
     ends = frozenset() if body.get("ignore_eos") else stop_ids
-    ends = ends.union(int(token) for token in body.get("stop_token_ids", ()))
+    ends = ends.union(body.get("stop_token_ids", ()))
     return tuple(
         Request(
             ids,
@@ -137,7 +144,7 @@ def _requests(
             sampling=_sampling(body, choice),
             stop=body.get("stop", ()),
             stop_ids=ends,
-            logprobs=None if logprobs is None else int(logprobs),
+            logprobs=logprobs,
             timeout=catalog.settings.timeout,
         )
         for ids, limit in zip(prompts, limits, strict=True)
@@ -151,8 +158,8 @@ def _sampling(body: dict[str, Any], choice: int) -> SamplingParams:
     try:
         return SamplingParams(
             temperature=body.get("temperature", 1.0),
-            top_k=max(int(body.get("top_k", 0)), 0),
-            seed=None if seed is None else (int(seed) + choice) % 2**63,
+            top_k=max(body.get("top_k", 0), 0),
+            seed=None if seed is None else (seed + choice) % 2**63,
             **{name: body[name] for name in _SAMPLING if name in body},
         )
     except InputError as error:

@@ -59,6 +59,11 @@ _USAGE: Schema = {
         for name in ("prompt_tokens", "completion_tokens", "total_tokens")
     },
 }
+_EVENT: Schema = {
+    "type": "object",
+    "required": ["data"],
+    "properties": {"data": {"type": "string", "description": "a chunk as JSON, or [DONE]"}},
+}
 
 
 def described(adapters: bool) -> dict[str, Any]:
@@ -100,7 +105,7 @@ def described(adapters: bool) -> dict[str, Any]:
 
 def _answer(text: str, body: Schema, whole: Schema) -> dict[str, Any]:
     made = _operation(text, whole, errors=(400, 404, 408, 413, 415, 422))
-    made["responses"]["200"]["content"]["text/event-stream"] = {"schema": {"type": "string"}}
+    made["responses"]["200"]["content"]["text/event-stream"] = {"schema": _EVENT}
     return made | _body(body)
 
 

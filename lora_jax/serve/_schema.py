@@ -161,7 +161,7 @@ def parsed(raw: bytes, schema: Schema) -> dict[str, Any]:
         ApiError: 400, naming the field, if it is not JSON or not what the schema describes.
     """
     try:
-        body = json.loads(raw, parse_constant=_no_constant)
+        body = json.loads(raw, parse_float=_number, parse_constant=_no_constant)
         if b"\\ud" in raw.lower():  # half a character can be written so
             json.dumps(body, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
@@ -188,6 +188,12 @@ def _told(error: Any, body: Any, fields: Schema) -> ApiError:
     if meant and "not supported" in meant:
         message = meant
     return ApiError(400, f"{path}: {message}" if path else message, field or None)
+
+
+def _number(text: str) -> int | float:
+    """JSON Schema takes 1.0 for the whole number that it is; so does whoever reads the body."""
+    value = float(text)
+    return int(value) if value.is_integer() else value
 
 
 def _no_constant(name: str) -> None:
