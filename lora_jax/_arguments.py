@@ -250,6 +250,11 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
         "--api-key-file", metavar="FILE", help="keys, one in a line: all but /health need one"
     )
     p.add_argument(
+        "--allowed-host", metavar="NAME", action="append", default=[],
+        help="a name that clients call the server by (default: this machine's own, where nobody"
+        " else reaches it and there are no keys; else any)",
+    )  # fmt: skip
+    p.add_argument(
         "--adapter-root", metavar="DIR",
         help="let clients load and unload adapters that lie below it (default: they cannot)",
     )  # fmt: skip
@@ -266,6 +271,8 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
                    " 16 with --adapter-root)")  # fmt: skip
     p.add_argument("--max-waiting", type=int, metavar="N", help="for a row (default 256)")
     p.add_argument("--max-tokens", type=int, metavar="N", help="of an answer at most")
+    p.add_argument("--max-choices", type=int, default=128, metavar="N", help="of one call (default"
+                   " 128)")  # fmt: skip
     p.add_argument("--max-body", type=int, default=1 << 20, metavar="BYTES", help="(default 1 MiB)")
     p.add_argument("--timeout", type=float, default=600.0, metavar="S", help="(default 600)")
     p.add_argument("--cache-dtype", choices=CACHE_DTYPES, help=CACHE_HELP)

@@ -44,9 +44,11 @@ def serve_command(options: argparse.Namespace, overrides: list[str]) -> None:
         base_name=options.served_model_name or _name(options.model),
         template=options.template,
         api_keys=read_api_keys(options.api_key_file) if options.api_key_file else (),
+        hosts=tuple(options.allowed_host),
         adapter_root=Path(options.adapter_root) if options.adapter_root else None,
         max_body=options.max_body,
         max_tokens=options.max_tokens,
+        max_choices=options.max_choices,
         timeout=options.timeout,
     )
     sizes: dict[str, Any] = {

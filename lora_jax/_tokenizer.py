@@ -23,6 +23,10 @@ from ._tokenizer_files import (
 _ANCHORS = ("\n", ";", "a")
 MARK = re.compile(r"<\|[^<>|\s]{1,40}\|>|</?[a-z_]{1,30}_of_[a-z]{1,20}>|</?s>")
 """Texts that are written like marks: `<|im_end|>`, `<end_of_turn>`, `</s>`."""
+# How byte-level tokenizers spell bytes: printable ones by themselves, the others from U+0100 on.
+_PRINTABLE = (*range(33, 127), *range(161, 173), *range(174, 256))
+_OTHERS = tuple(byte for byte in range(256) if byte not in _PRINTABLE)
+_BYTES = {chr(byte): byte for byte in _PRINTABLE} | {chr(256 + n): b for n, b in enumerate(_OTHERS)}
 # What Python reads a byte as that is no part of a character.
 _ESCAPED = re.compile("[\udc80-\udcff]")
 
@@ -201,6 +205,22 @@ class Tokenizer:
         if self._byte_tokens:
             kept = _well_formed(kept, self._byte_tokens)
         return self.backend.decode(kept, skip_special_tokens=not special)
+
+    def token_text(self, token_id: int) -> str:
+        """The text that one token adds to others, the space at its beginning included."""
+        before = self.encode("a")
+        whole = self.decode([*before, token_id], special=True)
+        return whole[len(self.decode(before, special=True)) :]
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The same in bytes, where it may be a part of a character."""
+        text = self.token_text(token_id)
+        if token_id in self._byte_tokens:
+            return bytes([self._byte_tokens[token_id]])
+        spelled = self.backend.id_to_token(token_id) or ""
+        if "\ufffd" not in text or not set(spelled) <= _BYTES.keys():
+            return text.encode()
+        return bytes(_BYTES[letter] for letter in spelled)
 
     def encode_segments(self, texts: Sequence[Sequence[str]]) -> list[list[list[int]]]:
         """Token ids of many texts, each given in segments that are encoded on their own.

@@ -48,7 +48,9 @@ def write(path: Path, content: object) -> None:
 @pytest.mark.parametrize("text", ["hello world", "a\n\n  b ", "Grüße 🌍", "hello</s>"])
 def test_round_trip(directory: Path, text: str) -> None:
     tokenizer = Tokenizer.from_directory(directory)
-    assert tokenizer.decode(tokenizer.encode(text), special=True) == text
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids, special=True) == text
+    assert b"".join(map(tokenizer.token_bytes, ids)) == text.encode()
 
 
 def test_decode_leaves_marks_out(directory: Path) -> None:
@@ -219,6 +221,10 @@ def test_stories_tokenizer(data_dir: Path) -> None:
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (1, 2, 0)
     assert (tokenizer.vocab_size, tokenizer.stop_ids, tokenizer.add_bos) == (512, (1, 2), True)
     text = "Once upon a time, there was a little girl named Lily."
-    assert tokenizer.decode(tokenizer.encode(text)) == text
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    # Each token has its space, which the first one's was made up.
+    assert "".join(map(tokenizer.token_text, ids)) == f" {text}"
+    assert tokenizer.token_bytes(tokenizer.token_id("<0xC3>")) == b"\xc3"
     [segments] = tokenizer.encode_segments([["Once upon ", "a time"]])
     assert tokenizer.decode([i for ids in segments for i in ids]) == "Once upon a time"

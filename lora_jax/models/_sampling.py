@@ -216,7 +216,9 @@ def truncate(
 
     def by_mass(scores: Array) -> Array:
         weights = _relative(scores)
-        kept = _reaching(scores, weights, top_p * jnp.sum(weights, axis=-1))
+        # A product that underflows would be reached by no token at all.
+        mass = jnp.maximum(top_p * jnp.sum(weights, axis=-1), jnp.finfo(weights.dtype).tiny)
+        kept = _reaching(scores, weights, mass)
         return jnp.where(kept | (top_p >= 1)[:, None], scores, -jnp.inf)
 
     scores = jax.lax.cond(jnp.any(top_k > 0), by_rank, lambda x: x, scores)

@@ -283,6 +283,7 @@ def before_stop(text: str, stops: Sequence[str]) -> tuple[str, str, bool]:
     found = [(at + len(stop), at) for stop in stops if (at := text.find(stop)) >= 0]
     if found:
         return text[: min(found)[1]], "", True
-    ends = (n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n]))
+    most = len(text) + 1
+    ends = (n for s in stops for n in range(1, min(len(s), most)) if text.endswith(s[:n]))
     border = len(text) - max(ends, default=0)
     return text[:border], text[border:], False

@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 import time
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from .._tokenizer import Tokenizer
@@ -32,11 +32,14 @@ class Texts:
         self, tokens: Sequence[TokenLogprobs], tokenizer: Tokenizer, offset: int
     ) -> dict[str, Any]:
         """Log-probabilities of tokens, the first of which stands at `offset` characters."""
-        texts = [_text(token.token, tokenizer) for token in tokens]
+        texts = [tokenizer.token_text(token.token) for token in tokens]
         return {
             "tokens": texts,
             "token_logprobs": [token.logprob for token in tokens],
-            "top_logprobs": [{_text(i, tokenizer): p for i, p in token.top} for token in tokens],
+            "top_logprobs": [
+                {tokenizer.token_text(i): p for i, p in {**dict(t.top), t.token: t.logprob}.items()}
+                for t in tokens
+            ],
             "text_offset": list(itertools.accumulate(map(len, texts[:-1]), initial=offset)),
         }
 
@@ -95,17 +98,23 @@ class Teller:
             choices.append(self._choice(index, own, reason, done.logprobs, 0))
         return self._object(self.form.whole, choices) | {"usage": self.usage(tickets)}
 
-    def piece(self, index: int, events: Iterable[Event], given: int) -> dict[str, Any]:
-        """What is new of one choice, of which `given` characters are known; -1 before the first."""
-        events, first = list(events), given < 0
+    def piece(
+        self, index: int, events: Sequence[Event], *, first: bool, offset: int
+    ) -> dict[str, Any]:
+        """What is new of one choice, whose tokens before have `offset` characters."""
         text = (self.asked.echoes[index] if first else "") + "".join(e.text for e in events)
         own = self.form.delta(text, first=first)
         tokens = [event.logprobs for event in events if event.logprobs is not None]
         reason = _REASONS.get(events[-1].ending or "")
         logprobs = tokens if self.asked.requests[index].logprobs is not None else None
-        choice = self._choice(index, own, reason, logprobs, max(given, 0))
+        choice = self._choice(index, own, reason, logprobs, offset)
         usage = {"usage": None} if self.asked.usage else {}
         return self._object(self.form.piece, [choice]) | usage
+
+    def length(self, events: Sequence[Event]) -> int:
+        """Characters of the tokens whose log-probabilities are told."""
+        tokens = [event.logprobs.token for event in events if event.logprobs is not None]
+        return sum(len(self.tokenizer.token_text(token)) for token in tokens)
 
     def last(self, tickets: Sequence[Ticket]) -> dict[str, Any]:
         """How many tokens there were, after all pieces."""
@@ -145,9 +154,5 @@ class Teller:
 
 
 def _token(number: int, logprob: float, tokenizer: Tokenizer) -> dict[str, Any]:
-    text = _text(number, tokenizer)
-    return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
-
-
-def _text(number: int, tokenizer: Tokenizer) -> str:
-    return tokenizer.decode([number], special=True)
+    own = list(tokenizer.token_bytes(number))
+    return {"token": tokenizer.token_text(number), "logprob": logprob, "bytes": own}

@@ -24,7 +24,7 @@ from ._metrics import Metrics
 from ._openapi import described
 from ._page import page_routes
 
-_BODY_SECONDS = 30.0
+_BODY_SECONDS = 15.0
 """How long the body of a call may take to arrive."""
 _SPARE = 64
 """Calls in flight beside those that have a row or wait for one: those that ask for models, say."""
@@ -50,7 +50,7 @@ def make_app(catalog: Catalog) -> ASGIApp:
     app.router.redirect_slashes = False
     engine, settings = catalog.engine, catalog.settings
     most = engine.max_rows + engine.max_waiting + _SPARE
-    return Guard(app, settings.api_keys, most, service.metrics)
+    return Guard(app, settings.api_keys, settings.hosts, most, service.metrics)
 
 
 class Service:
@@ -111,6 +111,7 @@ class Service:
         body = await self._change(request, _schema.UNLOAD)
         async with self._loading:
             self._catalog.unload(body["lora_name"])
+            self.metrics.forget(body["lora_name"])
         return PlainTextResponse(f"Success: LoRA adapter {body['lora_name']!r} is unloaded.")
 
     async def _change(self, request: HttpRequest, schema: _schema.Schema) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from .._errors import InputError
-from .._tokenizer import Tokenizer
 from ..models import SamplingParams
 from ._api_error import ApiError
 from ._catalog import Catalog, Voice
@@ -44,7 +43,8 @@ def completion(body: dict[str, Any], catalog: Catalog) -> Asked:
         raise ApiError(422, "echo: log-probabilities of prompts are not supported", "echo")
     given = body["prompt"]
     prompts = [given] if isinstance(given, str) or isinstance(given[0], int) else given
-    ids = [_read(prompt, tokenizer) if isinstance(prompt, str) else prompt for prompt in prompts]
+    choices = _choices(body, len(prompts), catalog)
+    ids = _ids(prompts, catalog)
     echoes = [""] * len(ids)
     if body.get("echo"):
         echoes = [p if isinstance(p, str) else tokenizer.decode(p) for p in prompts]
@@ -52,9 +52,9 @@ def completion(body: dict[str, Any], catalog: Catalog) -> Asked:
     requests = _requests(
         ids, body, catalog, voice,
         limits=[_limit(i, most, "max_tokens" in body, catalog, "prompt") for i in ids],
-        stop_ids=catalog.text_stop_ids, logprobs=body.get("logprobs"),
+        choices=choices, stop_ids=catalog.text_stop_ids, logprobs=body.get("logprobs"),
     )  # fmt: skip
-    return _asked(body, voice, requests, echoes)
+    return _asked(body, voice, requests, echoes, choices)
 
 
 def chat(body: dict[str, Any], catalog: Catalog) -> Asked:
@@ -64,30 +64,55 @@ def chat(body: dict[str, Any], catalog: Catalog) -> Asked:
         ApiError: if there is no such model, the template does not take the conversation, or it is
             too long.
     """
-    voice = catalog.voice(body.get("model"))
+    voice, choices = catalog.voice(body.get("model")), _choices(body, 1, catalog)
     ids = catalog.prompt(voice, body["messages"])
     most = body.get("max_completion_tokens", body.get("max_tokens"))
-    if "top_logprobs" in body and not body.get("logprobs"):
+    if body.get("top_logprobs") and not body.get("logprobs"):
         raise ApiError(400, "top_logprobs: needs logprobs to be true", "top_logprobs")
     requests = _requests(
         [ids], body, catalog, voice,
         limits=[_limit(ids, most or catalog.room(len(ids)), most is not None, catalog, "messages")],
-        stop_ids=catalog.stop_ids(voice),
+        choices=choices, stop_ids=catalog.stop_ids(voice),
         logprobs=body.get("top_logprobs", 0) if body.get("logprobs") else None,
     )  # fmt: skip
-    return _asked(body, voice, requests, [""])
+    return _asked(body, voice, requests, [""], choices)
 
 
-def _read(text: str, tokenizer: Tokenizer) -> list[int]:
-    """Token ids of a text; of an empty one the token that texts begin with, or end."""
-    marks = [mark for mark in (tokenizer.bos_id, tokenizer.eos_id) if mark is not None]
-    return tokenizer.with_bos(tokenizer.encode(text)) or marks[:1]
+def _choices(body: dict[str, Any], prompts: int, catalog: Catalog) -> int:
+    """How many answers each prompt is to have; refused before anything long is done."""
+    choices, engine = body.get("n", 1), catalog.engine
+    most = min(catalog.settings.max_choices, engine.max_rows + engine.max_waiting)
+    if prompts * choices > most:
+        raise ApiError(
+            400,
+            f"n: {prompts} prompts with {choices} answers each, but one call may have {most} in"
+            " all; make several calls",
+            "n",
+        )
+    return choices
+
+
+def _ids(prompts: Sequence[Any], catalog: Catalog) -> list[Any]:
+    """Token ids of prompts that are texts or ids already."""
+    texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+    for text in texts:
+        catalog.check_text(len(text), "prompt")
+    tokenizer = catalog.tokenizer
+    # Several at once, which lets other threads go on meanwhile.
+    encoded = iter(tokenizer.encode_segments([[text] for text in texts]))
+    return [
+        tokenizer.with_bos(next(encoded)[0]) or catalog.beginning if isinstance(p, str) else p
+        for p in prompts
+    ]
 
 
 def _asked(
-    body: dict[str, Any], voice: Voice, requests: tuple[Request, ...], echoes: Sequence[str]
+    body: dict[str, Any],
+    voice: Voice,
+    requests: tuple[Request, ...],
+    echoes: Sequence[str],
+    choices: int,
 ) -> Asked:
-    choices = body.get("n", 1)
     return Asked(
         model=voice.name,
         requests=requests,
@@ -123,17 +148,10 @@ def _requests(
     voice: Voice,
     *,
     limits: Sequence[int],
+    choices: int,
     stop_ids: frozenset[int],
     logprobs: int | None,
 ) -> tuple[Request, ...]:
-    choices = body.get("n", 1)
-    if len(prompts) * choices > catalog.settings.max_choices:
-        raise ApiError(
-            400,
-            f"n: {len(prompts)} prompts with {choices} choices each, but one call may have"
-            f" {catalog.settings.max_choices} in all; make several calls",
-            "n",
-        )
     ends = frozenset() if body.get("ignore_eos") else stop_ids
     ends = ends.union(body.get("stop_token_ids", ()))
     return tuple(

@@ -1,7 +1,9 @@
 """One call from its requests to the last byte of its answer."""
 
 import asyncio
+import dataclasses
 import json
+import logging
 import time
 from collections.abc import AsyncIterator
 from typing import Any
@@ -21,6 +23,9 @@ from ._metrics import Metrics
 from ._request import Event
 from ._scheduler import QueueFullError
 
+log = logging.getLogger("uvicorn.error")
+_READING = 5.0
+"""Seconds that a client has to read the end of its answer, beside the time for making it."""
 _STREAM = {
     "content-type": "text/event-stream; charset=utf-8",
     "cache-control": "no-cache",
@@ -51,79 +56,103 @@ class Call:
         gone = asyncio.create_task(_until_gone(receive))
         gone.add_done_callback(lambda _: inbox.cancel())
         try:
-            self._submit(inbox)
-            if self._asked.stream:
-                await self._stream(inbox, send)
-            else:
-                async for _ in self._watched(inbox):
-                    pass
-                await JSONResponse(self._teller.whole(inbox.tickets))(scope, receive, send)
+            # Somebody who does not read keeps nothing either.
+            async with asyncio.timeout(self._catalog.settings.timeout + _READING):
+                await self._answer(inbox, scope, receive, send)
+        except TimeoutError:
+            log.warning("an answer was not read in time, and is given up")
+        except ApiError:
+            if not gone.done():
+                raise
         finally:
             inbox.cancel()
             gone.cancel()
 
+    async def _answer(self, inbox: Inbox, scope: Scope, receive: Receive, send: Send) -> None:
+        self._submit(inbox)
+        if self._asked.stream:
+            await self._stream(inbox, send)
+            return
+        async for _ in self._watched(inbox):
+            pass
+        await JSONResponse(self._teller.whole(inbox.tickets))(scope, receive, send)
+
     def _submit(self, inbox: Inbox) -> None:
-        engine = self._catalog.engine
-        for index, request in enumerate(self._asked.requests):
-            try:
-                inbox.tickets.append(engine.submit(request, inbox.listener(index)))
-            except QueueFullError as error:
-                raise busy(str(error)) from None
-            except InputError as error:
-                if engine.closed:
-                    raise _stopping() from None
-                self._catalog.voice(self._asked.model)  # which may be gone meanwhile
-                field = str(error).partition(":")[0]
-                raise ApiError(
-                    400, self._catalog.hidden(error), field if field.isidentifier() else None
-                ) from None
+        engine, requests = self._catalog.engine, self._asked.requests
+        listeners = [inbox.listener(index) for index in range(len(requests))]
+        try:
+            inbox.tickets.extend(engine.submit_all(requests, listeners))
+        except QueueFullError as error:
+            raise busy(str(error)) from None
+        except InputError as error:
+            if engine.closed:
+                raise _stopping() from None
+            self._catalog.voice(self._asked.model)  # which may be gone meanwhile
+            field = str(error).partition(":")[0]
+            where = field if field.isidentifier() else None
+            raise ApiError(400, self._catalog.hidden(error), where) from None
 
     async def _watched(self, inbox: Inbox) -> AsyncIterator[dict[int, list[Event]]]:
         """Events, of which the metrics are told.
 
         Raises:
-            ApiError: 503, if a request ends without its answer.
+            ApiError: if a request ended without its answer, once all have ended.
         """
+        failure: ApiError | None = None
         async for come in inbox.events():
             now = time.perf_counter()
             for index, events in come.items():
                 self._first[index] = self._first[index] or now
                 if events[-1].ending is not None:
-                    self._note(inbox, index, events[-1], now)
-            yield come
+                    self._note(inbox, index, str(events[-1].ending), now)
+                    failure = failure or self._failure(events[-1])
+            if failure is None:
+                yield come
+            else:
+                inbox.cancel()
+        if failure is not None:
+            raise failure
 
-    def _note(self, inbox: Inbox, index: int, last: Event, now: float) -> None:
+    def _note(self, inbox: Inbox, index: int, ending: str, now: float) -> None:
         name, metrics, ticket = self._asked.model, self._metrics, inbox.tickets[index]
         count, first = len(ticket.completion.tokens), self._first[index]
-        metrics.requests.labels(name, str(last.ending)).inc()
-        metrics.prompt_tokens.labels(name).inc(ticket.prompt_tokens)
+        metrics.requests.labels(name, ending).inc()
+        if index % self._asked.choices == 0:
+            metrics.prompt_tokens.labels(name).inc(ticket.prompt_tokens)
         metrics.new_tokens.labels(name).inc(count)
         metrics.latency.labels(name).observe(now - self._begun)
         if count:
             metrics.first_token.labels(name).observe(first - self._begun)
         if count > 1:
             metrics.per_token.labels(name).observe((now - first) / (count - 1))
+
+    def _failure(self, last: Event) -> ApiError | None:
+        """Why there is no answer, if there is none."""
+        if last.ending in ("stop", "length"):
+            return None
+        if last.ending == "cancelled":
+            return _stopping()
         if last.ending == "deadline":
             seconds = self._catalog.settings.timeout
-            raise ApiError(503, f"no whole answer in {seconds:g} s", code="timeout")
-        if last.ending == "cancelled":
-            raise _stopping()
-        if last.ending == "error":
-            raise ApiError(503, self._catalog.hidden(last.error or "failed"), code="failed")
+            once = {"x-should-retry": "false"}  # a client would wait as long again
+            return ApiError(503, f"no whole answer in {seconds:g} s", code="timeout", headers=once)
+        message = self._catalog.hidden(last.error or "failed")
+        if last.ending == "refused":
+            return ApiError(422, message, "model", "adapter_refused")
+        return ApiError(503, message, code="failed")
 
     async def _stream(self, inbox: Inbox, send: Send) -> None:
-        given, begun = [-1] * len(inbox.tickets), False
+        told = [Told() for _ in inbox.tickets]
+        begun = False
         try:
             async for come in self._watched(inbox):
-                pieces = b"".join(
-                    self._piece(index, events, given) for index, events in come.items()
-                )
+                pieces = [self._piece(i, events, told[i]) for i, events in come.items()]
                 if not begun:
                     begun = True
                     headers = [(k.encode(), v.encode()) for k, v in _STREAM.items()]
                     await send({"type": "http.response.start", "status": 200, "headers": headers})
-                if pieces:
-                    await _send(send, pieces)
+                if body := b"".join(pieces):
+                    await _send(send, body)
             if self._asked.usage:
                 await _send(send, _line(self._teller.last(inbox.tickets)))
         except ApiError as error:
@@ -132,14 +161,22 @@ class Call:
             await _send(send, _line(error.body()))
         await _send(send, b"data: [DONE]\n\n", more=False)
 
-    def _piece(self, index: int, events: list[Event], given: list[int]) -> bytes:
+    def _piece(self, index: int, events: list[Event], told: "Told") -> bytes:
         """What is new of one choice as a line of the stream; nothing where nothing is."""
-        before = given[index]
-        given[index] = max(before, 0) + sum(len(event.text) for event in events)
-        told = any(e.text or e.logprobs is not None or e.ending is not None for e in events)
-        if before >= 0 and not told:
+        new = any(e.text or e.logprobs is not None or e.ending is not None for e in events)
+        if not (new or told.first):
             return b""
-        return _line(self._teller.piece(index, events, before))
+        piece = self._teller.piece(index, events, first=told.first, offset=told.offset)
+        told.first, told.offset = False, told.offset + self._teller.length(events)
+        return _line(piece)
+
+
+@dataclasses.dataclass
+class Told:
+    """How much of a choice its client knows: nothing yet, or tokens of so many characters."""
+
+    first: bool = True
+    offset: int = 0
 
 
 async def received(request: HttpRequest, most: int) -> bytes:

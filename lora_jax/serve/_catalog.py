@@ -41,7 +41,9 @@ class Catalog:
         self.tokenizer: Any = pretrained.tokenizer
         self._ends = frozenset(pretrained.config.eos_token_ids)
         self._voices = {settings.base_name: self._voice(settings.base_name, None, None)}
-        self._names = {Path(pretrained.directory): settings.base_name}
+        self._names = {Path(pretrained.directory).resolve(): settings.base_name}
+        vocabulary = self.tokenizer.backend.get_vocab(with_added_tokens=True)
+        self._longest = max(map(len, vocabulary))
 
     @property
     def voices(self) -> tuple[Voice, ...]:
@@ -56,13 +58,29 @@ class Catalog:
         """
         voice = self._voices.get(self.settings.base_name if name is None else name)
         if voice is None:
-            there = nearest(str(name), self._voices)
-            raise ApiError(404, f"no model {name!r}{there}", "model", "model_not_found")
+            asked = str(name)[:80]
+            there = nearest(asked, self._voices)
+            raise ApiError(404, f"no model {asked!r}{there}", "model", "model_not_found")
         return voice
 
     def room(self, tokens: int) -> int:
         """How many tokens there is room for after a prompt of so many."""
         return self.engine.max_length - tokens
+
+    def check_text(self, length: int, field: str) -> None:
+        """Refuse a text of so many characters that no tokens there is room for can spell it.
+
+        Raises:
+            ApiError: 400, before anything long is done.
+        """
+        if length > self.engine.max_length * self._longest:
+            raise ApiError(
+                400,
+                f"{field}: {length} characters are more than {self.engine.max_length} tokens can"
+                " hold; shorten it",
+                field,
+                "context_length_exceeded",
+            )
 
     def prompt(self, voice: Voice, messages: Any) -> list[int]:
         """Token ids of a conversation up to where the answer begins.
@@ -71,9 +89,17 @@ class Catalog:
             ApiError: 422, if the template does not take it.
         """
         try:
-            return encode_prompt(spoken_turns(messages), voice.template, self.tokenizer)
+            turns = spoken_turns(messages)
+            self.check_text(sum(len(turn.content) for turn in turns), "messages")
+            return encode_prompt(turns, voice.template, self.tokenizer) or self.beginning
         except (InputError, BadRow) as error:
             raise ApiError(422, self.hidden(error), "messages") from None
+
+    @property
+    def beginning(self) -> list[int]:
+        """What an empty text is: the token that texts begin with, or else that they end with."""
+        marks = (self.tokenizer.bos_id, self.tokenizer.eos_id)
+        return [mark for mark in marks if mark is not None][:1]
 
     def stop_ids(self, voice: Voice) -> frozenset[int]:
         """What ends an answer of a conversation."""
@@ -92,9 +118,11 @@ class Catalog:
         """
         if name == self.settings.base_name:
             raise InputError(f"adapter: {name!r} is the base's name; give another")
+        # What errors name is this, and can be taken out of them.
+        directory = Path(directory).resolve()
         voice = self._voice(name, name, adapter_notes(directory).get("template"))
         self.engine.load_adapter(name, directory)
-        self._names[Path(directory)] = name
+        self._names[directory] = name
         self._voices[name] = voice
 
     def load(self, name: str, path: str, *, replace: bool) -> None:
@@ -124,6 +152,7 @@ class Catalog:
             raise ApiError(400, f"{name!r} is the base, which stays", "lora_name")
         self._voices.pop(name, None)
         self.engine.unload_adapter(name)
+        self._names = {path: own for path, own in self._names.items() if own != name}
 
     def hidden(self, error: Exception | str) -> str:
         """A message without paths of the machine."""
@@ -141,15 +170,18 @@ def confined(root: Path, path: str) -> Path:
     Raises:
         ApiError: 400 for one outside, 404 for none.
     """
-    outside = ApiError(400, "lora_path: must lie below the server's adapter root", "lora_path")
-    if "\0" in path:
-        raise outside
-    top = root.resolve()
-    directory = (top / path).resolve()
-    if not directory.is_relative_to(top):
-        raise outside
-    if not directory.is_dir():
-        raise ApiError(404, f"lora_path: no directory {path!r} below the adapter root", "lora_path")
-    if any(not file.resolve().is_relative_to(top) for file in directory.iterdir()):
-        raise outside
+    try:
+        top = root.resolve()
+        directory = (top / path).resolve()
+        there = directory.is_relative_to(top) and directory.is_dir()
+        inside = there and all(f.resolve().is_relative_to(top) for f in directory.iterdir())
+    except (OSError, RuntimeError, ValueError):  # too long a name, a circle of links, a zero byte
+        raise ApiError(400, "lora_path: is no path", "lora_path") from None
+    if directory.is_relative_to(top) and not there:
+        shown = path[:80]
+        raise ApiError(
+            404, f"lora_path: no directory {shown!r} below the adapter root", "lora_path"
+        )
+    if not inside:
+        raise ApiError(400, "lora_path: must lie below the server's adapter root", "lora_path")
     return directory

@@ -168,15 +168,36 @@ class Engine:
             InputError: if an argument is out of its range, or the adapter is not known.
             QueueFullError: if too many requests wait.
         """
-        ticket = Ticket(request, self._tokenizer, self._cancel, on_event)
-        check_lengths(ticket.job.prompt, request.max_new_tokens, self.max_length, self._batch.vocab)
+        return self.submit_all([request], [on_event])[0]
+
+    def submit_all(
+        self,
+        requests: Sequence[Request],
+        listeners: Sequence[Callable[[Event], None] | None],
+    ) -> list[Ticket]:
+        """Let several requests wait, all of them or none: an adapter's name means one to them all.
+
+        Args:
+            requests: What is asked for.
+            listeners: For each of them as in `submit`.
+
+        Raises: as `submit` does.
+        """
+        tickets = [
+            Ticket(request, self._tokenizer, self._cancel, on_event)
+            for request, on_event in zip(requests, listeners, strict=True)
+        ]
+        for ticket in tickets:
+            limit = ticket.request.max_new_tokens
+            check_lengths(ticket.job.prompt, limit, self.max_length, self._batch.vocab)
         with self._changed:
             if self._closed:
                 raise InputError("submit: the engine is closed; make another")
-            ticket.job.adapter = self._adapter(request.adapter)
-            self._scheduler.submit(ticket.job)
+            for ticket in tickets:
+                ticket.job.adapter = self._adapter(ticket.request.adapter)
+            self._scheduler.submit(*[ticket.job for ticket in tickets])
             self._notify()
-        return ticket
+        return tickets
 
     def load_adapter(self, name: str, directory: str | Path) -> None:
         """Let an adapter be asked for by a name; requests in flight keep what the name stood for.
@@ -289,8 +310,9 @@ class Engine:
                     self._slots.arrive(adapter)
                     continue
                 self._slots.drop(adapter)
+                ending = "refused" if isinstance(fitted, InputError) else "error"
                 for job in [job for job in self._scheduler.waiting if job.adapter == adapter]:
-                    self._finish(job, "error", str(fitted))
+                    self._finish(job, ending, str(fitted))
 
     def _admit(self) -> list[Start]:
         with self._changed:

@@ -1,7 +1,6 @@
 """Who may call, how much at one time, and what an answer says when something fails."""
 
 import base64
-import binascii
 import hmac
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -25,12 +24,20 @@ class Guard:
     Args:
         app: What answers those who may call.
         api_keys: Any of them opens; empty: no key is needed.
+        hosts: Names by which the server may be called; empty: any.
         most: Calls that may be in flight at one time.
         metrics: Where answers are counted.
     """
 
-    def __init__(self, app: ASGIApp, api_keys: Sequence[str], most: int, metrics: Metrics) -> None:
-        self._app, self._metrics = app, metrics
+    def __init__(
+        self,
+        app: ASGIApp,
+        api_keys: Sequence[str],
+        hosts: Sequence[str],
+        most: int,
+        metrics: Metrics,
+    ) -> None:
+        self._app, self._metrics, self._hosts = app, metrics, frozenset(hosts)
         self._keys = [key.encode() for key in api_keys]
         self._most, self._inside = most, 0
 
@@ -65,9 +72,13 @@ class Guard:
                 code="invalid_api_key",
                 headers={"www-authenticate": f'{"Basic" if page else "Bearer"} realm="lora_jax"'},
             )
+        host = headers.get("host", "")
+        if self._hosts and _without_port(host) not in self._hosts:
+            # A name that was made to lead here would let its pages pass for our own.
+            raise ApiError(403, f"not called {host[:80]!r}; --allowed-host NAME adds a name")
         if _elsewhere(headers):
             raise ApiError(403, "calls from pages of another origin are not answered")
-        if self._inside > self._most:
+        if self._inside > self._most and scope["path"] != "/metrics":
             raise busy(f"{self._most} calls are in flight, and no more may")
 
     def _opens(self, given: str) -> bool:
@@ -78,6 +89,11 @@ class Guard:
             key = _password(key)
         found = [hmac.compare_digest(key.encode(), own) for own in self._keys]
         return kind.lower() in ("bearer", "basic") and any(found)
+
+
+def _without_port(host: str) -> str:
+    name, colon, port = host.rpartition(":")
+    return name if colon and port.isdigit() else host
 
 
 def _elsewhere(headers: Headers) -> bool:
@@ -97,7 +113,7 @@ def _elsewhere(headers: Headers) -> bool:
 def _password(text: str) -> str:
     try:
         return base64.b64decode(text, validate=True).decode().partition(":")[2]
-    except (binascii.Error, UnicodeDecodeError):
+    except ValueError:
         return ""
 
 

@@ -35,6 +35,12 @@ class Metrics:
             f"{_PREFIX}http_responses", "Answers by status.", ["code"], registry=self.registry
         )
 
+    def forget(self, model: str) -> None:
+        """Drop what was counted of a model that is gone."""
+        for metric in (self.requests, self.prompt_tokens, self.new_tokens, self.first_token,
+                       self.per_token, self.latency):  # fmt: skip
+            metric.remove_by_labels({"model": model})
+
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(_PREFIX + name, text, ["model", *labels], registry=self.registry)
 

@@ -13,7 +13,7 @@ from .._tokenizer import Tokenizer
 from ..models import Chosen, Completion, RowParams, SamplingParams, TextRow, TokenLogprobs
 from ._scheduler import Job
 
-Ending = Literal["stop", "length", "cancelled", "deadline", "error"]
+Ending = Literal["stop", "length", "cancelled", "deadline", "refused", "error"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +55,8 @@ class Event:
         token: The token, None where an answer ends without one.
         logprobs: Its log-probability, if asked for.
         ending: Why the answer ends, in its last event: `stop` after a stop string or id, `length`
-            after the last token that was allowed, `cancelled`, `deadline`, `error`.
+            after the last token that was allowed, `cancelled`, `deadline`, `refused` where the
+            adapter's files are no longer what they were, `error`.
         error: What went wrong, in one line.
     """
 

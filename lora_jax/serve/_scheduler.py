@@ -87,7 +87,7 @@ class Scheduler:
 
     Args:
         rows: How many rows there are.
-        waiting: How many requests may wait.
+        waiting: How many requests may wait, beside those for whom a row is free.
         chunk: Tokens of a prompt that one step reads, at most.
 
     Example:
@@ -114,15 +114,16 @@ class Scheduler:
         """All requests, those with rows first."""
         return [row.job for row in self.rows if row.job is not None] + self.waiting
 
-    def submit(self, job: Job) -> None:
-        """Let a request wait.
+    def submit(self, *jobs: Job) -> None:
+        """Let requests wait, all of them or none.
 
         Raises:
             QueueFullError: if too many do.
         """
-        if len(self.waiting) >= self._most:
+        free = len(self.rows) - len(self.running)
+        if len(self.waiting) + len(jobs) > self._most + free:
             raise QueueFullError(f"{len(self.waiting)} requests wait, and no more may")
-        self.waiting.append(job)
+        self.waiting.extend(jobs)
 
     def admit(self, slot_of: Callable[[Any], int | Wait]) -> list[Start]:
         """Give free rows to those who wait.

@@ -1,8 +1,7 @@
 """What a call may hold, as JSON Schemas: what is checked is what the description says."""
 
-import functools
+import itertools
 import json
-from collections.abc import Sequence
 from typing import Any
 
 import jsonschema_rs
@@ -12,8 +11,8 @@ from ..models import MOST_LOGPROBS
 from ._api_error import ApiError
 
 Schema = dict[str, Any]
-_LONGEST = 200
-"""Characters of a message before what was got is cut out of it."""
+_SHOWN, _MOST_SHOWN = 8, 100
+"""Elements of lists and characters of texts that an error is looked for in, and told of."""
 
 
 def _maybe(kind: str, **rules: Any) -> dict[str, Any]:
@@ -30,7 +29,7 @@ def _real(least: float, most: float) -> dict[str, Any]:
 
 def _only(*values: Any) -> dict[str, Any]:
     """A field that other servers know and this one has in its neutral value alone."""
-    return {"enum": [None, *values], "description": "not supported in any other value"}
+    return {"enum": [None, *values]}
 
 
 def _list(items: Schema, most: int, least: int = 1) -> dict[str, Any]:
@@ -38,7 +37,7 @@ def _list(items: Schema, most: int, least: int = 1) -> dict[str, Any]:
 
 
 _TEXT = {"type": "string"}
-_STOP = {"type": "string", "minLength": 1, "maxLength": 1000}
+_STOP = {"type": "string", "minLength": 1, "maxLength": 256}
 _TOKEN = {"type": "integer", "minimum": 0, "maximum": 2**31 - 1}
 _TOKENS = _list(_TOKEN, 2**20)
 _SAMPLING: dict[str, Any] = {
@@ -50,7 +49,7 @@ _SAMPLING: dict[str, Any] = {
     "min_p": _real(0, 1),
     "presence_penalty": _real(-2, 2),
     "frequency_penalty": _real(-2, 2),
-    "repetition_penalty": _maybe("number", exclusiveMinimum=0, maximum=100),
+    "repetition_penalty": _real(0.01, 100),
     "seed": _count(-(2**63), 2**63 - 1),
     "n": _count(1, 128),
     "stop": {
@@ -62,6 +61,12 @@ _SAMPLING: dict[str, Any] = {
     "stream": _maybe("boolean"),
     "stream_options": _maybe("object", properties={"include_usage": _maybe("boolean")}),
     "logit_bias": _maybe("object", maxProperties=0),
+    "min_tokens": _only(0),
+    "use_beam_search": _only(False),
+    "skip_special_tokens": _only(True),
+    "spaces_between_special_tokens": _only(True),
+    "include_stop_str_in_output": _only(False),
+    "prompt_logprobs": _only(),
     # What tells the server nothing that it would do otherwise.
     "user": _maybe("string"),
     "metadata": _maybe("object"),
@@ -109,6 +114,7 @@ COMPLETION: Schema = {
         "echo": _maybe("boolean"),
         "best_of": _count(1, 128) | {"description": "the same as n, or nothing"},
         "suffix": _only(""),
+        "add_special_tokens": _only(True),
     },
 }
 CHAT: Schema = {
@@ -125,12 +131,18 @@ CHAT: Schema = {
         "response_format": _maybe(
             "object", required=["type"], properties={"type": {"const": "text"}}
         ),
-        "tools": _maybe("array", maxItems=0, description="not supported"),
-        "functions": _maybe("array", maxItems=0, description="not supported"),
+        "tools": _maybe("array", maxItems=0),
+        "functions": _maybe("array", maxItems=0),
         "tool_choice": _only("none", "auto"),
         "function_call": _only("none", "auto"),
         "parallel_tool_calls": _maybe("boolean"),
-        "modalities": {"enum": [None, ["text"]]},
+        "modalities": _only(["text"]),
+        "add_generation_prompt": _only(True),
+        "continue_final_message": _only(False),
+        "chat_template_kwargs": _maybe("object", maxProperties=0),
+        "reasoning_effort": _only("none"),
+        "verbosity": _only(),
+        "prediction": _only(),
     },
 }
 _NAME = {"type": "string", "minLength": 1, "maxLength": 256, "pattern": r"^[^\x00-\x1f\x7f]+$"}
@@ -154,6 +166,12 @@ UNLOAD: Schema = {
 }
 
 
+_VALIDATORS = {
+    schema["title"]: jsonschema_rs.Draft202012Validator(schema)
+    for schema in (COMPLETION, CHAT, LOAD, UNLOAD)
+}
+
+
 def parsed(raw: bytes, schema: Schema) -> dict[str, Any]:
     """The body of a call.
 
@@ -161,33 +179,50 @@ def parsed(raw: bytes, schema: Schema) -> dict[str, Any]:
         ApiError: 400, naming the field, if it is not JSON or not what the schema describes.
     """
     try:
-        body = json.loads(raw, parse_float=_number, parse_constant=_no_constant)
-        if b"\\ud" in raw.lower():  # half a character can be written so
+        text = raw.decode("utf-8-sig")
+        body = json.loads(text, parse_float=_number, parse_constant=_no_constant)
+        if "\\ud" in text.lower():  # half a character can be written so
             json.dumps(body, ensure_ascii=False).encode()
+        valid = _VALIDATORS[schema["title"]].is_valid(body)
     except (ValueError, RecursionError) as error:
-        reason = "it nests too deeply" if isinstance(error, RecursionError) else error
+        reason = str(error).splitlines()[0][:_MOST_SHOWN]
         raise ApiError(400, f"the body is not JSON: {reason}", code="invalid_json") from None
-    _check(body, schema)
+    if not valid:
+        raise _told(body, schema)
     return {name: value for name, value in body.items() if value is not None}
 
 
-def _check(body: Any, schema: Schema) -> None:
-    for error in _validator(schema["title"]).iter_errors(body):
-        raise _told(error, body, schema["properties"])
+def _told(body: Any, schema: Schema) -> ApiError:
+    """What is wrong with a body, with the name of the field.
+
+    It is looked for in the beginning of each list and text: in all of a large body that takes long.
+    """
+    fields = schema["properties"]
+    unknown = [name for name in body if name not in fields] if isinstance(body, dict) else []
+    if unknown:
+        name = unknown[0][:_MOST_SHOWN]
+        return ApiError(400, f"{name!r}: unknown field{nearest(name, fields)}", name)
+    for error in _VALIDATORS[schema["title"]].iter_errors(_beginning(body)):
+        path = ".".join(map(str, error.instance_path))
+        field = path.partition(".")[0]
+        meant = fields.get(field, {}).get("description")
+        rule = error.schema_path[-1]
+        message = f"must be {meant}" if rule == "anyOf" and meant else error.message
+        message = message[: 3 * _MOST_SHOWN]
+        return ApiError(400, f"{path}: {message}" if path else message, field or None)
+    return ApiError(400, "a list or a text of the body is too long, or holds what it may not")
 
 
-def _told(error: Any, body: Any, fields: Schema) -> ApiError:
-    """What the first error says, with the name of the field."""
-    path, rule = ".".join(map(str, error.instance_path)), error.schema_path[-1]
-    field = path.partition(".")[0]
-    if rule == "additionalProperties" and not path:
-        name = next(name for name in body if name not in fields)[:80]
-        return ApiError(400, f"{name}: unknown field{nearest(name, fields)}", name)
-    meant = fields.get(field, {}).get("description")
-    message = f"must be {meant}" if rule == "anyOf" and meant else _cut(error.message)
-    if meant and "not supported" in meant:
-        message = meant
-    return ApiError(400, f"{path}: {message}" if path else message, field or None)
+def _beginning(value: Any, depth: int = 8) -> Any:
+    """As much of a value as an error is looked for in; nothing that is described is as deep."""
+    if isinstance(value, str):
+        return value[:_MOST_SHOWN]
+    if depth and isinstance(value, list):
+        return [_beginning(element, depth - 1) for element in value[:_SHOWN]]
+    if depth and isinstance(value, dict):
+        some = itertools.islice(value.items(), _MOST_SHOWN)
+        return {name: _beginning(own, depth - 1) for name, own in some}
+    return None if isinstance(value, list | dict) else value
 
 
 def _number(text: str) -> int | float:
@@ -198,15 +233,3 @@ def _number(text: str) -> int | float:
 
 def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is no JSON number")
-
-
-def _cut(message: str) -> str:
-    if len(message) <= _LONGEST:
-        return message
-    return f"{message[: _LONGEST // 2]} … {message[-_LONGEST // 2 :]}"
-
-
-@functools.cache
-def _validator(title: str) -> Any:
-    schemas: Sequence[Schema] = (COMPLETION, CHAT, LOAD, UNLOAD)
-    return jsonschema_rs.Draft202012Validator(next(s for s in schemas if s["title"] == title))

@@ -1,6 +1,7 @@
 """An engine behind HTTP, from the first byte read of a model to the last one answered."""
 
 import contextlib
+import dataclasses
 import importlib
 import math
 import socket
@@ -18,6 +19,7 @@ from ._settings import ServerSettings
 
 _SLOTS, _RANK = 8, 16
 _LEAST_RANK = 8
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def asgi_app(
@@ -79,10 +81,12 @@ def serve(
     uvicorn = _package("uvicorn")
     _app_module()
     settings, adapters = settings or ServerSettings(), adapters or {}
+    if host in _LOOPBACK and not settings.hosts and not settings.api_keys:
+        settings = dataclasses.replace(settings, hosts=(*_LOOPBACK, "[::1]"))
     sizes = room_for(adapters, settings) | sizes
     with _bound(host, port) as listener, contextlib.ExitStack() as stack:
         address = _address(host, listener)
-        if host not in ("127.0.0.1", "::1", "localhost") and not settings.api_keys:
+        if host not in _LOOPBACK and not settings.api_keys:
             say(f"note: whoever reaches {address} can use it; an API key file closes it")
         with stops_at_once("stopped before it answered anything"):
             say("loading the model and compiling its programs")

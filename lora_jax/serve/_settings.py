@@ -1,6 +1,7 @@
 """What a server lets its clients do."""
 
 import dataclasses
+import math
 from pathlib import Path
 
 from .._errors import InputError
@@ -15,6 +16,7 @@ class ServerSettings:
         template: How conversations are laid out, whatever an adapter says.
         api_keys: Any of them opens every route but `/health`, which needs none; without any, all
             are open.
+        hosts: Names by which the server may be called, which a browser tells; empty: any.
         adapter_root: Where adapters lie that clients may load; None: they may load none.
         max_body: Bytes of a request at most.
         max_tokens: Tokens of an answer at most; None: as many as the engine has room for.
@@ -32,10 +34,11 @@ class ServerSettings:
     base_name: str = "base"
     template: str | None = None
     api_keys: tuple[str, ...] = dataclasses.field(default=(), repr=False)
+    hosts: tuple[str, ...] = ()
     adapter_root: Path | None = None
     max_body: int = 1 << 20
     max_tokens: int | None = None
-    max_choices: int = 16
+    max_choices: int = 128
     timeout: float = 600.0
 
     def __post_init__(self) -> None:
@@ -43,8 +46,8 @@ class ServerSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"serve: {name} must be at least 1, got {value}")
-        if not self.timeout > 0:
-            raise InputError(f"serve: timeout must be above 0, got {self.timeout}")
+        if not 0 < self.timeout < math.inf:
+            raise InputError(f"serve: timeout must be above 0 and finite, got {self.timeout}")
         if not self.base_name:
             raise InputError("serve: the base needs a name; give one")
         if any(not key for key in self.api_keys):

@@ -76,10 +76,10 @@ def test_files_that_changed_are_not_read_in_silence(engine, adapters, tmp_path):
         list(engine.submit(ask(5, adapter=name)))
     shutil.copytree(adapters.folder / "b", directory, dirs_exist_ok=True)
     *_, last = engine.submit(ask(5, adapter="own"))
-    assert last.ending == "error" and "changed since it was loaded as 'own'" in (last.error or "")
+    assert last.ending == "refused" and "changed since it was loaded as 'own'" in (last.error or "")
     shutil.rmtree(directory)
     *_, last = engine.submit(ask(5, adapter="own"))
-    assert last.ending == "error"
+    assert last.ending == "refused"
     engine.unload_adapter("own")
 
 

@@ -76,6 +76,12 @@ def test_pieces_are_the_whole(client, model):
         assert {piece["finish_reason"] for piece in own[:-1]} <= {None}
         logprobs = [p for piece in own for p in piece["logprobs"]["token_logprobs"]]
         assert logprobs == pytest.approx(choice["logprobs"]["token_logprobs"], abs=1e-4)
+        offsets = [at for piece in own for at in piece["logprobs"]["text_offset"]]
+        assert offsets == choice["logprobs"]["text_offset"]
+        for token, top in zip(
+            *map(choice["logprobs"].get, ("tokens", "top_logprobs")), strict=True
+        ):
+            assert token in top  # drawn, and so not always the likeliest
     assert len({choice["text"] for choice in whole["choices"]}) == 4
 
 
@@ -109,6 +115,13 @@ def test_stops_end_an_answer_and_echo_begins_it(client):
     assert choice["text"] == "one two three" + text
 
 
+def test_a_share_that_underflows_leaves_the_likeliest_token(client):
+    greedy = completion(client, IDS).json()["choices"][0]["text"]
+    for share in (1e-38, 1e-45, 1e-300):
+        sampled = completion(client, IDS, temperature=2, top_p=share).json()
+        assert sampled["choices"][0]["text"] == greedy
+
+
 def test_one_seed_says_one_thing(client):
     said = [completion(client, IDS, temperature=1.5, seed=s).json() for s in (1, 1, -2)]
     texts = [body["choices"][0]["text"] for body in said]
@@ -130,7 +143,10 @@ def test_one_seed_says_one_thing(client):
         (dict(prompt="x", top_p=0), 400, "top_p"),
         (dict(prompt="x", suffix="y"), 400, "suffix"),
         (dict(prompt="x", best_of=2), 400, "best_of"),
-        (dict(prompt="x", n=17), 400, "n"),
+        (dict(prompt="x", n=37), 400, "n"),
+        (dict(prompt=["x"] * 37), 400, "n"),
+        (dict(prompt="x" * 10_000), 400, "prompt"),
+        (dict(prompt=[[1]] * 3000), 400, None),
         (dict(prompt="x", logit_bias={"5": 1}), 400, "logit_bias"),
         (dict(prompt="x", echo=True, logprobs=1), 422, "echo"),
         (dict(prompt=[100_000]), 400, "prompt"),
@@ -167,7 +183,8 @@ def test_conversations_that_cannot_be_answered_are_named(client, fields, status,
     [
         b"", b"{", b"[1]", b"\xff\xfe", b'{"prompt": NaN}', b'{"prompt": "\\ud800"}',
         b'{"prompt":' + b"[" * 100_000, b'{"prompt": "x", "temperature": 1e999}',
-        b'{"prompt": [' + b"9" * 5000 + b"]}",
+        b'{"prompt": [' + b"9" * 5000 + b"]}", b'{"prompt": "\xed\xa0\x80"}',
+        '{"prompt": "\\ud800"}'.encode("utf-16"), b'{"prompt":' + b"[" * 400 + b"]" * 400 + b"}",
     ],
 )  # fmt: skip
 def test_a_body_that_is_not_json_is_refused(client, raw):
@@ -193,7 +210,8 @@ def test_other_kinds_of_bodies_routes_and_pages_are_refused(client):
 def test_every_route_but_health_needs_the_key(adapter_client):
     routes = ["/", "/chat.js", "/v1/models", "/metrics", "/openapi.json", "/nothing", "//health"]
     for route in routes:
-        for key in ("", f"Bearer {KEY}x", "Bearer", f"Token {KEY}", "Basic !", "Bearer é"):
+        keys = ("", f"Bearer {KEY}x", "Bearer", f"Token {KEY}", "Basic !", "Basic é", "Bearer é")
+        for key in keys:
             found = adapter_client.get(route, headers={"authorization": key.encode("latin-1")})
             assert refused(found, 401)["code"] == "invalid_api_key"
     assert adapter_client.get("/health", headers={"authorization": ""}).is_success
@@ -236,7 +254,9 @@ def test_what_is_loaded_lies_below_the_root_and_fits(adapter_client, adapters, t
     link.unlink(missing_ok=True)
     link.symlink_to(tmp_path / "outside")
     made.mkdir(exist_ok=True)
-    for path in ("..", "a/../..", str(tmp_path), "link", "/etc", "x\0y"):
+    (root / "circle").unlink(missing_ok=True)
+    (root / "circle").symlink_to("circle")
+    for path in ("..", "a/../..", str(tmp_path), "link", "/etc", "x\0y", "n" * 300, "circle", "."):
         error = refused(change(adapter_client, "load", "x", path), 400)
         assert error["param"] == "lora_path"
     refused(change(adapter_client, "load", "x", "missing"), 404)
@@ -266,6 +286,9 @@ def test_a_client_that_hangs_up_frees_its_row(client, shared_engine):
             until(lambda before=before: shared_engine.stats.new_tokens > before)
         until(lambda: not (shared_engine.stats.running or shared_engine.stats.waiting))
         assert shared_engine.stats.new_tokens - before < 4 * 64
+    # Every choice is counted, and nobody was there to be answered.
+    until(lambda: 'ending="cancelled",model="tiny"} 8.0' in client.get("/metrics").text)
+    assert 'http_responses_total{code="503"}' not in client.get("/metrics").text
 
 
 def test_too_many_calls_are_told_to_wait(pretrained):
@@ -294,9 +317,18 @@ def test_too_many_calls_are_told_to_wait(pretrained):
             call.join()
         for late in found:  # both took longer than they may
             assert refused(late, 503)["code"] == "timeout"
+            assert late.headers["x-should-retry"] == "false"
         engine.close()
         refused(completion(client, IDS), 503)
         assert client.get("/health").status_code == 503
+
+
+def test_a_server_answers_to_its_own_names(shared_engine, pretrained):
+    with client_of(shared_engine, pretrained, {}, hosts=("127.0.0.1", "here.example")) as client:
+        for host in ("127.0.0.1", "127.0.0.1:99", "here.example"):
+            assert client.get("/v1/models", headers={"host": host}).is_success
+        for host in ("elsewhere.example", "here.example.elsewhere", ""):
+            refused(client.get("/v1/models", headers={"host": host}), 403)
 
 
 def test_metrics_tell_what_was_done(client):

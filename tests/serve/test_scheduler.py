@@ -39,7 +39,8 @@ class World:
             self.scheduler.submit(job)
             self.submitted.append(job)
         except QueueFullError:
-            assert len(self.scheduler.waiting) == WAITING
+            free = ROWS - len(self.scheduler.running)
+            assert len(self.scheduler.waiting) == WAITING + free
 
     def cancel(self, at):
         if jobs := self.scheduler.jobs:
