@@ -22,7 +22,7 @@ from ..lora import PLAIN, choose_rows
 from ._cache import KVCache, by_layer, init_cache
 from ._decoding import Chosen, empty_chunk, with_logprobs
 from ._sampling import RowParams, SamplingParams, choose, penalize
-from ._unstack import split_layers, unstacked
+from ._unstack import split_layers, unstacked, widened
 
 _STEP = 4
 """How many times larger each shape is than the one before."""
@@ -96,7 +96,8 @@ class ContinuousBatch:
         cache_dtype: Any,
     ) -> None:
         self.rows, self.length, self.chunk = rows, length, chunk
-        self._module, self._params = unstacked(module, params)
+        model = getattr(module, "module", module)
+        self._module, self._params = unstacked(module, widened(params, model.dtype))
         model = getattr(self._module, "module", self._module)
         self.vocab = model.config.vocab_size
         self._fresh = functools.partial(_fresh, model, rows, length, cache_dtype)

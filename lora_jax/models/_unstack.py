@@ -55,6 +55,27 @@ def split_layers(params: Params, stack: str) -> Params:
     return tree_from_paths(leaves)
 
 
+def widened(params: Params, dtype: Any) -> Params:
+    """Parameters in the activations' type where that is wider: the same numbers, for CPUs.
+
+    A product on a CPU is of one type, so that each call of a program would begin by widening all
+    of them.  The program's own copy goes in return.
+
+    Example:
+        >>> widened({"kernel": jnp.ones(2, jnp.bfloat16)}, jnp.float32)["kernel"].dtype
+        dtype('float32')
+    """
+
+    def wide(x: Any) -> Any:
+        if isinstance(x, QuantizedTensor) or not jnp.issubdtype(x.dtype, jnp.floating):
+            return x
+        return x.astype(dtype) if jnp.promote_types(x.dtype, dtype) == dtype else x
+
+    if jax.default_backend() != "cpu":
+        return params
+    return jax.tree.map(wide, params, is_leaf=lambda x: isinstance(x, QuantizedTensor))
+
+
 def _gains(module: Any, model: CausalLM, params: Params) -> bool:
     # Quantized kernels and random keys have no plain memory to look at.
     leaves = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, QuantizedTensor))
