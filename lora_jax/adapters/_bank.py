@@ -239,22 +239,21 @@ def _fitted(slots: Params, adapter: Params) -> dict[str, Any]:
     return tree_from_paths(fitted)
 
 
-def _write(slots: Params, adapter: Params, number: Any, *, beside: bool = False) -> dict[str, Any]:
-    """The slots with one of them replaced; `beside` if they are `side_by_side`."""
+def _write(slots: Params, adapter: Params, number: Any) -> dict[str, Any]:
+    """The slots with one of them replaced."""
     new = dict(leaves_with_path(adapter))
 
     def leaf(path: str, x: Array) -> Array:
         axis = _slot_axis(path, x)
         if axis is None:
             return x
-        before = axis if beside and path.endswith("lora_A") else axis - 1
-        return x.at[(slice(None),) * before + (number,)].set(new[path])
+        at = (slice(None),) * (axis - 1) + (number,)
+        return x.at[at].set(new[path])
 
     return dict(map_with_path(leaf, slots))
 
 
 _written = jax.jit(_write)
 """Compiled once for all slots and adapters of a bank."""
-write_slot = jax.jit(functools.partial(_write, beside=True), donate_argnums=0)
-"""The same in place, in slots `side_by_side` that nobody else has: an adapter's bytes move, and no
-others."""
+write_slot = jax.jit(_write, donate_argnums=0)
+"""The same in place, where nobody else has the slots: an adapter's bytes move, and no others."""

@@ -45,7 +45,6 @@ from ._rows import PLAIN as PLAIN
 from ._rows import RowParam as RowParam
 from ._rows import choose_rows as choose_rows
 from ._rows import pad_rows as pad_rows
-from ._rows import side_by_side as side_by_side
 from ._scale import scale_adapter as scale_adapter
 from ._single_layers import AdaptedLayer as AdaptedLayer
 from ._single_layers import adapted_param as adapted_param

@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, Int
 
 from .._tree import combine
 from .._typing import Array, Params
-from ..lora import PLAIN, choose_rows, side_by_side
+from ..lora import PLAIN, choose_rows
 from ._cache import KVCache, by_layer, init_cache
 from ._decoding import Chosen, empty_chunk, with_logprobs
 from ._sampling import RowParams, SamplingParams, choose, penalize
@@ -76,8 +76,7 @@ class ContinuousBatch:
     Args:
         module: A `CausalLM`, wrapped by `lora_linen` where there are adapters, and `laid_out`.
         params: The base's parameters, `laid_out` with it.
-        slots: An `AdapterBank`'s slots `side_by_side`, of layers `apart`, or an empty tree; only
-            its shapes are looked at.
+        slots: An `AdapterBank`'s slots, `apart`, or an empty tree; only its shapes are looked at.
         rows: How many rows there are.
         length: Tokens of a row at most, prompt and text.
         chunk: Tokens that are read of a prompt in one step, at most.
@@ -261,7 +260,7 @@ def _read(
 ) -> tuple[State, Float[Array, "batch vocab"]]:
     """Logits after the tokens of a step, which are in the cache then."""
     batch, seq = step.ids.shape
-    overlay = combine(side_by_side(slots), choose_rows(slots, step.adapters))
+    overlay = combine(slots, choose_rows(slots, step.adapters))
     variables = {"params": combine(params, overlay)}
     last = jnp.maximum(step.counts - 1, 0)
     # What fills up stands where the last token does: positions tell some models how long texts are.

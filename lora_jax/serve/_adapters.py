@@ -15,7 +15,6 @@ from .._errors import InputError
 from .._tree import leaves_with_path
 from .._typing import Params
 from ..adapters import AdapterBank, load_adapter, write_slot
-from ..lora import side_by_side
 from ..models import Pretrained, apart
 
 
@@ -58,9 +57,7 @@ class Shelf:
     def reset(self) -> None:
         """Empty all slots."""
         if self._bank is not None:
-            shapes = jax.eval_shape(
-                lambda x: apart(self._module, side_by_side(x)), self._bank.slots
-            )
+            shapes = jax.eval_shape(lambda x: apart(self._module, x), self._bank.slots)
             self.slots = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
     def load(self, name: str, directory: str | Path) -> tuple[Adapter, Params]:
