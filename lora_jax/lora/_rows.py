@@ -168,8 +168,8 @@ class RowParam(meta.AxisMetadata):
         """Each row's delta, where single tokens meet few slots: each factor is read once, in place.
 
         Rows stand in groups, one for each slot, and two batched products take each group through
-        its slot.  Most groups are small, and a processor gains by products of no more rows; others
-        have room for all.
+        its slot.  A processor gains by groups no larger than most are, and by none where no row
+        has an adapter.
         """
         batch, slots = len(self.rows), len(self.scaling)
         own = self.rows[:, None] == jnp.arange(slots)
@@ -178,7 +178,11 @@ class RowParam(meta.AxisMetadata):
         whole, small = (functools.partial(self._grouped, room, rank) for room in (batch, few))
         if few >= batch or jax.default_backend() != "cpu":
             return whole(x)
-        return jax.lax.cond(jnp.max(jnp.sum(own, axis=0)) <= few, small, whole, x)
+        most = jnp.max(jnp.sum(own, axis=0))
+        return jax.lax.switch((most > 0) + 1 * (most > few), [self._nothing, small, whole], x)
+
+    def _nothing(self, x: Array) -> Array:
+        return jnp.zeros((*x.shape[:-1], self.lora_B.shape[-1]), x.dtype)
 
     def _grouped(self, room: int, rank: Array, x: Array) -> Array:
         """`_through_slots` where at most `room` rows go through one; `rank` numbers these."""
