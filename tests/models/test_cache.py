@@ -73,7 +73,8 @@ def test_coding_is_within_its_bound(entries, scale):
     x = np.asarray(entries, np.float32) * np.float32(scale)
     coded = encode(jnp.asarray(x))
     off = np.abs(np.asarray(coded.codes, np.float32) * np.asarray(coded.scale) - x)
-    assert np.all(off <= np.abs(x).max() / 254 * (1 + 1e-5))
+    flushed = 127 * np.finfo(np.float32).tiny  # a smaller scale is zero on many processors
+    assert np.all(off <= np.abs(x).max() / 254 * (1 + 1e-5) + flushed)
 
 
 @pytest.mark.parametrize("turned", [True, False])
