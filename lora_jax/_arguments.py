@@ -9,6 +9,8 @@ from ._quant_config import QuantFormat
 
 SECTIONS = ("model", "quant", "lora", "data", "train", "mesh", "output")
 """What `--section.key value` may name; see `configs/` for all keys."""
+CACHE_DTYPES = ("float32", "bfloat16", "float16", "int8")
+CACHE_HELP = "of the keys and values that are kept (default: that of the activations)"
 
 
 class Parser(argparse.ArgumentParser):
@@ -220,6 +222,55 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
     p.add_argument("--system", metavar="TEXT", default="", help="who the model is to be")
     _add_sampling(p, max_new_tokens=512)
 
+    p = add(
+        "serve",
+        "Answer OpenAI's HTTP interface with a model and adapters, each chosen by its name.",
+        "  ./lora serve DIR --adapter legal=DIR --adapter poems=DIR --port 8000\n"
+        "  ./lora serve DIR --adapter-root adapters --api-key-file keys.txt --host 0.0.0.0\n"
+        "  ./lora serve runs/mine/merged --served-model-name mine --model.dtype bfloat16\n"
+        "  curl http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json'"
+        ' -d \'{"prompt": "Hi"}\'\n',
+        ("model", "quant"),
+    )
+    p.add_argument("model", metavar="MODEL")
+    p.add_argument(
+        "--adapter", metavar="[NAME=]DIR", action="append", default=[],
+        help="answer to NAME through it; may be given several times",
+    )  # fmt: skip
+    p.add_argument("--served-model-name", metavar="NAME", help="of the base (default: MODEL's)")
+    p.add_argument(
+        "--template",
+        metavar="NAME",
+        help="plain, alpaca, chatml or tokenizer (default: what an adapter was trained with, else"
+        " the tokenizer's, else plain)",
+    )
+    p.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="(default 127.0.0.1)")
+    p.add_argument("--port", type=int, default=8000, metavar="N", help="0 is any (default 8000)")
+    p.add_argument(
+        "--api-key-file", metavar="FILE", help="keys, one in a line: all but /health need one"
+    )
+    p.add_argument(
+        "--adapter-root", metavar="DIR",
+        help="let clients load and unload adapters that lie below it (default: they cannot)",
+    )  # fmt: skip
+    p.add_argument("--max-rows", type=int, metavar="N", help="answered at one time (default 16)")
+    p.add_argument(
+        "--max-length", type=int, metavar="N", help="tokens of prompt and answer (default: the"
+        " model's)",
+    )  # fmt: skip
+    p.add_argument("--prefill-chunk", type=int, metavar="N", help="tokens of a prompt between two"
+                   " of the others' (default 128)")  # fmt: skip
+    p.add_argument("--adapter-slots", type=int, metavar="N", help="adapters on the device at one"
+                   " time (default: those given, up to 8; 8 with --adapter-root)")  # fmt: skip
+    p.add_argument("--max-lora-rank", type=int, metavar="N", help="(default: the largest given;"
+                   " 16 with --adapter-root)")  # fmt: skip
+    p.add_argument("--max-waiting", type=int, metavar="N", help="for a row (default 256)")
+    p.add_argument("--max-tokens", type=int, metavar="N", help="of an answer at most")
+    p.add_argument("--max-body", type=int, default=1 << 20, metavar="BYTES", help="(default 1 MiB)")
+    p.add_argument("--timeout", type=float, default=600.0, metavar="S", help="(default 600)")
+    p.add_argument("--cache-dtype", choices=CACHE_DTYPES, help=CACHE_HELP)
+    p.add_argument("--access-log", action="store_true", help="a line for each call; no prompts")
+
     data = add(
         "data",
         "Look at rows as the model will see them, or make rows from documents.",
@@ -280,8 +331,4 @@ def _add_sampling(p: Parser, *, max_new_tokens: int) -> None:
         "--stop", metavar="TEXT", action="append", default=[],
         help="end before this text (\\n is a line break); may be given several times",
     )  # fmt: skip
-    p.add_argument(
-        "--cache-dtype",
-        choices=("float32", "bfloat16", "float16", "int8"),
-        help="of the keys and values that are kept (default: that of the activations)",
-    )
+    p.add_argument("--cache-dtype", choices=CACHE_DTYPES, help=CACHE_HELP)

@@ -9,7 +9,7 @@ import numpy as np
 from ._errors import InputError
 from ._quant_config import QuantConfig
 from ._tree import combine
-from .adapters import load_adapter
+from .adapters import adapter_notes, load_adapter
 from .data import (
     Examples,
     Rows,
@@ -19,7 +19,6 @@ from .models import load_pretrained, save_pretrained
 from .train import (
     ModelSection,
     RunConfig,
-    adapter_notes,
     examples_of,
     load_base,
     stopping_config,

@@ -5,9 +5,10 @@ from collections.abc import Sequence
 
 from ._errors import InputError
 from ._typing import Params
+from .adapters import adapter_notes
 from .data import Message, choose_template, encode_prompt, stop_ids
 from .models import Pretrained, SamplingParams, StreamedText, stream_text
-from .train import ModelSection, adapter_notes, load_base, with_adapter, with_tokens_of
+from .train import ModelSection, load_base, with_adapter, with_tokens_of
 from .transform import LoraLinen, lora_linen
 
 

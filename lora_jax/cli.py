@@ -312,6 +312,12 @@ def _ways(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def _serve(options: argparse.Namespace, overrides: list[str]) -> None:
+    from ._serving import serve_command
+
+    serve_command(options, overrides)
+
+
 def _data_show(options: argparse.Namespace, overrides: list[str]) -> None:
     from ._commands import rows_and_examples
     from .data import show_data, show_data_rich
@@ -385,6 +391,7 @@ COMMANDS: Mapping[str, Callable[[argparse.Namespace, list[str]], None]] = {
     "merge": _merge,
     "generate": _generate,
     "chat": _chat,
+    "serve": _serve,
     "data show": _data_show,
     "data make": _data_make,
 }

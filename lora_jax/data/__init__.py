@@ -28,4 +28,6 @@ from ._template import choose_template as choose_template
 from ._template import encode_prompt as encode_prompt
 from ._template import prompt_text as prompt_text
 from ._template import stop_ids as stop_ids
+from ._turns import BadRow as BadRow
 from ._turns import Message as Message
+from ._turns import spoken_turns as spoken_turns

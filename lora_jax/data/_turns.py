@@ -64,7 +64,21 @@ class BadRow(Exception):
 
 
 def read_turns(turns: Any) -> tuple[Message, ...]:
-    """A list of `{role, content}` or `{from, value}`.
+    """A list of `{role, content}` or `{from, value}`, to learn answers from.
+
+    Raises:
+        BadRow: naming the turn, if it is anything else, or an empty answer.
+    """
+    messages = spoken_turns(turns)
+    for number, message in enumerate(messages, 1):
+        empty = not message.content.strip() and not message.more.get("tool_calls")
+        if message.role == "assistant" and empty:
+            raise BadRow(f"turn {number} is an empty answer", "give the answer, or remove the row")
+    return messages
+
+
+def spoken_turns(turns: Any) -> tuple[Message, ...]:
+    """The same, to be answered: an empty answer is one too.
 
     Raises:
         BadRow: naming the turn, if it is anything else.
@@ -140,8 +154,6 @@ def _turn(turn: Any, number: int) -> Message:
         content = json.dumps(content, ensure_ascii=False)
     if not isinstance(content, str):
         raise BadRow(f"turn {number} has no text", "give its content as a string")
-    if role == "assistant" and not content.strip() and not calls:
-        raise BadRow(f"turn {number} is an empty answer", "give the answer, or remove the row")
     weight = turn.get("weight", turn.get("train"))
     trained = weight is None or bool(weight)
     return Message(role, cell_text(content, f"turn {number}"), trained=trained, more=more)

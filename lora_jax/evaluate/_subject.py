@@ -8,11 +8,11 @@ from typing import Any
 
 from .._errors import InputError
 from .._typing import Params
+from ..adapters import adapter_notes
 from ..data import Rows
 from ..models import Pretrained
 from ..train import (
     RunConfig,
-    adapter_notes,
     examples_of,
     held_out_rows,
     load_base,

@@ -17,7 +17,8 @@ from .._typing import Params
 from ..models import MOST_AT_ONCE, Chosen, ContinuousBatch, Pretrained, laid_out
 from ..transform import lora_linen
 from ._adapters import Adapter, Shelf
-from ._request import Ending, Event, Request, Ticket, check_lengths
+from ._limits import check_lengths, check_sizes
+from ._request import Ending, Event, Request, Ticket
 from ._scheduler import Job, Part, Scheduler, Start
 from ._slots import Slots
 from ._step import assembled
@@ -32,11 +33,13 @@ _PATIENCE = 0.05
 class Stats:
     """What an engine does now, and counts of tokens since it began.
 
-    `reused_tokens` are those of prompts that another request had read before.
+    `on_device` are adapters in slots.  `reused_tokens` are those of prompts that another request
+    had read before.
     """
 
     running: int
     waiting: int
+    on_device: int = 0
     prompt_tokens: int = 0
     reused_tokens: int = 0
     new_tokens: int = 0
@@ -99,12 +102,13 @@ class Engine:
     ) -> None:
         longest = pretrained.config.context_length
         length = longest if max_length is None else max_length
-        _check_sizes(max_rows, length, longest, prefill_chunk, adapter_slots, max_waiting)
+        check_sizes(max_rows, length, longest, prefill_chunk, adapter_slots, max_waiting)
         if pretrained.tokenizer is None:
             raise InputError(f"{pretrained.directory}: has no tokenizer, and answers are text")
         modules = target_modules if isinstance(target_modules, str) else list(target_modules)
         config = LoraConfig(r=max_rank, target_modules=modules, use_dora=use_dora)
-        self._tokenizer, self._length = pretrained.tokenizer, length
+        self._tokenizer = pretrained.tokenizer
+        self.max_rows, self.max_length, self.max_waiting = max_rows, length, max_waiting
         module = lora_linen(pretrained.module) if adapter_slots else pretrained.module
         module, params = laid_out(module, pretrained.params)
         self._shelf = Shelf(pretrained, module, config if adapter_slots else None, adapter_slots)
@@ -137,6 +141,11 @@ class Engine:
         return self._batch.compilations
 
     @property
+    def closed(self) -> bool:
+        """Whether it has stopped, by itself or by `close`."""
+        return self._closed
+
+    @property
     def adapters(self) -> dict[str, Path]:
         """The directories of the adapters that can be asked for, by name."""
         with self._changed:
@@ -147,7 +156,7 @@ class Engine:
         """What it does now, and how much it did."""
         with self._changed:
             running, waiting = len(self._scheduler.running), len(self._scheduler.waiting)
-            return Stats(running, waiting, **self._counts)
+            return Stats(running, waiting, self._slots.filled, **self._counts)
 
     def submit(self, request: Request, on_event: Callable[[Event], None] | None = None) -> Ticket:
         """Let a request wait for its turn.
@@ -161,7 +170,7 @@ class Engine:
             QueueFullError: if too many requests wait.
         """
         ticket = Ticket(request, self._tokenizer, self._cancel, on_event)
-        check_lengths(ticket.job.prompt, request.max_new_tokens, self._length, self._batch.vocab)
+        check_lengths(ticket.job.prompt, request.max_new_tokens, self.max_length, self._batch.vocab)
         with self._changed:
             if self._closed:
                 raise InputError("submit: the engine is closed; make another")
@@ -382,18 +391,3 @@ class Engine:
             self._slots.clear()
         self._batch.reset()
         self._shelf.reset()
-
-
-def _check_sizes(
-    rows: int, length: int, longest: int, chunk: int, slots: int, waiting: int
-) -> None:
-    numbers = dict(max_rows=rows, max_length=length, prefill_chunk=chunk, max_waiting=waiting)
-    for name, number in numbers.items():
-        if number < 1:
-            raise InputError(f"Engine: {name} must be at least 1, got {number}")
-    if slots < 0:
-        raise InputError(f"Engine: adapter_slots must be at least 0, got {slots}")
-    if length > longest:
-        raise InputError(
-            f"Engine: max_length is {length}, but the model was made for {longest} positions"
-        )

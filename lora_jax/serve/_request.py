@@ -137,18 +137,3 @@ def _row_params(sampling: SamplingParams) -> RowParams:
         seed = int(np.random.default_rng().integers(2**63))
         sampling = dataclasses.replace(sampling, seed=seed)
     return RowParams.of(sampling, 1, 1, None)
-
-
-def check_lengths(prompt: tuple[int, ...], limit: int, length: int, vocab: int) -> None:
-    """Refuse a prompt of no tokens, of others than there are, or too long for its answer."""
-    if not prompt:
-        raise InputError("prompt: is empty; start it with the bos token")
-    if not 0 <= min(prompt) <= max(prompt) < vocab:
-        raise InputError(f"prompt: holds a token outside of 0..{vocab - 1}")
-    if limit < 1:
-        raise InputError(f"max_new_tokens must be at least 1, got {limit}")
-    if len(prompt) + limit > length:
-        raise InputError(
-            f"prompt: has {len(prompt)} tokens, which with {limit} new ones exceeds the engine's"
-            f" {length}; shorten it or lower max_new_tokens"
-        )

@@ -69,6 +69,11 @@ class Slots:
         slot = self._slot(adapter)
         return None if slot is None else slot.number
 
+    @property
+    def filled(self) -> int:
+        """How many slots hold an adapter."""
+        return sum(slot.ready for slot in self.slots)
+
     def release(self, number: int) -> None:
         """One request fewer uses a slot."""
         if number != PLAIN:

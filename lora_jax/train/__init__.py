@@ -32,7 +32,6 @@ from ._loop import train as train
 from ._loss import next_token_loss as next_token_loss
 from ._mesh import idle_note as idle_note
 from ._metrics import peak_memory as peak_memory
-from ._notes import adapter_notes as adapter_notes
 from ._optimizer import make_optimizer as make_optimizer
 from ._program import make_program as make_program
 from ._run_rows import examples_of as examples_of

@@ -16,7 +16,7 @@ from .._errors import InputError
 from .._files import atomic_directory
 from .._interrupt import Stopped, StopRequest, stop_signals
 from .._tree import combine
-from ..adapters import save_adapter
+from ..adapters import save_adapter, write_notes
 from ..data import BatchIterator, eval_batches
 from ..lora import without_start
 from ..models import save_pretrained
@@ -34,7 +34,6 @@ from ._hosts import (
 )
 from ._job import Job, prepare
 from ._metrics import Listener, MetricsLog, notice, peak_memory
-from ._notes import write_notes
 from ._optimizer import learning_rate
 from ._program import make_program
 from ._rundir import Resume, open_directory, resume_command

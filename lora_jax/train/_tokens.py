@@ -3,11 +3,11 @@
 import dataclasses
 
 from .._errors import InputError
+from ..adapters import adapter_notes
 from ..data import stop_ids
 from ..lora import is_within, target_name
 from ..models import ModelConfig, Pretrained, vocabulary_tables
 from ._config import ModelSection, RunConfig
-from ._notes import adapter_notes
 
 
 def with_tokens_of(section: ModelSection, adapter: str | None) -> ModelSection:

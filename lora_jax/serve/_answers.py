@@ -1,0 +1,153 @@
+"""What the engine says, as the objects that OpenAI's clients read."""
+
+import dataclasses
+import itertools
+import time
+import uuid
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from .._tokenizer import Tokenizer
+from ..models import TokenLogprobs
+from ._asked import Asked
+from ._request import Event, Ticket
+
+_REASONS = {"stop": "stop", "length": "length"}
+
+
+class Texts:
+    """The shape of `/v1/completions`: plain texts."""
+
+    prefix, whole, piece = "cmpl", "text_completion", "text_completion"
+
+    def choice(self, text: str) -> dict[str, Any]:
+        """What a whole choice says."""
+        return {"text": text}
+
+    def delta(self, text: str, *, first: bool) -> dict[str, Any]:
+        """What a piece of one says."""
+        return {"text": text}
+
+    def logprobs(
+        self, tokens: Sequence[TokenLogprobs], tokenizer: Tokenizer, offset: int
+    ) -> dict[str, Any]:
+        """Log-probabilities of tokens, the first of which stands at `offset` characters."""
+        texts = [_text(token.token, tokenizer) for token in tokens]
+        return {
+            "tokens": texts,
+            "token_logprobs": [token.logprob for token in tokens],
+            "top_logprobs": [{_text(i, tokenizer): p for i, p in token.top} for token in tokens],
+            "text_offset": list(itertools.accumulate(map(len, texts[:-1]), initial=offset)),
+        }
+
+
+class Turns:
+    """The shape of `/v1/chat/completions`: turns of a conversation."""
+
+    prefix, whole, piece = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
+    def choice(self, text: str) -> dict[str, Any]:
+        return {"message": {"role": "assistant", "content": text, "refusal": None}}
+
+    def delta(self, text: str, *, first: bool) -> dict[str, Any]:
+        said = {"content": text} if text or first else {}
+        return {"delta": {"role": "assistant", **said} if first else said}
+
+    def logprobs(
+        self, tokens: Sequence[TokenLogprobs], tokenizer: Tokenizer, offset: int
+    ) -> dict[str, Any]:
+        content = [
+            {
+                **_token(token.token, token.logprob, tokenizer),
+                "top_logprobs": [_token(i, p, tokenizer) for i, p in token.top],
+            }
+            for token in tokens
+        ]
+        return {"content": content, "refusal": None}
+
+
+Form = Texts | Turns
+
+
+@dataclasses.dataclass(frozen=True)
+class Teller:
+    """Tells one call's answers.
+
+    Args:
+        asked: The call.
+        form: Its shape.
+        tokenizer: The model's.
+    """
+
+    asked: Asked
+    form: Form
+    tokenizer: Tokenizer
+    name: str = dataclasses.field(default_factory=lambda: uuid.uuid4().hex)
+    created: int = dataclasses.field(default_factory=lambda: int(time.time()))
+
+    def whole(self, tickets: Sequence[Ticket]) -> dict[str, Any]:
+        """All choices, once they have ended."""
+        choices = []
+        for index, (ticket, echo) in enumerate(zip(tickets, self.asked.echoes, strict=True)):
+            done = ticket.completion
+            own = self.form.choice(echo + done.text)
+            reason = _REASONS.get(done.finish_reason or "")
+            choices.append(self._choice(index, own, reason, done.logprobs, 0))
+        return self._object(self.form.whole, choices) | {"usage": self.usage(tickets)}
+
+    def piece(self, index: int, events: Iterable[Event], given: int) -> dict[str, Any]:
+        """What is new of one choice, of which `given` characters are known; -1 before the first."""
+        events, first = list(events), given < 0
+        text = (self.asked.echoes[index] if first else "") + "".join(e.text for e in events)
+        own = self.form.delta(text, first=first)
+        tokens = [event.logprobs for event in events if event.logprobs is not None]
+        reason = _REASONS.get(events[-1].ending or "")
+        logprobs = tokens if self.asked.requests[index].logprobs is not None else None
+        choice = self._choice(index, own, reason, logprobs, max(given, 0))
+        usage = {"usage": None} if self.asked.usage else {}
+        return self._object(self.form.piece, [choice]) | usage
+
+    def last(self, tickets: Sequence[Ticket]) -> dict[str, Any]:
+        """How many tokens there were, after all pieces."""
+        return self._object(self.form.piece, []) | {"usage": self.usage(tickets)}
+
+    def usage(self, tickets: Sequence[Ticket]) -> dict[str, Any]:
+        """Tokens read and written; a prompt of several choices counts once."""
+        heads = tickets[:: self.asked.choices]
+        read = sum(ticket.prompt_tokens for ticket in heads)
+        written = sum(len(ticket.completion.tokens) for ticket in tickets)
+        return {
+            "prompt_tokens": read,
+            "completion_tokens": written,
+            "total_tokens": read + written,
+            "prompt_tokens_details": {"cached_tokens": sum(t.reused_tokens for t in heads)},
+        }
+
+    def _object(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return {
+            "id": f"{self.form.prefix}-{self.name}",
+            "object": kind,
+            "created": self.created,
+            "model": self.asked.model,
+            "choices": choices,
+        }
+
+    def _choice(
+        self,
+        index: int,
+        own: dict[str, Any],
+        reason: str | None,
+        tokens: Sequence[TokenLogprobs] | None,
+        offset: int,
+    ) -> dict[str, Any]:
+        told = None if tokens is None else self.form.logprobs(tokens, self.tokenizer, offset)
+        return {"index": index, **own, "logprobs": told, "finish_reason": reason}
+
+
+def _token(number: int, logprob: float, tokenizer: Tokenizer) -> dict[str, Any]:
+    text = _text(number, tokenizer)
+    return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+
+
+def _text(number: int, tokenizer: Tokenizer) -> str:
+    return tokenizer.decode([number], special=True)

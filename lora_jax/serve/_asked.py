@@ -1,0 +1,166 @@
+"""From the body of a call to what the engine is asked for."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from .._errors import InputError
+from .._tokenizer import Tokenizer
+from ..models import SamplingParams
+from ._api_error import ApiError
+from ._catalog import Catalog, Voice
+from ._request import Request
+
+_SAMPLING = ("top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+_USUAL_TOKENS = 16
+"""Tokens that a text is continued by where its client does not say."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """A call: requests for each choice of each prompt in turn, and how they are to be told.
+
+    `echoes`: the text that each choice begins with.  `choices`: of each prompt.
+    """
+
+    model: str
+    requests: tuple[Request, ...]
+    echoes: tuple[str, ...]
+    choices: int
+    stream: bool
+    usage: bool
+
+
+def completion(body: dict[str, Any], catalog: Catalog) -> Asked:
+    """What `/v1/completions` is asked for.
+
+    Raises:
+        ApiError: if there is no such model, or no room for the prompts.
+    """
+    voice, tokenizer = catalog.voice(body.get("model")), catalog.tokenizer
+    if body.get("best_of", body.get("n", 1)) != body.get("n", 1):
+        raise ApiError(400, "best_of: only the value of n is supported", "best_of")
+    if body.get("echo") and "logprobs" in body:
+        raise ApiError(422, "echo: log-probabilities of prompts are not supported", "echo")
+    given = body["prompt"]
+    prompts = [given] if isinstance(given, str) or isinstance(given[0], int) else given
+    ids = [_read(prompt, tokenizer) if isinstance(prompt, str) else prompt for prompt in prompts]
+    echoes = [""] * len(ids)
+    if body.get("echo"):
+        echoes = [p if isinstance(p, str) else tokenizer.decode(p) for p in prompts]
+    most = body.get("max_tokens", _USUAL_TOKENS)
+    requests = _requests(
+        ids, body, catalog, voice,
+        limits=[_limit(i, most, "max_tokens" in body, catalog, "prompt") for i in ids],
+        stop_ids=catalog.text_stop_ids, logprobs=body.get("logprobs"),
+    )  # fmt: skip
+    return _asked(body, voice, requests, echoes)
+
+
+def chat(body: dict[str, Any], catalog: Catalog) -> Asked:
+    """What `/v1/chat/completions` is asked for.
+
+    Raises:
+        ApiError: if there is no such model, the template does not take the conversation, or it is
+            too long.
+    """
+    voice = catalog.voice(body.get("model"))
+    ids = catalog.prompt(voice, body["messages"])
+    most = body.get("max_completion_tokens", body.get("max_tokens"))
+    if "top_logprobs" in body and not body.get("logprobs"):
+        raise ApiError(400, "top_logprobs: needs logprobs to be true", "top_logprobs")
+    requests = _requests(
+        [ids], body, catalog, voice,
+        limits=[_limit(ids, most or catalog.room(len(ids)), most is not None, catalog, "messages")],
+        stop_ids=catalog.stop_ids(voice),
+        logprobs=body.get("top_logprobs", 0) if body.get("logprobs") else None,
+    )  # fmt: skip
+    return _asked(body, voice, requests, [""])
+
+
+def _read(text: str, tokenizer: Tokenizer) -> list[int]:
+    """Token ids of a text; of an empty one the token that texts begin with, or end."""
+    marks = [mark for mark in (tokenizer.bos_id, tokenizer.eos_id) if mark is not None]
+    return tokenizer.with_bos(tokenizer.encode(text)) or marks[:1]
+
+
+def _asked(
+    body: dict[str, Any], voice: Voice, requests: tuple[Request, ...], echoes: Sequence[str]
+) -> Asked:
+    choices = body.get("n", 1)
+    return Asked(
+        model=voice.name,
+        requests=requests,
+        echoes=tuple(echo for echo in echoes for _ in range(choices)),
+        choices=choices,
+        stream=body.get("stream", False),
+        usage=body.get("stream_options", {}).get("include_usage") or False,
+    )
+
+
+def _limit(ids: Sequence[int], most: int, said: bool, catalog: Catalog, field: str) -> int:
+    """How many tokens an answer may have: refused if the client says too many, else cut."""
+    room, limit = catalog.room(len(ids)), most
+    own = catalog.settings.max_tokens
+    if said and own is not None and limit > own:
+        raise ApiError(400, f"max_tokens: at most {own} on this server, got {limit}", "max_tokens")
+    if room < 1 or (said and limit > room):
+        least = limit if said else 1
+        raise ApiError(
+            400,
+            f"{field}: has {len(ids)} tokens, which with {least} new ones exceeds the"
+            f" {len(ids) + room} that there is room for; shorten it or lower max_tokens",
+            field,
+            "context_length_exceeded",
+        )
+    return min(limit, room, own or limit)
+
+
+def _requests(
+    prompts: Sequence[Sequence[int]],
+    body: dict[str, Any],
+    catalog: Catalog,
+    voice: Voice,
+    *,
+    limits: Sequence[int],
+    stop_ids: frozenset[int],
+    logprobs: int | None,
+) -> tuple[Request, ...]:
+    choices = body.get("n", 1)
+    if len(prompts) * choices > catalog.settings.max_choices:
+        raise ApiError(
+            400,
+            f"n: {len(prompts)} prompts with {choices} choices each, but one call may have"
+            f" {catalog.settings.max_choices} in all; make several calls",
+            "n",
+        )
+    ends = frozenset() if body.get("ignore_eos") else stop_ids
+    ends = ends.union(body.get("stop_token_ids", ()))
+    return tuple(
+        Request(
+            ids,
+            adapter=voice.adapter,
+            max_new_tokens=limit,
+            sampling=_sampling(body, choice),
+            stop=body.get("stop", ()),
+            stop_ids=ends,
+            logprobs=logprobs,
+            timeout=catalog.settings.timeout,
+        )
+        for ids, limit in zip(prompts, limits, strict=True)
+        for choice in range(choices)
+    )
+
+
+def _sampling(body: dict[str, Any], choice: int) -> SamplingParams:
+    """Each choice has a seed of its own: the one given, and those that follow it."""
+    seed = body.get("seed")
+    try:
+        return SamplingParams(
+            temperature=body.get("temperature", 1.0),
+            top_k=max(body.get("top_k", 0), 0),
+            seed=None if seed is None else (seed + choice) % 2**63,
+            **{name: body[name] for name in _SAMPLING if name in body},
+        )
+    except InputError as error:
+        raise ApiError(400, str(error)) from None

@@ -1,0 +1,155 @@
+"""What can be asked for by `model`: the base and its adapters, each with its template."""
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Any
+
+from .._errors import InputError, nearest
+from ..adapters import adapter_notes
+from ..data import BadRow, choose_template, encode_prompt, spoken_turns, stop_ids
+from ..models import Pretrained
+from ._api_error import ApiError, without_paths
+from ._engine import Engine
+from ._settings import ServerSettings
+
+
+@dataclasses.dataclass(frozen=True)
+class Voice:
+    """A model by its name, how conversations with it are laid out, and since when it is there.
+
+    `adapter` is None for the plain base.
+    """
+
+    name: str
+    adapter: str | None
+    template: str
+    created: int
+
+
+class Catalog:
+    """The models that an engine can be asked for.
+
+    Args:
+        engine: What answers.
+        pretrained: Its base.
+        settings: The base's name, the template, and where adapters may be loaded from.
+    """
+
+    def __init__(self, engine: Engine, pretrained: Pretrained, settings: ServerSettings) -> None:
+        self.engine, self.settings = engine, settings
+        self.tokenizer: Any = pretrained.tokenizer
+        self._ends = frozenset(pretrained.config.eos_token_ids)
+        self._voices = {settings.base_name: self._voice(settings.base_name, None, None)}
+        self._names = {Path(pretrained.directory): settings.base_name}
+
+    @property
+    def voices(self) -> tuple[Voice, ...]:
+        """All of them, the base first."""
+        return tuple(self._voices.values())
+
+    def voice(self, name: str | None) -> Voice:
+        """The one of a name; the base where none is given.
+
+        Raises:
+            ApiError: 404, if there is none.
+        """
+        voice = self._voices.get(self.settings.base_name if name is None else name)
+        if voice is None:
+            there = nearest(str(name), self._voices)
+            raise ApiError(404, f"no model {name!r}{there}", "model", "model_not_found")
+        return voice
+
+    def room(self, tokens: int) -> int:
+        """How many tokens there is room for after a prompt of so many."""
+        return self.engine.max_length - tokens
+
+    def prompt(self, voice: Voice, messages: Any) -> list[int]:
+        """Token ids of a conversation up to where the answer begins.
+
+        Raises:
+            ApiError: 422, if the template does not take it.
+        """
+        try:
+            return encode_prompt(spoken_turns(messages), voice.template, self.tokenizer)
+        except (InputError, BadRow) as error:
+            raise ApiError(422, self.hidden(error), "messages") from None
+
+    def stop_ids(self, voice: Voice) -> frozenset[int]:
+        """What ends an answer of a conversation."""
+        return self._ends.union(stop_ids(voice.template, self.tokenizer))
+
+    @property
+    def text_stop_ids(self) -> frozenset[int]:
+        """What ends a plain text."""
+        return self._ends.union(self.tokenizer.stop_ids)
+
+    def add(self, name: str, directory: str | Path) -> None:
+        """Let an adapter be asked for by a name.
+
+        Raises:
+            InputError: if the name is the base's, or as `Engine.load_adapter` does.
+        """
+        if name == self.settings.base_name:
+            raise InputError(f"adapter: {name!r} is the base's name; give another")
+        voice = self._voice(name, name, adapter_notes(directory).get("template"))
+        self.engine.load_adapter(name, directory)
+        self._names[Path(directory)] = name
+        self._voices[name] = voice
+
+    def load(self, name: str, path: str, *, replace: bool) -> None:
+        """Let an adapter below the root be asked for.
+
+        Raises:
+            ApiError: 400 for a name that is taken or a path outside of the root, 404 for one that
+                is not there, 422 for files that are not an adapter of this base.
+        """
+        if name in self._voices and not (replace and self._voices[name].adapter):
+            raise ApiError(400, f"a model {name!r} is there already; unload it", "lora_name")
+        assert self.settings.adapter_root is not None
+        directory = confined(self.settings.adapter_root, path)
+        try:
+            self.add(name, directory)
+        except InputError as error:
+            message = without_paths(str(error), {directory: name, **self._names})
+            raise ApiError(422, message, "lora_path", "adapter_refused") from None
+
+    def unload(self, name: str) -> None:
+        """Let an adapter no longer be asked for.
+
+        Raises:
+            ApiError: 404, if there is none of that name.
+        """
+        if self.voice(name).adapter is None:
+            raise ApiError(400, f"{name!r} is the base, which stays", "lora_name")
+        self._voices.pop(name, None)
+        self.engine.unload_adapter(name)
+
+    def hidden(self, error: Exception | str) -> str:
+        """A message without paths of the machine."""
+        return without_paths(str(error), self._names)
+
+    def _voice(self, name: str, adapter: str | None, trained: str | None) -> Voice:
+        own = "tokenizer" if self.tokenizer.chat_template else "plain"
+        chosen = choose_template(self.settings.template or trained or own, None, self.tokenizer)
+        return Voice(name, adapter, chosen, int(time.time()))
+
+
+def confined(root: Path, path: str) -> Path:
+    """A directory at or below a root, and files of an adapter that do not lead out of it.
+
+    Raises:
+        ApiError: 400 for one outside, 404 for none.
+    """
+    outside = ApiError(400, "lora_path: must lie below the server's adapter root", "lora_path")
+    if "\0" in path:
+        raise outside
+    top = root.resolve()
+    directory = (top / path).resolve()
+    if not directory.is_relative_to(top):
+        raise outside
+    if not directory.is_dir():
+        raise ApiError(404, f"lora_path: no directory {path!r} below the adapter root", "lora_path")
+    if any(not file.resolve().is_relative_to(top) for file in directory.iterdir()):
+        raise outside
+    return directory
