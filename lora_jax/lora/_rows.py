@@ -1,6 +1,7 @@
 """Several adapters at once, each row of a batch through one of them or through none."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -143,7 +144,9 @@ class RowParam(meta.AxisMetadata):
             return base_product(x, kernel, precision)
 
         few = x.shape[1:-1] == (1,) and len(self.scaling) <= 2 * len(self.rows)
-        return self._sum(x, kernel, product, self._through_all if few else self._by_row(lora_delta))
+        return self._sum(
+            x, kernel, product, self._through_slots if few else self._by_row(lora_delta)
+        )
 
     def convolution(self, x: Array, kernel: Array, convolve: Convolve, groups: int) -> Array:
         """The layer for inputs (batch, ..., d_in), without its bias."""
@@ -161,22 +164,43 @@ class RowParam(meta.AxisMetadata):
         biases = () if self.lora_B_bias is None else (self._of_rows(self.lora_B_bias),)
         return lambda x: jax.vmap(delta)(x, *self._factors(), *biases)
 
-    def _through_all(self, x: Float[Array, "batch 1 d_in"]) -> Float[Array, "batch 1 d_out"]:
-        """Each row's delta, where single tokens meet few slots: through all of them at once.
+    def _through_slots(self, x: Float[Array, "batch 1 d_in"]) -> Float[Array, "batch 1 d_out"]:
+        """Each row's delta, where single tokens meet few slots: each factor is read once, in place.
 
-        ((x·[A_0 A_1 …]) ⊙ mask)·[B_0; B_1; …] is two plain products that read each factor once.
+        Rows stand in groups, one for each slot, and two batched products take each group through
+        its slot.  A processor gains by groups no larger than most are, and by none where no row
+        has an adapter.
         """
-        own = self.rows[:, None] == jnp.arange(len(self.scaling))
-        scaling = jnp.where(own, jax.lax.stop_gradient(self.scaling.astype(jnp.float32)), 0)
+        batch, slots = len(self.rows), len(self.scaling)
+        own = self.rows[:, None] == jnp.arange(slots)
+        rank = jnp.sum(jnp.where(own, jnp.cumsum(own, axis=0) - 1, 0), axis=1)
+        few = max(2 * batch // slots, 2)
+        whole, small = (functools.partial(self._grouped, room, rank) for room in (batch, few))
+        if few >= batch or jax.default_backend() != "cpu":
+            return whole(x)
+        most = jnp.max(jnp.sum(own, axis=0))
+        return jax.lax.switch((most > 0) + 1 * (most > few), [self._nothing, small, whole], x)
+
+    def _nothing(self, x: Array) -> Array:
+        return jnp.zeros((*x.shape[:-1], self.lora_B.shape[-1]), x.dtype)
+
+    def _grouped(self, room: int, rank: Array, x: Array) -> Array:
+        """`_through_slots` where at most `room` rows go through one; `rank` numbers these."""
+        slots = len(self.scaling)
+        place = jnp.where(self.rows == PLAIN, slots * room, self.rows * room + rank)
+        taken = jnp.arange(slots * room)[:, None] == place
+        # Selects, since another's number times zero may be no number.
+        groups = jnp.where(jnp.any(taken, axis=1)[:, None], x[jnp.argmax(taken, axis=1), 0], 0)
+        groups = groups.reshape(slots, room, -1)
         a, b = self.lora_A.astype(x.dtype), self.lora_B.astype(x.dtype)
-        thin = jnp.einsum("btd,ndr->btnr", x, a, preferred_element_type=jnp.float32)
-        # A select, since another's number times zero may be no number.
-        thin = jnp.where(own[:, None, :, None], scaling[:, None, :, None] * thin, 0)
-        delta = jnp.einsum("btnr,nro->bto", thin.astype(x.dtype), b)
-        if self.lora_B_bias is None:
-            return delta
-        biases = scaling @ self.lora_B_bias.astype(jnp.float32)
-        return delta + biases[:, None].astype(x.dtype)
+        scaling = jax.lax.stop_gradient(self.scaling.astype(jnp.float32))[:, None, None]
+        thin = jnp.einsum("ngd,ndr->ngr", groups, a, preferred_element_type=jnp.float32)
+        delta = jnp.einsum("ngr,nro->ngo", (scaling * thin).astype(x.dtype), b)
+        if self.lora_B_bias is not None:
+            bias = self.lora_B_bias.astype(jnp.float32)[:, None]
+            delta = delta + (scaling * bias).astype(x.dtype)
+        delta = delta.reshape(slots * room, -1).at[place].get(mode="fill", fill_value=0)
+        return delta[:, None]
 
     def _sum(self, x: Array, kernel: Any, product: Callable, deltas_of: Callable) -> Array:
         """A layer's product, and for each row its own delta."""

@@ -32,3 +32,5 @@ from ._text import TextRow as TextRow
 from ._text import TokenLogprobs as TokenLogprobs
 from ._text import generate_text as generate_text
 from ._text import stream_text as stream_text
+from ._unstack import apart as apart
+from ._unstack import laid_out as laid_out

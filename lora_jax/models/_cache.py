@@ -19,8 +19,9 @@ CACHE_DTYPES = ("float32", "bfloat16", "float16", "int8")
 class KVCache:
     """Keys and values already computed, for all layers.
 
-    `key`, `value`: (layers, batch, kv_heads, capacity, head_dim), an array or `Int8`, or a tuple
-    with one for each layer; head by head, as attention multiplies them.  `segment_ids`:
+    `value`: (layers, batch, kv_heads, capacity, head_dim), an array or `Int8`, or a tuple with one
+    for each layer; head by head, as attention multiplies them.  `key`: the same, its last two axes
+    `turned`: else a product with them would turn them for each token.  `segment_ids`:
     (batch, capacity), 0 where a slot is empty or padding.  `length`: slots in use, (); the
     number 0 of a new cache tells while tracing that there is nothing to look back at.
 
@@ -60,17 +61,19 @@ def init_cache(config: ModelConfig, batch: int, capacity: int, dtype: Any) -> KV
     Example:
         >>> config = ModelConfig(vocab_size=64, hidden_size=32, intermediate_size=64,
         ...                      num_hidden_layers=2, num_attention_heads=4)
-        >>> init_cache(config, 1, 16, jnp.float32).key.shape
-        (2, 1, 4, 16, 8)
+        >>> cache = init_cache(config, 1, 16, jnp.float32)
+        >>> cache.key.shape, cache.value.shape
+        ((2, 1, 4, 8, 16), (2, 1, 4, 16, 8))
     """
     name = dtype_name(dtype)
-    shape = (config.num_hidden_layers, batch, config.num_key_value_heads, capacity, config.head_dim)
+    heads = (config.num_hidden_layers, batch, config.num_key_value_heads)
 
-    def empty() -> Any:
-        values = jnp.zeros(shape, name)
-        return Int8(values, jnp.zeros(shape[:-1], jnp.float32)) if name == "int8" else values
+    def empty(*shape: int) -> Any:
+        values = jnp.zeros((*heads, *shape), name)
+        return Int8(values, jnp.zeros((*heads, capacity))) if name == "int8" else values
 
-    return KVCache(empty(), empty(), jnp.zeros((batch, capacity), jnp.int32), 0)
+    keys, values = empty(config.head_dim, capacity), empty(capacity, config.head_dim)
+    return KVCache(keys, values, jnp.zeros((batch, capacity), jnp.int32), 0)
 
 
 def dtype_name(dtype: Any) -> str:
@@ -108,35 +111,41 @@ def write(
     layer: Array | int,
     start: Array | int,
     rows: Int[Array, " batch"] | None = None,
+    *,
+    turned: bool = False,
 ) -> Any:
     """All layers' keys or values, with new ones in one layer's slots from `start` on.
 
-    With a start for each row they go to `rows`, and what has no slot is dropped.
+    With a start for each row they go to `rows`, and what has no slot is dropped.  Keys are
+    `turned`, as in `KVCache`.
     """
     if isinstance(kept, tuple):
         own = jax.tree.map(lambda x: x[None], kept[layer])
-        own = jax.tree.map(lambda x: x[0], write(own, new, 0, start, rows))
+        own = jax.tree.map(lambda x: x[0], write(own, new, 0, start, rows, turned=turned))
         return (*kept[:layer], own, *kept[layer + 1 :])
-    if jnp.ndim(start) == 1:
-        return _write_rows(kept, new, layer, jnp.asarray(start), rows)
-    new = new.transpose(0, 2, 1, 3)
-    if not isinstance(kept, Int8):
-        at = (layer, 0, 0, start, 0)
-        return jax.lax.dynamic_update_slice(kept, new[None].astype(kept.dtype), at)
-    coded = encode(new)
-    return Int8(
-        jax.lax.dynamic_update_slice(kept.codes, coded.codes[None], (layer, 0, 0, start, 0)),
-        jax.lax.dynamic_update_slice(kept.scale, coded.scale[None], (layer, 0, 0, start)),
-    )
-
-
-def _write_rows(kept: Any, new: Array, layer: Array | int, start: Array, rows: Any) -> Any:
-    numbers = jnp.arange(len(new)) if rows is None else rows
-    slots = start[:, None] + jnp.arange(new.shape[1])
     coded = encode(new) if isinstance(kept, Int8) else new
+    if jnp.ndim(start) == 1:
+        return _write_rows(kept, coded, layer, jnp.asarray(start), rows, turned)
 
     def put(whole: Array, own: Array) -> Array:
-        at = whole.at[layer, numbers[:, None], :, slots]
+        own = jnp.moveaxis(own, 1, -1 if turned or own.ndim == 3 else 2)
+        at = [layer, *[0] * own.ndim]
+        at[-1 if turned or own.ndim == 3 else -2] = start
+        return jax.lax.dynamic_update_slice(whole, own[None].astype(whole.dtype), at)
+
+    return jax.tree.map(put, kept, coded)
+
+
+def _write_rows(
+    kept: Any, coded: Any, layer: Array | int, start: Array, rows: Any, turned: bool
+) -> Any:
+    batch, seq = jax.tree.leaves(coded)[0].shape[:2]
+    numbers = jnp.arange(batch) if rows is None else rows
+    slots = start[:, None] + jnp.arange(seq)
+
+    def put(whole: Array, own: Array) -> Array:
+        between = (slice(None),) * (2 if turned and own.ndim == 4 else 1)
+        at = whole.at[(layer, numbers[:, None], *between, slots)]
         return at.set(own.astype(whole.dtype), mode="drop")
 
     return jax.tree.map(put, kept, coded)
@@ -148,6 +157,8 @@ def read(
     dtype: Any,
     keys: int | None = None,
     rows: Int[Array, " batch"] | None = None,
+    *,
+    turned: bool = False,
 ) -> Float[Array, "batch kv_heads keys d"]:
     """One layer's keys or values: of all slots or the first, of all rows or some."""
     if isinstance(kept, tuple):
@@ -157,10 +168,12 @@ def read(
     if rows is not None:
         # XLA on CPUs would otherwise write once more, into each thing that reads.
         own = jax.tree.map(lambda x: x[rows], jax.lax.optimization_barrier(own))
-    own = jax.tree.map(lambda x: x[:, :, :keys], own)
-    if not isinstance(own, Int8):
-        return own.astype(dtype)
-    return (own.codes.astype(jnp.float32) * own.scale[..., None]).astype(dtype)
+    codes, scale = (own.codes, own.scale) if isinstance(own, Int8) else (own, None)
+    # Nothing moves: a product takes them as they lie.
+    codes = jnp.swapaxes(codes[..., :keys], -1, -2) if turned else codes[:, :, :keys]
+    if scale is None:
+        return codes.astype(dtype)
+    return (codes.astype(jnp.float32) * scale[:, :, :keys, None]).astype(dtype)
 
 
 def encode(x: Float[Array, "... d"]) -> Int8:

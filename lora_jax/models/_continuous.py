@@ -22,7 +22,6 @@ from ..lora import PLAIN, choose_rows
 from ._cache import KVCache, by_layer, init_cache
 from ._decoding import Chosen, empty_chunk, with_logprobs
 from ._sampling import RowParams, SamplingParams, choose, penalize
-from ._unstack import split_layers, unstacked
 
 _STEP = 4
 """How many times larger each shape is than the one before."""
@@ -75,9 +74,9 @@ class ContinuousBatch:
     """Rows that are stepped in any company.
 
     Args:
-        module: A `CausalLM`, wrapped by `lora_linen` where there are adapters.
-        params: The base's parameters.
-        slots: An `AdapterBank`'s slots, or an empty tree; only its shapes are looked at.
+        module: A `CausalLM`, wrapped by `lora_linen` where there are adapters, and `laid_out`.
+        params: The base's parameters, `laid_out` with it.
+        slots: An `AdapterBank`'s slots, `apart`, or an empty tree; only its shapes are looked at.
         rows: How many rows there are.
         length: Tokens of a row at most, prompt and text.
         chunk: Tokens that are read of a prompt in one step, at most.
@@ -96,8 +95,8 @@ class ContinuousBatch:
         cache_dtype: Any,
     ) -> None:
         self.rows, self.length, self.chunk = rows, length, chunk
-        self._module, self._params = unstacked(module, params)
-        model = getattr(self._module, "module", self._module)
+        self._module, self._params = module, params
+        model = getattr(module, "module", module)
         self.vocab = model.config.vocab_size
         self._fresh = functools.partial(_fresh, model, rows, length, cache_dtype)
         self._batches = sorted({1, *_sizes(1, rows)})
@@ -260,10 +259,8 @@ def _read(
     module: Any, all_rows: int, keys: int, state: State, params: Any, slots: Any, step: Step
 ) -> tuple[State, Float[Array, "batch vocab"]]:
     """Logits after the tokens of a step, which are in the cache then."""
-    model, (batch, seq) = getattr(module, "module", module), step.ids.shape
+    batch, seq = step.ids.shape
     overlay = combine(slots, choose_rows(slots, step.adapters))
-    if model.unrolled:
-        overlay = split_layers(overlay, model.config.family.stack)
     variables = {"params": combine(params, overlay)}
     last = jnp.maximum(step.counts - 1, 0)
     # What fills up stands where the last token does: positions tell some models how long texts are.

@@ -127,12 +127,12 @@ class Attention(nn.Module):
         how: dict[str, Any] = dict(scale=scale, cap=c.attn_logit_softcapping)
         if cache is not None:
             at = (layer.number, places.start, places.rows)
-            cache = (write(cache[0], key, *at), write(cache[1], value, *at))
+            cache = (write(cache[0], key, *at, turned=True), write(cache[1], value, *at))
         if cache is None or mask is None or places.fresh:
             out = attend(query, key, value, mask, fused=self.fused, **how)
         else:
-            seen = (mask.shape[-1], places.rows)
-            key, value = (read(kept, layer.number, self.dtype, *seen) for kept in cache)
+            seen = (layer.number, self.dtype, mask.shape[-1], places.rows)
+            key, value = read(cache[0], *seen, turned=True), read(cache[1], *seen)
             out = attend_cached(query, key, value, mask, **how)
         bias = c.attention_bias if family.out_bias is None else family.out_bias
         return self._dense(family.out, c.hidden_size, bias, out.reshape(*x.shape[:2], -1)), cache

@@ -38,6 +38,13 @@ def unstacked(module: Any, params: Params) -> tuple[Any, Params]:
     return written_out, params
 
 
+def apart(module: Any, adapters: Params) -> Params:
+    """Adapters of stacked layers as a module reads them: taken apart if it is unrolled."""
+    model = getattr(module, "module", module)
+    unrolled = isinstance(model, CausalLM) and model.unrolled
+    return split_layers(adapters, model.config.family.stack) if unrolled else adapters
+
+
 def split_layers(params: Params, stack: str) -> Params:
     """Parameters whose stack is taken apart: `layers/mlp` becomes `layers/0/mlp`, …
 
@@ -53,6 +60,33 @@ def split_layers(params: Params, stack: str) -> Params:
         for number in range(len(leaf)):
             leaves[f"{stack}/{number}{path.removeprefix(stack)}"] = leaf[number]
     return tree_from_paths(leaves)
+
+
+def laid_out(module: Any, params: Params) -> tuple[Any, Params]:
+    """A model and its parameters as programs read them best that are called again and again."""
+    model = getattr(module, "module", module)
+    return unstacked(module, widened(params, model.dtype))
+
+
+def widened(params: Params, dtype: Any) -> Params:
+    """Parameters in the activations' type where that is wider: the same numbers, for CPUs.
+
+    A product on a CPU is of one type, so that each call of a program would begin by widening all
+    of them.  The program's own copy goes in return.
+
+    Example:
+        >>> widened({"kernel": jnp.ones(2, jnp.bfloat16)}, jnp.float32)["kernel"].dtype
+        dtype('float32')
+    """
+
+    def wide(x: Any) -> Any:
+        if isinstance(x, QuantizedTensor) or not jnp.issubdtype(x.dtype, jnp.floating):
+            return x
+        return x.astype(dtype) if jnp.promote_types(x.dtype, dtype) == dtype else x
+
+    if jax.default_backend() != "cpu":
+        return params
+    return jax.tree.map(wide, params, is_leaf=lambda x: isinstance(x, QuantizedTensor))
 
 
 def _gains(module: Any, model: CausalLM, params: Params) -> bool:

@@ -1,6 +1,7 @@
 """Adapters by name: where they are, and what a slot of the bank holds of them."""
 
 import dataclasses
+import functools
 import itertools
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from .._errors import InputError
 from .._tree import leaves_with_path
 from .._typing import Params
 from ..adapters import AdapterBank, load_adapter, write_slot
-from ..models import Pretrained
+from ..models import Pretrained, apart
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,27 +33,31 @@ class Shelf:
 
     Args:
         pretrained: The base that they are for.
+        module: What reads the slots.
         config: What the bank has room for; None for no adapters at all.
         slots: How many of them at one time.
     """
 
-    def __init__(self, pretrained: Pretrained, config: LoraConfig | None, slots: int) -> None:
-        self._pretrained, self._versions = pretrained, itertools.count()
+    def __init__(
+        self, pretrained: Pretrained, module: Any, config: LoraConfig | None, slots: int
+    ) -> None:
+        self._pretrained, self._module, self._versions = pretrained, module, itertools.count()
         self._bank: AdapterBank | None = None
         self.slots: Params = {}
         if config is not None:
-            bank = AdapterBank.empty(
-                pretrained.params, config, slots=slots, layouts=pretrained.layouts
+            make = functools.partial(
+                AdapterBank.empty, config=config, slots=slots, layouts=pretrained.layouts
             )
             # Of shapes alone, since the arrays are given away with each write.
-            self._bank = AdapterBank(jax.eval_shape(lambda: bank.slots), bank.names)
-            self.slots = bank.slots
+            shapes = jax.eval_shape(lambda base: make(base).slots, pretrained.params)
+            self._bank = AdapterBank(shapes, (None,) * slots)
+            self.reset()
             self.write(0, self._bank.fitted({}))  # which compiles it
 
     def reset(self) -> None:
         """Empty all slots."""
         if self._bank is not None:
-            shapes = self._bank.slots
+            shapes = jax.eval_shape(lambda x: apart(self._module, x), self._bank.slots)
             self.slots = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
     def load(self, name: str, directory: str | Path) -> tuple[Adapter, Params]:
@@ -82,7 +87,7 @@ class Shelf:
 
     def write(self, number: int, fitted: Params) -> None:
         """Put an adapter into a slot, in one write to the device."""
-        self.slots = write_slot(self.slots, fitted, np.int32(number))
+        self.slots = write_slot(self.slots, apart(self._module, fitted), np.int32(number))
 
     def _fitted(self, directory: Path) -> dict[str, Any]:
         base = self._pretrained

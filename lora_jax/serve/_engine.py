@@ -14,7 +14,7 @@ import numpy as np
 from .._config import LoraConfig
 from .._errors import InputError, nearest
 from .._typing import Params
-from ..models import MOST_AT_ONCE, Chosen, ContinuousBatch, Pretrained
+from ..models import MOST_AT_ONCE, Chosen, ContinuousBatch, Pretrained, laid_out
 from ..transform import lora_linen
 from ._adapters import Adapter, Shelf
 from ._limits import check_lengths, check_sizes
@@ -109,12 +109,13 @@ class Engine:
         config = LoraConfig(r=max_rank, target_modules=modules, use_dora=use_dora)
         self._tokenizer = pretrained.tokenizer
         self.max_rows, self.max_length, self.max_waiting = max_rows, length, max_waiting
-        self._shelf = Shelf(pretrained, config if adapter_slots else None, adapter_slots)
         module = lora_linen(pretrained.module) if adapter_slots else pretrained.module
-        model = (module, pretrained.params, self._shelf.slots)
+        module, params = laid_out(module, pretrained.params)
+        self._shelf = Shelf(pretrained, module, config if adapter_slots else None, adapter_slots)
         chunk, dtype = min(prefill_chunk, length), cache_dtype or pretrained.module.dtype
         sizes: dict[str, int] = dict(rows=max_rows, length=length, chunk=chunk)
-        self._batch = ContinuousBatch(*model, **sizes, cache_dtype=dtype)
+        slots = self._shelf.slots
+        self._batch = ContinuousBatch(module, params, slots, **sizes, cache_dtype=dtype)
         self._known: dict[str, Adapter] = {}
         self._scheduler = Scheduler(max_rows, max_waiting, chunk)
         self._slots = Slots(adapter_slots)

@@ -198,9 +198,10 @@ def test_each_row_has_its_own_bias(base):
     assert close(found, expected) and not close(found[0], alone[2][0], 1e-2)
 
 
+@pytest.mark.parametrize("names", [["b", None, "a", "b"], ["b", "b", "a", "b"], [None] * 4])
 @pytest.mark.parametrize("field", ["use_dora", "lora_bias"])
-def test_single_tokens_are_as_those_of_longer_rows(field):
-    """They go through all slots at once, which shows in nothing, nor in gradients."""
+def test_single_tokens_are_as_those_of_longer_rows(field, names):
+    """They go slot by slot, few or many through one: it shows in nothing, nor in gradients."""
     model, x = nn.Dense(5, name="head"), jax.random.normal(jax.random.key(0), (4, 1, 6))
     params = compiled.init(model, jax.random.key(1), x)
     own = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False, **{field: True})
@@ -211,7 +212,7 @@ def test_single_tokens_are_as_those_of_longer_rows(field):
         factor = 1e38 if name == "c" and not own.use_dora else 1.0
         made = map_with_path(lambda p, x, f=factor: f * x if p.endswith("A") else x, adapter)
         bank = bank.swap(name, dict(made))
-    rows = bank.rows(["b", None, "a", "b"])
+    rows = bank.rows(names)
 
     @jax.jit
     def loss(slots, rows, x):

@@ -73,20 +73,26 @@ def test_coding_is_within_its_bound(entries, scale):
     x = np.asarray(entries, np.float32) * np.float32(scale)
     coded = encode(jnp.asarray(x))
     off = np.abs(np.asarray(coded.codes, np.float32) * np.asarray(coded.scale) - x)
-    assert np.all(off <= np.abs(x).max() / 254 * (1 + 1e-5))
+    flushed = 127 * np.finfo(np.float32).tiny  # a smaller scale is zero on many processors
+    assert np.all(off <= np.abs(x).max() / 254 * (1 + 1e-5) + flushed)
 
 
+@pytest.mark.parametrize("turned", [True, False])
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
-def test_a_cache_by_layer_holds_the_same(config, dtype):
+def test_a_cache_by_layer_holds_the_same(config, dtype, turned):
     new = jax.random.normal(jax.random.key(0), (2, 3, 2, 16))
-    cache = init_cache(config, 2, 8, dtype)
-    stacked = write(write(cache.key, new, 1, 2), -new, 0, 5)
-    split = write(write(by_layer(cache).key, new, 1, 2), -new, 0, 5)
+    cache, how = init_cache(config, 2, 8, dtype), {"turned": turned}
+
+    def written(cache):
+        kept = cache.key if turned else cache.value
+        return write(write(kept, new, 1, 2, **how), -new, 0, 5, **how)
+
+    stacked, split = written(cache), written(by_layer(cache))
     for layer in range(2):
-        found = read(split, layer, jnp.float32)
-        np.testing.assert_array_equal(found, read(stacked, layer, jnp.float32))
+        found = read(split, layer, jnp.float32, **how)
+        np.testing.assert_array_equal(found, read(stacked, layer, jnp.float32, **how))
         assert found.shape == (2, 2, 8, 16)
-    near = read(stacked, 1, jnp.float32)[:, :, 2:5].transpose(0, 2, 1, 3)
+    near = read(stacked, 1, jnp.float32, **how)[:, :, 2:5].transpose(0, 2, 1, 3)
     np.testing.assert_allclose(near, new, rtol=0, atol=4 / 254 if dtype == "int8" else 0)
 
 
