@@ -130,6 +130,7 @@ def test_test_command_installs_the_test_groups_and_runs_pytest(checkout):
     assert "-r requirements/test.txt" in calls(checkout)
     assert "-r requirements/oracle.txt" in calls(checkout)
     assert "-r requirements/eval.txt" in calls(checkout)
+    assert "-r requirements/serve.txt" in calls(checkout)
     assert "notebooks.txt" not in calls(checkout)
     lora(checkout, "test")
     assert calls(checkout) == ""
@@ -146,6 +147,14 @@ def test_other_people_s_models_lie_apart(checkout):
         assert f"{options} requirements/{name}.txt --target {folder}" in calls(checkout)
     lora(checkout, "test")
     assert "--target" not in calls(checkout)
+
+
+def test_what_answers_http_is_added_where_somebody_serves(checkout):
+    run = lora(checkout, "serve", "DIR")
+    assert run.stdout == "ran -P -m lora_jax serve DIR\n"
+    assert "--no-deps --require-hashes -r requirements/serve.txt" in calls(checkout)
+    lora(checkout, "serve", "DIR")
+    assert calls(checkout) == ""
 
 
 @pytest.mark.parametrize(

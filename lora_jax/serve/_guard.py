@@ -5,7 +5,6 @@ import binascii
 import hmac
 from collections.abc import Mapping, Sequence
 from typing import Any
-from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
@@ -66,9 +65,7 @@ class Guard:
                 code="invalid_api_key",
                 headers={"www-authenticate": f'{"Basic" if page else "Bearer"} realm="lora_jax"'},
             )
-        origin = headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc != headers.get("host"):
-            # Another site's page in a browser that reaches this server must not use it.
+        if _elsewhere(headers):
             raise ApiError(403, "calls from pages of another origin are not answered")
         if self._inside > self._most:
             raise busy(f"{self._most} calls are in flight, and no more may")
@@ -81,6 +78,20 @@ class Guard:
             key = _password(key)
         found = [hmac.compare_digest(key.encode(), own) for own in self._keys]
         return kind.lower() in ("bearer", "basic") and any(found)
+
+
+def _elsewhere(headers: Headers) -> bool:
+    """Whether a browser sends what another site's page asks of a server that it can reach.
+
+    Browsers say so themselves, but for plain http to other machines: there the names are compared.
+    A link that leads here is followed.
+    """
+    site, origin = headers.get("sec-fetch-site"), headers.get("origin")
+    if headers.get("sec-fetch-mode") == "navigate" and origin is None:
+        return False
+    if site is not None:
+        return site not in ("same-origin", "none")
+    return origin is not None and origin.partition("://")[2] != headers.get("host")
 
 
 def _password(text: str) -> str:

@@ -1,5 +1,7 @@
 """An engine behind HTTP, from the first byte read of a model to the last one answered."""
 
+import contextlib
+import importlib
 import math
 import socket
 from collections.abc import Callable, Mapping
@@ -43,9 +45,9 @@ def asgi_app(
         >>> callable(app)
         True
     """
-    from ._app import make_app
-
-    return make_app(_catalog(engine, pretrained, adapters or {}, settings or ServerSettings()))
+    return _app_module().make_app(
+        _catalog(engine, pretrained, adapters or {}, settings or ServerSettings())
+    )
 
 
 def serve(
@@ -74,31 +76,29 @@ def serve(
     Raises:
         InputError: if the address cannot be used, an adapter does not fit, or a size is wrong.
     """
-    import uvicorn
-
+    uvicorn = _package("uvicorn")
+    _app_module()
     settings, adapters = settings or ServerSettings(), adapters or {}
     sizes = room_for(adapters, settings) | sizes
-    listener = _bound(host, port)
-    address = _address(host, listener)
-    if host not in ("127.0.0.1", "::1", "localhost") and not settings.api_keys:
-        say(f"note: whoever reaches {address} can use it; an API key file closes it")
-    with stops_at_once("stopped before it answered anything"):
-        say("loading the model and compiling its programs")
-        pretrained = load()
-        engine = Engine(pretrained, **sizes)
-        app = asgi_app(engine, pretrained, adapters, settings)
-    config = uvicorn.Config(
-        app, lifespan="off", log_level="info" if access_log else "warning", access_log=access_log,
-        server_header=False, timeout_graceful_shutdown=math.ceil(settings.timeout) + 5,
-    )  # fmt: skip
-    names = ", ".join([settings.base_name, *adapters])
-    say(f"serving {names} at {address} (Ctrl-C stops, after what is in flight)")
-    # uvicorn ends in order after a signal, and then raises it again.
-    with stops_at_once("stopped"):
-        try:
+    with _bound(host, port) as listener, contextlib.ExitStack() as stack:
+        address = _address(host, listener)
+        if host not in ("127.0.0.1", "::1", "localhost") and not settings.api_keys:
+            say(f"note: whoever reaches {address} can use it; an API key file closes it")
+        with stops_at_once("stopped before it answered anything"):
+            say("loading the model and compiling its programs")
+            pretrained = load()
+            engine = stack.enter_context(Engine(pretrained, **sizes))
+            app = asgi_app(engine, pretrained, adapters, settings)
+        config = uvicorn.Config(
+            app, lifespan="off", log_level="info" if access_log else "warning",
+            access_log=access_log, server_header=False,
+            timeout_graceful_shutdown=math.ceil(settings.timeout) + 5,
+        )  # fmt: skip
+        names = ", ".join([settings.base_name, *adapters])
+        say(f"serving {names} at {address} (Ctrl-C stops, after what is in flight)")
+        # uvicorn ends in order after a signal, and then raises it again.
+        with stops_at_once("stopped"):
             uvicorn.Server(config).run(sockets=[listener])
-        finally:
-            engine.close()
 
 
 def room_for(adapters: Mapping[str, str | Path], settings: ServerSettings) -> dict[str, Any]:
@@ -126,6 +126,26 @@ def room_for(adapters: Mapping[str, str | Path], settings: ServerSettings) -> di
     if len(lists) == len(named):
         sizes["target_modules"] = sorted({name for names in lists for name in names})
     return sizes | dict(adapter_slots=min(len(configs), _SLOTS), max_rank=_power(rank))
+
+
+def _app_module() -> Any:
+    """The routes, whose packages come with an extra."""
+    for name in ("starlette", "jsonschema_rs", "prometheus_client"):
+        _package(name)
+    from . import _app
+
+    return _app
+
+
+def _package(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        if (error.name or "").partition(".")[0] != name:
+            raise
+        raise InputError(
+            f"serve: needs {name}, which is not installed; pip install 'lora_jax[serve]'"
+        ) from None
 
 
 def _power(rank: int) -> int:

@@ -182,6 +182,10 @@ def test_other_kinds_of_bodies_routes_and_pages_are_refused(client):
     refused(client.get("/v1/models/d"), 404)
     refused(client.post("/v1/load_lora_adapter", json={"lora_name": "x", "lora_path": "a"}), 404)
     refused(client.get("/v1/models", headers={"origin": "http://elsewhere.example"}), 403)
+    refused(client.get("/v1/models", headers={"sec-fetch-site": "cross-site"}), 403)
+    refused(client.get("/v1/models", headers={"origin": "http://["}), 403)
+    followed = {"sec-fetch-site": "cross-site", "sec-fetch-mode": "navigate"}
+    assert client.get("/", headers=followed).is_success
     here = str(client.base_url).rstrip("/")
     assert client.get("/v1/models", headers={"origin": here}).is_success
 

@@ -3,16 +3,19 @@
 import json
 import re
 import shutil
-import time
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Iterator
 from typing import Any
-from urllib.request import urlopen
 
+import httpx2
 import pytest
 from starlette.applications import Starlette
 
+from lora_jax.serve import Engine, ServerSettings, asgi_app
 from lora_jax.serve._page import page_routes
-from tests.serve.scripted import DONE, Say, Script, chunk, failure, refuses, says, served, usage
+from tests.serve.answers import assert_idle
+from tests.serve.over_http import KEY, chat, running, until
+from tests.serve.scripted import DONE, Say, Script, chunk, failure, refuses, says, usage
 
 MOST_MS = 20_000
 
@@ -50,11 +53,10 @@ def talk(page: Any, address: str, left: str, right: str) -> None:
         page.locator("select.model").nth(column).select_option(name)
 
 
-def until(true: Callable[[], bool]) -> None:
-    end = time.monotonic() + MOST_MS / 1000
-    while not true():
-        assert time.monotonic() < end
-        time.sleep(0.01)
+def both_stopped(page: Any) -> None:
+    page.wait_for_selector("#send:visible")
+    figures = page.locator(".figures").all_text_contents()
+    assert [text.endswith("stopped") for text in figures] == [True, True]
 
 
 def models_are_listed(page: Any) -> None:
@@ -72,7 +74,7 @@ def ask(page: Any, text: str) -> list[str]:
 def answers(page: Any, models: dict[str, Say], *texts: str) -> tuple[list[list[str]], Script]:
     """What both columns show of each text, said to the two models."""
     script = Script({"base": says("base"), **models})
-    with served(script.app()) as address:
+    with running(script.app()) as address:
         talk(page, address, *models)
         return [ask(page, text) for text in texts], script
 
@@ -81,22 +83,82 @@ def answers(page: Any, models: dict[str, Say], *texts: str) -> tuple[list[list[s
 def alone() -> Iterator[tuple[str, Script]]:
     """A server with a base that says yes, and no adapter."""
     script = Script({"base": says("yes")})
-    with served(script.app()) as address:
+    with running(script.app()) as address:
         yield address, script
 
 
 @pytest.mark.parametrize("route", page_routes(), ids=lambda route: route.path)
 def test_files_allow_no_inline_code(route):
-    with served(Starlette(routes=[route])) as address, urlopen(address + route.path[1:]) as file:
-        assert "unsafe" not in file.headers["Content-Security-Policy"]
-        assert not re.search(rb"\son\w+=|\sstyle=|https?://", file.read())
+    with running(Starlette(routes=[route])) as address:
+        answer = httpx2.get(address + route.path)
+    assert "unsafe" not in answer.headers["content-security-policy"]
+    assert not re.search(r"\son\w+=|\sstyle=|https?://", answer.text)
+
+
+@pytest.fixture(scope="module")
+def server(shared_engine, pretrained, adapters) -> Iterator[str]:
+    """The real one, with a base that knows nothing."""
+    folders = {"left": adapters.folder / "a", "right": adapters.folder / "b"}
+    with running(asgi_app(shared_engine, pretrained, folders)) as address:
+        yield address
+    assert_idle(shared_engine)
+
+
+@pytest.mark.slow
+class TestServer:
+    """The page with the server it belongs to."""
+
+    def test_two_adapters_answer_at_once(self, page, server):
+        talk(page, server, "left", "right")
+        page.click("#options-button")
+        page.get_by_label("Temperature").fill("0")
+        page.get_by_label("Max tokens").fill("8")
+        seen = ask(page, "one two")
+        with httpx2.Client(base_url=server, timeout=60) as client:
+            alone = [chat(client, "one two", model=name).json() for name in ("left", "right")]
+        assert seen == [body["choices"][0]["message"]["content"] for body in alone]
+        assert seen[0] != seen[1]
+        assert ask(page, "three") != seen
+        assert not page.locator(".error:visible").count()
+
+    def test_stop_frees_the_rows(self, page, server, shared_engine, monkeypatch):
+        def asked() -> int:
+            return shared_engine.stats.running + shared_engine.stats.waiting
+
+        hold, write = threading.Event(), Engine._write_tokens
+        # Tokens are held up, so that no machine is too fast for this.
+        monkeypatch.setattr(
+            shared_engine, "_write_tokens", lambda: hold.wait() and write(shared_engine)
+        )
+        try:
+            talk(page, server, "left", "right")
+            page.fill("#text", "one two")
+            page.keyboard.press("Enter")
+            until(lambda: asked() == 2)
+            page.click("#stop")
+            until(lambda: asked() == 0)
+        finally:
+            hold.set()
+        both_stopped(page)
+
+    def test_the_browsers_own_dialog_opens_page_and_routes(
+        self, browser, shared_engine, pretrained
+    ):
+        app = asgi_app(shared_engine, pretrained, {}, ServerSettings(api_keys=(KEY,)))
+        login = dict(username="anybody", password=KEY)
+        with running(app) as address, browser.new_context(http_credentials=login) as context:
+            page = context.new_page()
+            talk(page, address, "base", "base")
+            assert page.locator("#key-form").is_hidden()
 
 
 @pytest.mark.slow
 class TestPage:
+    """The page with models that say what is wanted."""
+
     def test_base_comes_first_and_adapters_are_chosen(self, page):
         script = Script({name: says(name) for name in ("base", "a", "b")})
-        with served(script.app()) as address:
+        with running(script.app()) as address:
             page.goto(address)
             chosen = page.locator("select.model")
             models_are_listed(page)
@@ -199,7 +261,7 @@ class TestPage:
                 yield chunk("on ")
 
         script = Script({"base": says("yes"), "a": forever, "b": forever})
-        with served(script.app()) as address:
+        with running(script.app()) as address:
             talk(page, address, "a", "b")
             page.fill("#text", "Count")
             page.keyboard.press("Enter")
@@ -210,15 +272,14 @@ class TestPage:
                 page.keyboard.press("Escape")
             else:
                 page.click("#stop" if how == "button" else "#new")
-            page.wait_for_selector("#send:visible")
             until(lambda: script.writing == 0)
             if how == "new":
                 return
-            assert all("stopped" in text for text in page.locator(".figures").all_text_contents())
+            both_stopped(page)
             script.models["a"] = script.models["b"] = says("fine")
             ask(page, "And?")
             said = [message["content"] for message in script.last("a")]
-            assert said[0] == "Count" and said[1].startswith("on on") and said[2] == "And?"
+            assert said[0] == "Count" and said[1].startswith("on ") and said[2] == "And?"
 
     def test_a_key_is_asked_for_and_kept_for_the_session(self, page, alone):
         address, script = alone
@@ -238,6 +299,21 @@ class TestPage:
         ask(page, "and now?")
         assert page.locator(".answer .error").all_text_contents() == ["401: No such key."] * 2
         assert field.is_visible()
+
+    def test_theme_and_width_are_the_readers(self, page, alone):
+        address, _ = alone
+        talk(page, address, "base", "base")
+        ask(page, "hello")
+        papers = []
+        for theme in ("light", "dark"):
+            page.emulate_media(color_scheme=theme)
+            papers.append(page.evaluate("getComputedStyle(document.body).backgroundColor"))
+        assert papers == ["rgb(252, 252, 251)", "rgb(23, 25, 28)"]
+        left, right = (page.locator(".answer").nth(n) for n in range(2))
+        assert left.bounding_box()["y"] == right.bounding_box()["y"]
+        page.set_viewport_size({"width": 390, "height": 700})
+        assert left.bounding_box()["x"] == right.bounding_box()["x"]
+        assert page.evaluate("document.documentElement.scrollWidth") == 390
 
     def test_enter_of_an_input_method_sends_nothing(self, page, alone):
         address, script = alone

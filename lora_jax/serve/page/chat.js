@@ -186,7 +186,9 @@ function newTurn(said) {
   const pair = make("div", "pair");
   const cells = columns.map(newCell);
   pair.append(...cells.map((cell) => cell.article));
-  turn.append(make("p", "said", said), pair);
+  const question = make("div", "said");
+  show(question, said);
+  turn.append(question, pair);
   byId("hint").hidden = true;
   byId("turns").append(turn);
   toEnd();
