@@ -48,9 +48,9 @@ class Server:
         return self
 
     def __exit__(self, *_: Any) -> None:
-        """Ask it to end; what it says at its end is in `code`."""
+        """Ask it to end, and wait until it has."""
         self._process.terminate()
-        self.code = self._process.wait(PATIENCE)
+        self._process.wait(PATIENCE)
 
     def _listen(self) -> None:
         for line in self._process.stderr or ():

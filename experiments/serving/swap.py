@@ -4,7 +4,7 @@
 
 Milliseconds to the first token of a request whose adapter (a) is loaded from a directory for it,
 (b) is known but was pushed off the device, (c) is on the device; and the longest gap between tokens
-of four others while eight adapters are loaded, beside one of the same length in which none is.
+of four others while adapters are loaded one after another, and as long before, while none is.
 Then seconds that a new process takes from its start to a first token of a model of the same shape
 without adapters, as a server of merged models would: with its programs compiled anew, and with
 them in JAX's persistent cache. The bundled base and a random Llama of 107 million parameters, in
@@ -12,6 +12,7 @@ float32 on two threads. Writes `swap_cpu.json`.
 """
 
 import argparse
+import functools
 import itertools
 import json
 import os
@@ -44,8 +45,8 @@ from lora_jax.models import (  # noqa: E402
 from lora_jax.serve import Engine, Event, Request  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
-SLOTS, KNOWN, LOADED = 2, 4, 8
-"""Slots, adapters that take turns in them, and adapters that are loaded while others write."""
+SLOTS, KNOWN, WINDOW = 2, 4, 0.2
+"""Slots, adapters that take turns in them, seconds in which gaps are looked for."""
 SIZES: dict[str, int] = dict(max_rows=8, max_length=256, prefill_chunk=64)
 WIDTH, LAYERS = 1024, 8
 
@@ -96,7 +97,7 @@ def swapped(model: Path, rounds: int) -> dict[str, Any]:
         tempfile.TemporaryDirectory() as folder,
         Engine(base, adapter_slots=SLOTS, max_rank=RANK, **SIZES) as engine,
     ):
-        directories = [adapter(base, Path(folder) / str(i), i) for i in range(LOADED)]
+        directories = [adapter(base, Path(folder) / str(i), i) for i in range(KNOWN)]
         turns = itertools.cycle(directories)
 
         def first_token(name: str | None) -> None:
@@ -113,18 +114,12 @@ def swapped(model: Path, rounds: int) -> dict[str, Any]:
         for i in range(KNOWN):
             engine.load_adapter(str(i), directories[i])
         names = itertools.cycle([str(i) for i in range(KNOWN)])
-        here: list[float] = []
-        away: list[float] = []
-        for turn in range(rounds + KNOWN):
-            name = next(names)  # the one that was asked for longest ago
-            pair = (
-                timed(lambda name=name: first_token(name)),
-                timed(lambda name=name: first_token(name)),
-            )
-            if turn >= KNOWN:
-                away.append(pair[0])
-                here.append(pair[1])
-        first |= {"pushed_off_ms": away, "on_device_ms": here}
+        # The one that was asked for longest ago, and then once more.
+        turn = [
+            [timed(functools.partial(first_token, name)) for _ in range(2)]
+            for name in itertools.islice(names, rounds + KNOWN)
+        ][KNOWN:]
+        first |= {"pushed_off_ms": [a for a, _ in turn], "on_device_ms": [b for _, b in turn]}
         pairs = [gaps(engine, directories) for _ in range(rounds + 1)][1:]
     first |= {"quiet_gap_ms": [a for a, _ in pairs], "loading_gap_ms": [b for _, b in pairs]}
     size = sum(file.stat().st_size for file in model.glob("*.safetensors"))
@@ -150,22 +145,28 @@ def gaps(engine: Engine, directories: list[Path]) -> tuple[float, float]:
     ]
     while len(times) < 40:
         time.sleep(0.001)
-    start = time.perf_counter()
-    for i, directory in enumerate(directories):
-        engine.load_adapter(f"gap {i}", directory)
-    end = time.perf_counter()
+    marks = [time.perf_counter()]
+    time.sleep(WINDOW)
+    marks.append(time.perf_counter())
+    for directory in itertools.cycle(directories):
+        engine.load_adapter("gap", directory)
+        if time.perf_counter() > marks[1] + WINDOW:
+            break
+    marks.append(time.perf_counter())
+    assert engine.stats.running == len(prompts), "the texts ended too early"
+    while times[-1] < marks[-1]:  # the last gap ends, too
+        time.sleep(0.001)
     for ticket in tickets:
-        list(ticket)
-    for i in range(len(directories)):
-        engine.unload_adapter(f"gap {i}")
-    assert times[-1] > end, "the texts ended before the adapters were there"
-    return longest([t for t in times if t > end]), longest(
-        [t for t in times if start - 0.05 <= t <= end + 0.05]
-    )
+        ticket.cancel()
+    engine.unload_adapter("gap")
+    quiet, loading = (longest(times, *window) for window in itertools.pairwise(marks))
+    return quiet, loading
 
 
-def longest(times: list[float]) -> float:
-    return 1e3 * max(after - before for before, after in itertools.pairwise(times))
+def longest(times: list[float], start: float, end: float) -> float:
+    """Milliseconds of the longest gap that lies in a window, or partly."""
+    near = [(a, b) for a, b in itertools.pairwise(times) if b >= start and a <= end]
+    return 1e3 * max(b - a for a, b in near)
 
 
 def reloaded(model: Path, rounds: int) -> dict[str, Any]:

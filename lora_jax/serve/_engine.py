@@ -21,28 +21,13 @@ from ._limits import check_lengths, check_sizes
 from ._request import Ending, Event, Request, Ticket
 from ._scheduler import Job, Part, Scheduler, Start
 from ._slots import Slots
+from ._stats import Stats
 from ._step import assembled
 
 _SECONDS = 0.02
 """How long a step of several tokens may take, so that newcomers do not wait longer."""
 _PATIENCE = 0.05
 """Seconds between looks at the deadlines of those who wait while nothing runs."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Stats:
-    """What an engine does now, and counts of tokens since it began.
-
-    `on_device` are adapters in slots.  `reused_tokens` are those of prompts that another request
-    had read before.
-    """
-
-    running: int
-    waiting: int
-    on_device: int = 0
-    prompt_tokens: int = 0
-    reused_tokens: int = 0
-    new_tokens: int = 0
 
 
 class Engine:

@@ -20,6 +20,7 @@ from ._settings import ServerSettings
 _SLOTS, _RANK = 8, 16
 _LEAST_RANK = 8
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
+_BACKLOG = 2048
 
 
 def asgi_app(
@@ -99,6 +100,8 @@ def serve(
             timeout_graceful_shutdown=math.ceil(settings.timeout) + 5,
         )  # fmt: skip
         names = ", ".join([settings.base_name, *adapters])
+        # As uvicorn does a little later: whoever calls once this is said has to get through.
+        listener.listen(_BACKLOG)
         say(f"serving {names} at {address} (Ctrl-C stops, after what is in flight)")
         # uvicorn ends in order after a signal, and then raises it again.
         with stops_at_once("stopped"):
