@@ -140,7 +140,9 @@ OTHERWISE = [
 ]
 
 
-@pytest.mark.parametrize(("fields", "vllm", "tgi"), OTHERWISE, ids=lambda x: str(x)[:40])
+@pytest.mark.parametrize(
+    ("fields", "vllm", "tgi"), OTHERWISE, ids=lambda x: str(x)[:40] if isinstance(x, dict) else ""
+)
 def test_what_they_refuse_or_read_otherwise_has_to_be_merged(saved, fields, vllm, tgi):
     directory = saved(**{"target_modules": ["q_proj"], **fields})
     assert vllm_objections(directory) == vllm
