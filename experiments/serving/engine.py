@@ -7,6 +7,7 @@ median over rounds with its quartiles.  Writes `engine_cpu.json`.
 """
 
 import argparse
+import contextlib
 import inspect
 import itertools
 import json
@@ -14,7 +15,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from lora_jax.models import Pretrained, bundled_model, generate, load_pretrained
 from lora_jax.serve import Engine, Event, Request, Ticket  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
-ROWS, PROMPT, NEW, ADAPTERS, RANK = 16, 24, 64, 8, 16
+ROWS, PROMPT, NEW, ADAPTERS, RANK, LOWER = 16, 24, 64, 8, 16, 8
 LONG, CHUNKS = 384, (32, 64, 128, 384)
 NAMES = [f"adapter {i}" for i in range(ADAPTERS)]
 
@@ -57,19 +58,19 @@ def main() -> None:
 
 def throughput(base: Pretrained, ids: Sequence[int], rounds: int) -> dict[str, Any]:
     """Tokens per second of 16 requests, in a crowd and one after another."""
-    with tempfile.TemporaryDirectory() as folder, engine(base, ADAPTERS) as adapted:
-        for seed, name in enumerate(NAMES):
-            adapted.load_adapter(name, adapter(base, Path(folder) / name, seed))
-        with engine(base, 0) as plain:
-            ways: dict[str, Callable[[], float]] = {
-                "together": lambda: together(adapted, ids, [None]),
-                "one at a time": lambda: one_by_one(adapted, ids),
-                "eight adapters": lambda: together(adapted, ids, NAMES),
-                "together, no slots": lambda: together(plain, ids, [None]),
-                "one at a time, no slots": lambda: one_by_one(plain, ids),
-                "generate, one at a time": lambda: generated(base, ids),
-            }
-            speeds = in_turn(ways, rounds)
+    with contextlib.ExitStack() as stack:
+        adapted, lower = (stack.enter_context(adapted_engine(base, rank)) for rank in (RANK, LOWER))
+        plain = stack.enter_context(engine(base, 0, RANK))
+        ways: dict[str, Callable[[], float]] = {
+            "together": lambda: together(adapted, ids, [None]),
+            "one at a time": lambda: one_by_one(adapted, ids),
+            "eight adapters": lambda: together(adapted, ids, NAMES),
+            "eight adapters of rank 8": lambda: together(lower, ids, NAMES),
+            "together, no slots": lambda: together(plain, ids, [None]),
+            "one at a time, no slots": lambda: one_by_one(plain, ids),
+            "generate, one at a time": lambda: generated(base, ids),
+        }
+        speeds = in_turn(ways, rounds)
     return {
         "tokens_per_second": {way: statistics.median(of) for way, of in speeds.items()},
         "together_over_one_at_a_time": ratio(speeds["together"], speeds["one at a time"]),
@@ -83,6 +84,10 @@ def throughput(base: Pretrained, ids: Sequence[int], rounds: int) -> dict[str, A
         "eight_adapters_over_no_slots": ratio(
             speeds["eight adapters"], speeds["together, no slots"]
         ),
+        "eight_adapters_of_rank_8_over_no_slots": ratio(
+            speeds["eight adapters of rank 8"], speeds["together, no slots"]
+        ),
+        "plain_rows_over_no_slots": ratio(speeds["together"], speeds["together, no slots"]),
     }
 
 
@@ -115,14 +120,23 @@ def late_and_gap(running: Engine, ids: Sequence[int], turn: int) -> tuple[float,
     return end - start, max(after - before for before, after in itertools.pairwise(near))
 
 
-def engine(base: Pretrained, slots: int) -> Engine:
+@contextlib.contextmanager
+def adapted_engine(base: Pretrained, rank: int) -> Iterator[Engine]:
+    """An engine with slots for eight adapters, and those in them."""
+    with tempfile.TemporaryDirectory() as folder, engine(base, ADAPTERS, rank) as made:
+        for seed, name in enumerate(NAMES):
+            made.load_adapter(name, adapter(base, Path(folder) / name, seed, rank))
+        yield made
+
+
+def engine(base: Pretrained, slots: int, rank: int) -> Engine:
     return Engine(
-        base, max_rows=ROWS, max_length=128, prefill_chunk=128, adapter_slots=slots, max_rank=RANK
+        base, max_rows=ROWS, max_length=128, prefill_chunk=128, adapter_slots=slots, max_rank=rank
     )
 
 
-def adapter(base: Pretrained, directory: Path, seed: int) -> Path:
-    config = LoraConfig(r=RANK, target_modules="all-linear", init_lora_weights=False)
+def adapter(base: Pretrained, directory: Path, seed: int, rank: int = RANK) -> Path:
+    config = LoraConfig(r=rank, target_modules="all-linear", init_lora_weights=False)
     tree = init_adapter(jax.random.key(seed), base.params, config, layouts=base.layouts)
     save_adapter(directory, tree, config, layouts=base.layouts)
     return directory
