@@ -132,6 +132,7 @@ print("sharded as cut")
 """
 
 
+@pytest.mark.slow
 def test_cut_along_either_axis_on_8_devices():
     """Codes go with their scales, and a product moves neither between devices."""
     done = subprocess.run(

@@ -66,7 +66,8 @@ def killed_often(config, kills, draw):
     to_its_end(config)
 
 
-@pytest.mark.parametrize("kills", [1, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [1, 20])
 def test_killed_at_any_moment(make_config, records, tmp_path, kills):
     steps = 12 * kills
     config = make_config(

@@ -59,6 +59,7 @@ def test_resumed_run_is_the_same(make_job, tmp_path, records, train):
     assert records(resumed.directory) == records(whole.directory)
 
 
+@pytest.mark.slow
 def test_host_memory_changes_nothing_and_may_be_chosen_on_resuming(make_job, tmp_path, records):
     job, on_host = make_job(), make_job(offload_optimizer=True)
     device, host = (

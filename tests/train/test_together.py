@@ -162,6 +162,7 @@ def joint_step_of(tx, count, dropout=0.0, **options):
     return joint, make_step(model, tx, dropout=dropout), base, adapters, batch
 
 
+@pytest.mark.slow
 def test_dropout_is_each_ones_own():
     tx = freeze_base(optax.sgd(0.1))
     joint, alone, base, adapters, batch = joint_step_of(tx, 2, dropout=0.5)
