@@ -37,8 +37,6 @@ def completion(body: dict[str, Any], catalog: Catalog) -> Asked:
         ApiError: if there is no such model, or no room for the prompts.
     """
     voice, tokenizer = catalog.voice(body.get("model")), catalog.tokenizer
-    if body.get("best_of", body.get("n", 1)) != body.get("n", 1):
-        raise ApiError(400, "best_of: only the value of n is supported", "best_of")
     if body.get("echo") and "logprobs" in body:
         raise ApiError(422, "echo: log-probabilities of prompts are not supported", "echo")
     given = body["prompt"]

@@ -89,7 +89,10 @@ class Catalog:
             ApiError: 422, if the template does not take it.
         """
         try:
-            turns = spoken_turns(messages)
+            # A turn of the assistant may have none, and is empty then.
+            turns = spoken_turns(
+                [turn | {"content": turn.get("content") or ""} for turn in messages]
+            )
             self.check_text(sum(len(turn.content) for turn in turns), "messages")
             return encode_prompt(turns, voice.template, self.tokenizer) or self.beginning
         except (InputError, BadRow) as error:
@@ -170,18 +173,16 @@ def confined(root: Path, path: str) -> Path:
     Raises:
         ApiError: 400 for one outside, 404 for none.
     """
+    top = root.resolve()
     try:
-        top = root.resolve()
         directory = (top / path).resolve()
         there = directory.is_relative_to(top) and directory.is_dir()
         inside = there and all(f.resolve().is_relative_to(top) for f in directory.iterdir())
-    except (OSError, RuntimeError, ValueError):  # too long a name, a circle of links, a zero byte
-        raise ApiError(400, "lora_path: is no path", "lora_path") from None
+    except (OSError, RuntimeError, ValueError):  # too long a name, a circle of links
+        directory, there, inside = top, False, True
     if directory.is_relative_to(top) and not there:
-        shown = path[:80]
-        raise ApiError(
-            404, f"lora_path: no directory {shown!r} below the adapter root", "lora_path"
-        )
+        what = f"lora_path: no directory {path[:80]!r} below the adapter root"
+        raise ApiError(404, what, "lora_path")
     if not inside:
         raise ApiError(400, "lora_path: must lie below the server's adapter root", "lora_path")
     return directory

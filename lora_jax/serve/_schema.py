@@ -75,27 +75,26 @@ _SAMPLING: dict[str, Any] = {
     "safety_identifier": _maybe("string"),
     "prompt_cache_key": _maybe("string"),
 }  # fmt: skip
-_MESSAGE = {
+_PART = {
+    "type": "object",
+    "required": ["type", "text"],
+    "properties": {"type": {"const": "text"}, "text": _TEXT},
+}
+_CONTENT = [_TEXT, _list(_PART, 1000, least=0)]
+_ASKED = {
+    "type": "object",
+    "required": ["role", "content"],
+    "properties": {
+        "role": {"enum": ["system", "developer", "user", "tool", "function"]},
+        "content": {"anyOf": _CONTENT},
+    },
+}
+_ANSWERED = {
     "type": "object",
     "required": ["role"],
     "properties": {
-        "role": {"enum": ["system", "developer", "user", "assistant", "tool", "function"]},
-        "content": {
-            "anyOf": [
-                _TEXT,
-                _list(
-                    {
-                        "type": "object",
-                        "required": ["type", "text"],
-                        "properties": {"type": {"const": "text"}, "text": _TEXT},
-                    },
-                    1000,
-                    least=0,
-                ),
-                {"type": "null"},
-            ],
-            "description": "a text, or a list of parts {type: text, text}",
-        },
+        "role": {"const": "assistant"},
+        "content": {"anyOf": [*_CONTENT, {"type": "null"}]},
         "tool_calls": _maybe("array", items={"type": "object"}),
     },
 }
@@ -112,7 +111,7 @@ COMPLETION: Schema = {
         **_SAMPLING,
         "logprobs": _count(0, MOST_LOGPROBS),
         "echo": _maybe("boolean"),
-        "best_of": _count(1, 128) | {"description": "the same as n, or nothing"},
+        "best_of": _only(1),
         "suffix": _only(""),
         "add_special_tokens": _only(True),
     },
@@ -123,7 +122,8 @@ CHAT: Schema = {
     "required": ["messages"],
     "additionalProperties": False,
     "properties": {
-        "messages": _list(_MESSAGE, 4096),
+        "messages": _list({"anyOf": [_ASKED, _ANSWERED]}, 4096)
+        | {"description": "turns {role, content}, the content a text or parts {type: text, text}"},
         **_SAMPLING,
         "max_completion_tokens": _count(1),
         "logprobs": _maybe("boolean"),
@@ -153,7 +153,7 @@ LOAD: Schema = {
     "additionalProperties": False,
     "properties": {
         "lora_name": _NAME,
-        "lora_path": {"type": "string", "minLength": 1, "maxLength": 4096},
+        "lora_path": _NAME | {"maxLength": 4096},
         "load_inplace": _maybe("boolean", description="whether it may take an adapter's place"),
     },
 }

@@ -69,7 +69,7 @@ def serve(
     Args:
         load: Gives the base; called once the port is known to be free.
         adapters: Directories by the names that clients use.
-        settings: What clients may do.  Where only this machine can reach the server and there are no
+        settings: What clients may do.  Where only this machine reaches the server and there are no
             keys, its `hosts` are this machine's own names unless others are given.
         host: The address to listen at; 127.0.0.1 is reached from this machine alone.
         port: The port; 0 takes one that is free, which `say` tells.

@@ -102,8 +102,9 @@ def test_a_conversation_is_answered(client, pretrained):
     again = client.post("/v1/chat/completions", json=body).json()
     assert again["choices"][0]["message"] == choice["message"]
     # An empty answer is part of a conversation too.
-    messages = [messages[0], {"role": "assistant", "content": ""}, messages[0]]
-    assert client.post("/v1/chat/completions", json=body | {"messages": messages}).is_success
+    for said in ({"content": ""}, {"content": None}, {}):
+        turns = [messages[0], {"role": "assistant", **said}, messages[0]]
+        assert client.post("/v1/chat/completions", json=body | {"messages": turns}).is_success
 
 
 def test_stops_end_an_answer_and_echo_begins_it(client):
@@ -167,7 +168,7 @@ def test_what_cannot_be_answered_is_named(client, fields, status, param):
         (dict(messages=[{"content": "x"}]), 400, "messages"),
         (dict(messages=[{"role": "king", "content": "x"}]), 400, "messages"),
         (dict(messages=[{"role": "user", "content": [{"type": "image_url"}]}]), 400, "messages"),
-        (dict(messages=[{"role": "user"}]), 422, "messages"),
+        (dict(messages=[{"role": "user"}]), 400, "messages"),
         (dict(tools=[{"type": "function"}]), 400, "tools"),
         (dict(response_format={"type": "json_object"}), 400, "response_format"),
         (dict(top_logprobs=3), 400, "top_logprobs"),
@@ -256,10 +257,11 @@ def test_what_is_loaded_lies_below_the_root_and_fits(adapter_client, adapters, t
     made.mkdir(exist_ok=True)
     (root / "circle").unlink(missing_ok=True)
     (root / "circle").symlink_to("circle")
-    for path in ("..", "a/../..", str(tmp_path), "link", "/etc", "x\0y", "n" * 300, "circle", "."):
+    for path in ("..", "a/../..", str(tmp_path), "link", "/etc", "x\0y", "."):
         error = refused(change(adapter_client, "load", "x", path), 400)
         assert error["param"] == "lora_path"
-    refused(change(adapter_client, "load", "x", "missing"), 404)
+    for path in ("missing", "circle", "n" * 300):
+        refused(change(adapter_client, "load", "x", path), 404)
     (made / "adapter_config.json").write_text((root / "a/adapter_config.json").read_text())
     for name, content in (("adapter_model.bin", b"\x80"), ("adapter_model.safetensors", b"x" * 9)):
         (made / name).write_bytes(content)
