@@ -89,13 +89,24 @@ _ASKED = {
         "content": {"anyOf": _CONTENT},
     },
 }
+_TOOL_CALL = {
+    "type": "object",
+    "required": ["function"],
+    "properties": {
+        "function": {
+            "type": "object",
+            "required": ["name", "arguments"],
+            "properties": {"name": {"type": "string", "minLength": 1}, "arguments": _TEXT},
+        }
+    },
+}
 _ANSWERED = {
     "type": "object",
     "required": ["role"],
     "properties": {
         "role": {"const": "assistant"},
         "content": {"anyOf": [*_CONTENT, {"type": "null"}]},
-        "tool_calls": _maybe("array", items={"type": "object"}),
+        "tool_calls": _maybe("array", items=_TOOL_CALL, maxItems=128),
     },
 }
 COMPLETION: Schema = {
@@ -122,7 +133,7 @@ CHAT: Schema = {
     "required": ["messages"],
     "additionalProperties": False,
     "properties": {
-        "messages": _list({"anyOf": [_ASKED, _ANSWERED]}, 4096)
+        "messages": _list({"anyOf": [_ASKED, _ANSWERED]}, 1024)
         | {"description": "turns {role, content}, the content a text or parts {type: text, text}"},
         **_SAMPLING,
         "max_completion_tokens": _count(1),
