@@ -1,6 +1,7 @@
 """EVA, CorDA and LoRA-GA beside PEFT's, on a random Llama and batches with masks."""
 
 import dataclasses
+import importlib.util
 import sys
 import types
 import warnings
@@ -15,7 +16,8 @@ peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
 # PEFT's CorDA takes one decorator from attrs, which it does not ask for.
-sys.modules.setdefault("attr", types.SimpleNamespace(dataclass=dataclasses.dataclass))  # type: ignore[arg-type]
+if importlib.util.find_spec("attr") is None:
+    sys.modules["attr"] = types.SimpleNamespace(dataclass=dataclasses.dataclass)  # type: ignore[assignment]
 
 from peft.tuners.lora.config import CordaConfig  # noqa: E402
 from peft.tuners.lora.corda import preprocess_corda  # noqa: E402
