@@ -261,7 +261,7 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
     p.add_argument("--max-rows", type=int, metavar="N", help="answered at one time (default 16)")
     p.add_argument(
         "--max-length", type=int, metavar="N", help="tokens of prompt and answer (default: the"
-        " model's)",
+        " model's, 4096 at most)",
     )  # fmt: skip
     p.add_argument("--prefill-chunk", type=int, metavar="N", help="tokens of a prompt between two"
                    " of the others' (default 128)")  # fmt: skip

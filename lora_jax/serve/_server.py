@@ -19,6 +19,7 @@ from ._settings import ServerSettings
 
 _SLOTS, _RANK = 8, 16
 _LEAST_RANK = 8
+_LENGTH = 4096
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _BACKLOG = 2048
 
@@ -75,7 +76,8 @@ def serve(
         port: The port; 0 takes one that is free, which `say` tells.
         say: Called with lines for whoever started it.
         access_log: Whether each call is logged by address, route and status; prompts never are.
-        sizes: Arguments of `Engine`; what is not given follows from the adapters (`room_for`).
+        sizes: Arguments of `Engine`; what is not given follows from the adapters (`room_for`), and
+            `max_length` is no more than 4096 unless it is given.
 
     Raises:
         InputError: if the address cannot be used, an adapter does not fit, or a size is wrong.
@@ -93,6 +95,13 @@ def serve(
         with stops_at_once("stopped before it answered anything"):
             say("loading the model and compiling its programs")
             pretrained = load()
+            if "max_length" not in sizes and pretrained.config.context_length > _LENGTH:
+                # Every row has as much of the cache as the longest request may need.
+                sizes["max_length"] = _LENGTH
+                say(
+                    f"note: requests have at most {_LENGTH} tokens, where the model was made for"
+                    f" {pretrained.config.context_length}; max_length changes it"
+                )
             engine = stack.enter_context(Engine(pretrained, **sizes))
             app = asgi_app(engine, pretrained, adapters, settings)
         config = uvicorn.Config(

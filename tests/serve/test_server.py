@@ -13,7 +13,7 @@ import pytest
 
 from lora_jax import InputError
 from lora_jax.cli import main
-from lora_jax.serve import ServerSettings, read_api_keys, room_for
+from lora_jax.serve import ServerSettings, read_api_keys, room_for, serve
 from tests.serve.over_http import completion, until
 
 ROOT = Path(__file__).parents[2]
@@ -46,6 +46,15 @@ def test_what_does_not_fit_gets_one_line(base_dir, adapters, capsys, words, said
     *notes, line = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and said in line
     assert set(notes) <= {"loading the model and compiling its programs"}
+
+
+def test_a_long_context_is_not_held_for_every_row(pretrained, monkeypatch):
+    monkeypatch.setattr("lora_jax.serve._server._LENGTH", 32)
+    monkeypatch.setattr("uvicorn.Server.run", lambda self, sockets: None)
+    said = []
+    serve(lambda: pretrained, port=0, say=said.append, max_rows=1, prefill_chunk=16)
+    assert "at most 32 tokens, where the model was made for 128" in said[1]
+    assert said[2].startswith("serving base at http://127.0.0.1:")
 
 
 def test_room_is_made_for_the_adapters_that_are_known(adapters, tmp_path):
