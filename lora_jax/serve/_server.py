@@ -9,7 +9,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from .._errors import InputError
+import jax
+
+from .._errors import InputError, first_line
 from .._interrupt import stops_at_once
 from ..adapters import read_config
 from ..models import Pretrained
@@ -80,7 +82,8 @@ def serve(
             `max_length` is no more than 4096 unless it is given.
 
     Raises:
-        InputError: if the address cannot be used, an adapter does not fit, or a size is wrong.
+        InputError: if the address cannot be used, an adapter does not fit, a size is wrong, or the
+            device has no room.
     """
     uvicorn = _package("uvicorn")
     _app_module()
@@ -102,7 +105,7 @@ def serve(
                     f"note: requests have at most {_LENGTH} tokens, where the model was made for"
                     f" {pretrained.config.context_length}; max_length changes it"
                 )
-            engine = stack.enter_context(Engine(pretrained, **sizes))
+            engine = stack.enter_context(_engine(pretrained, sizes))
             app = asgi_app(engine, pretrained, adapters, settings)
         config = uvicorn.Config(
             app, lifespan="off", log_level="info" if access_log else "warning",
@@ -116,6 +119,18 @@ def serve(
         # uvicorn ends in order after a signal, and then raises it again.
         with stops_at_once("stopped"):
             uvicorn.Server(config).run(sockets=[listener])
+
+
+def _engine(pretrained: Pretrained, sizes: Mapping[str, Any]) -> Engine:
+    try:
+        return Engine(pretrained, **sizes)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise InputError(
+            f"serve: the device has no room: {first_line(error)}; lower max_rows, max_length or"
+            " adapter_slots, or quantize the base"
+        ) from None
 
 
 def room_for(adapters: Mapping[str, str | Path], settings: ServerSettings) -> dict[str, Any]:

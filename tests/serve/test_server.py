@@ -9,6 +9,7 @@ import threading
 from pathlib import Path
 
 import httpx2
+import jax
 import pytest
 
 from lora_jax import InputError
@@ -55,6 +56,17 @@ def test_a_long_context_is_not_held_for_every_row(pretrained, monkeypatch):
     serve(lambda: pretrained, port=0, say=said.append, max_rows=1, prefill_chunk=16)
     assert "at most 32 tokens, where the model was made for 128" in said[1]
     assert said[2].startswith("serving base at http://127.0.0.1:")
+
+
+def test_no_room_on_the_device_gets_one_line(pretrained, monkeypatch):
+    def full(*_, **__):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 9 GB wanted\nat line 3")
+
+    monkeypatch.setattr("lora_jax.serve._engine.ContinuousBatch", full)
+    with pytest.raises(
+        InputError, match="no room: RESOURCE_EXHAUSTED: 9 GB wanted; lower max_rows"
+    ):
+        serve(lambda: pretrained, port=0, say=lambda line: None)
 
 
 def test_room_is_made_for_the_adapters_that_are_known(adapters, tmp_path):
