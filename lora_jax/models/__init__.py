@@ -14,6 +14,7 @@ from ._continuous import empty_step as empty_step
 from ._decoder import CausalLM as CausalLM
 from ._decoding import MOST_LOGPROBS as MOST_LOGPROBS
 from ._decoding import Chosen as Chosen
+from ._decoding import bucket as bucket
 from ._formats import abstract_params as abstract_params
 from ._formats import quantize_params as quantize_params
 from ._generate import generate as generate

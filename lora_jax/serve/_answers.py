@@ -9,13 +9,11 @@ from typing import Any
 
 from .._tokenizer import Tokenizer
 from ..models import TokenLogprobs
-from ._asked import Asked
+from ._api_request import ApiRequest
 from ._request import Event, Ticket
 
-_REASONS = {"stop": "stop", "length": "length"}
 
-
-class Texts:
+class CompletionFormat:
     """The shape of `/v1/completions`: plain texts."""
 
     prefix, whole, piece = "cmpl", "text_completion", "text_completion"
@@ -44,7 +42,7 @@ class Texts:
         }
 
 
-class Turns:
+class ChatFormat:
     """The shape of `/v1/chat/completions`: turns of a conversation."""
 
     prefix, whole, piece = "chatcmpl", "chat.completion", "chat.completion.chunk"
@@ -69,21 +67,21 @@ class Turns:
         return {"content": content, "refusal": None}
 
 
-Form = Texts | Turns
+Format = CompletionFormat | ChatFormat
 
 
 @dataclasses.dataclass(frozen=True)
-class Teller:
+class ResponseWriter:
     """Tells one call's answers.
 
     Args:
-        asked: The call.
-        form: Its shape.
+        request: The call.
+        format: Its shape.
         tokenizer: The model's.
     """
 
-    asked: Asked
-    form: Form
+    request: ApiRequest
+    format: Format
     tokenizer: Tokenizer
     name: str = dataclasses.field(default_factory=lambda: uuid.uuid4().hex)
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))
@@ -91,25 +89,23 @@ class Teller:
     def whole(self, tickets: Sequence[Ticket]) -> dict[str, Any]:
         """All choices, once they have ended."""
         choices = []
-        for index, (ticket, echo) in enumerate(zip(tickets, self.asked.echoes, strict=True)):
+        for index, (ticket, echo) in enumerate(zip(tickets, self.request.echoes, strict=True)):
             done = ticket.completion
-            own = self.form.choice(echo + done.text)
-            reason = _REASONS.get(done.finish_reason or "")
-            choices.append(self._choice(index, own, reason, done.logprobs, 0))
-        return self._object(self.form.whole, choices) | {"usage": self.usage(tickets)}
+            own = self.format.choice(echo + done.text)
+            choices.append(self._choice(index, own, done.finish_reason, done.logprobs, 0))
+        return self._object(self.format.whole, choices) | {"usage": self.usage(tickets)}
 
     def piece(
         self, index: int, events: Sequence[Event], *, first: bool, offset: int
     ) -> dict[str, Any]:
         """What is new of one choice, whose tokens before have `offset` characters."""
-        text = (self.asked.echoes[index] if first else "") + "".join(e.text for e in events)
-        own = self.form.delta(text, first=first)
+        text = (self.request.echoes[index] if first else "") + "".join(e.text for e in events)
+        own = self.format.delta(text, first=first)
         tokens = [event.logprobs for event in events if event.logprobs is not None]
-        reason = _REASONS.get(events[-1].ending or "")
-        logprobs = tokens if self.asked.requests[index].logprobs is not None else None
-        choice = self._choice(index, own, reason, logprobs, offset)
-        usage = {"usage": None} if self.asked.usage else {}
-        return self._object(self.form.piece, [choice]) | usage
+        logprobs = tokens if self.request.requests[index].logprobs is not None else None
+        choice = self._choice(index, own, events[-1].ending, logprobs, offset)
+        usage = {"usage": None} if self.request.usage else {}
+        return self._object(self.format.piece, [choice]) | usage
 
     def length(self, events: Sequence[Event]) -> int:
         """Characters of the tokens whose log-probabilities are told."""
@@ -118,11 +114,11 @@ class Teller:
 
     def last(self, tickets: Sequence[Ticket]) -> dict[str, Any]:
         """How many tokens there were, after all pieces."""
-        return self._object(self.form.piece, []) | {"usage": self.usage(tickets)}
+        return self._object(self.format.piece, []) | {"usage": self.usage(tickets)}
 
     def usage(self, tickets: Sequence[Ticket]) -> dict[str, Any]:
         """Tokens read and written; a prompt of several choices counts once."""
-        heads = tickets[:: self.asked.choices]
+        heads = tickets[:: self.request.choices]
         read = sum(ticket.prompt_tokens for ticket in heads)
         written = sum(len(ticket.completion.tokens) for ticket in tickets)
         return {
@@ -134,10 +130,10 @@ class Teller:
 
     def _object(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {
-            "id": f"{self.form.prefix}-{self.name}",
+            "id": f"{self.format.prefix}-{self.name}",
             "object": kind,
             "created": self.created,
-            "model": self.asked.model,
+            "model": self.request.model,
             "choices": choices,
         }
 
@@ -149,7 +145,7 @@ class Teller:
         tokens: Sequence[TokenLogprobs] | None,
         offset: int,
     ) -> dict[str, Any]:
-        told = None if tokens is None else self.form.logprobs(tokens, self.tokenizer, offset)
+        told = None if tokens is None else self.format.logprobs(tokens, self.tokenizer, offset)
         return {"index": index, **own, "logprobs": told, "finish_reason": reason}
 
 

@@ -13,12 +13,12 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from . import _asked, _schema
-from ._answers import Form, Teller, Texts, Turns
+from . import _api_request, _schema
+from ._answers import ChatFormat, CompletionFormat, Format, ResponseWriter
 from ._api_error import ApiError
-from ._asked import Asked
+from ._api_request import ApiRequest
 from ._call import Call, received
-from ._catalog import Catalog, Voice
+from ._catalog import Catalog, ServedModel
 from ._guard import HANDLERS, Guard
 from ._metrics import Metrics
 from ._openapi import described
@@ -28,7 +28,7 @@ _BODY_SECONDS = 15.0
 """How long the body of a call may take to arrive."""
 _SPARE = 64
 """Calls in flight beside those that have a row or wait for one: those that ask for models, say."""
-Reading = Callable[[dict[str, Any], Catalog], Asked]
+Reading = Callable[[dict[str, Any], Catalog], ApiRequest]
 
 
 def make_app(catalog: Catalog) -> ASGIApp:
@@ -75,29 +75,31 @@ class Service:
 
     async def models(self, request: HttpRequest) -> Response:
         return JSONResponse(
-            {"object": "list", "data": [self._card(voice) for voice in self._catalog.voices]}
+            {"object": "list", "data": [self._card(model) for model in self._catalog.models]}
         )
 
     async def model(self, request: HttpRequest) -> Response:
-        return JSONResponse(self._card(self._catalog.voice(request.path_params["model"])))
+        return JSONResponse(self._card(self._catalog.model(request.path_params["model"])))
 
-    def _card(self, voice: Voice) -> dict[str, Any]:
+    def _card(self, model: ServedModel) -> dict[str, Any]:
         base = self._catalog.settings.base_name
         return {
-            "id": voice.name,
+            "id": model.name,
             "object": "model",
-            "created": voice.created,
+            "created": model.created,
             "owned_by": "lora_jax",
             "root": base,
-            "parent": None if voice.adapter is None else base,
+            "parent": None if model.adapter is None else base,
             "max_model_len": self._engine.max_length,
         }
 
     async def completions(self, request: HttpRequest) -> ASGIApp:
-        return await self._answer(request, _schema.COMPLETION, _asked.completion, Texts())
+        return await self._answer(
+            request, _schema.COMPLETION, _api_request.completion, CompletionFormat()
+        )
 
     async def chat(self, request: HttpRequest) -> ASGIApp:
-        return await self._answer(request, _schema.CHAT, _asked.chat, Turns())
+        return await self._answer(request, _schema.CHAT, _api_request.chat, ChatFormat())
 
     async def load(self, request: HttpRequest) -> Response:
         body = await self._change(request, _schema.LOAD)
@@ -122,13 +124,13 @@ class Service:
         return await self._body(request, schema)
 
     async def _answer(
-        self, request: HttpRequest, schema: _schema.Schema, read: Reading, form: Form
+        self, request: HttpRequest, schema: _schema.Schema, read: Reading, format: Format
     ) -> ASGIApp:
         begun = time.perf_counter()
         body = await self._body(request, schema)
         asked = await run_sync(read, body, self._catalog)
-        teller = Teller(asked, form, self._catalog.tokenizer)
-        return Call(self._catalog, self.metrics, teller, begun).respond
+        writer = ResponseWriter(asked, format, self._catalog.tokenizer)
+        return Call(self._catalog, self.metrics, writer, begun).respond
 
     async def _body(self, request: HttpRequest, schema: _schema.Schema) -> dict[str, Any]:
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()

@@ -14,7 +14,7 @@ from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
 from .._errors import InputError
-from ._answers import Teller
+from ._answers import ResponseWriter
 from ._api_error import ApiError
 from ._catalog import Catalog
 from ._guard import busy
@@ -41,14 +41,16 @@ class Call:
     Args:
         catalog: Whose engine answers.
         metrics: What is told of it.
-        teller: The call, and the shape of its answer.
+        writer: The call, and the shape of its answer.
         begun: When it arrived, by `time.perf_counter`.
     """
 
-    def __init__(self, catalog: Catalog, metrics: Metrics, teller: Teller, begun: float) -> None:
-        self._catalog, self._metrics, self._teller = catalog, metrics, teller
-        self._asked, self._begun = teller.asked, begun
-        self._first = [0.0] * len(self._asked.requests)
+    def __init__(
+        self, catalog: Catalog, metrics: Metrics, writer: ResponseWriter, begun: float
+    ) -> None:
+        self._catalog, self._metrics, self._writer = catalog, metrics, writer
+        self._request, self._begun = writer.request, begun
+        self._first = [0.0] * len(self._request.requests)
 
     async def respond(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer, as an ASGI app does."""
@@ -70,15 +72,15 @@ class Call:
 
     async def _answer(self, inbox: Inbox, scope: Scope, receive: Receive, send: Send) -> None:
         self._submit(inbox)
-        if self._asked.stream:
+        if self._request.stream:
             await self._stream(inbox, send)
             return
         async for _ in self._watched(inbox):
             pass
-        await JSONResponse(self._teller.whole(inbox.tickets))(scope, receive, send)
+        await JSONResponse(self._writer.whole(inbox.tickets))(scope, receive, send)
 
     def _submit(self, inbox: Inbox) -> None:
-        engine, requests = self._catalog.engine, self._asked.requests
+        engine, requests = self._catalog.engine, self._request.requests
         listeners = [inbox.listener(index) for index in range(len(requests))]
         try:
             inbox.tickets.extend(engine.submit_all(requests, listeners))
@@ -87,7 +89,7 @@ class Call:
         except InputError as error:
             if engine.closed:
                 raise _stopping() from None
-            self._catalog.voice(self._asked.model)  # which may be gone meanwhile
+            self._catalog.model(self._request.model)  # which may be gone meanwhile
             field = str(error).partition(":")[0]
             where = field if field.isidentifier() else None
             raise ApiError(400, self._catalog.hidden(error), where) from None
@@ -114,10 +116,10 @@ class Call:
             raise failure
 
     def _note(self, inbox: Inbox, index: int, ending: str, now: float) -> None:
-        name, metrics, ticket = self._asked.model, self._metrics, inbox.tickets[index]
+        name, metrics, ticket = self._request.model, self._metrics, inbox.tickets[index]
         count, first = len(ticket.completion.tokens), self._first[index]
         metrics.requests.labels(name, ending).inc()
-        if index % self._asked.choices == 0:
+        if index % self._request.choices == 0:
             metrics.prompt_tokens.labels(name).inc(ticket.prompt_tokens)
         metrics.new_tokens.labels(name).inc(count)
         metrics.latency.labels(name).observe(now - self._begun)
@@ -153,8 +155,8 @@ class Call:
                     await send({"type": "http.response.start", "status": 200, "headers": headers})
                 if body := b"".join(pieces):
                     await _send(send, body)
-            if self._asked.usage:
-                await _send(send, _line(self._teller.last(inbox.tickets)))
+            if self._request.usage:
+                await _send(send, _line(self._writer.last(inbox.tickets)))
         except ApiError as error:
             if not begun:
                 raise
@@ -166,8 +168,8 @@ class Call:
         new = any(e.text or e.logprobs is not None or e.ending is not None for e in events)
         if not (new or told.first):
             return b""
-        piece = self._teller.piece(index, events, first=told.first, offset=told.offset)
-        told.first, told.offset = False, told.offset + self._teller.length(events)
+        piece = self._writer.piece(index, events, first=told.first, offset=told.offset)
+        told.first, told.offset = False, told.offset + self._writer.length(events)
         return _line(piece)
 
 

@@ -15,7 +15,7 @@ from ._settings import ServerSettings
 
 
 @dataclasses.dataclass(frozen=True)
-class Voice:
+class ServedModel:
     """A model by its name, how conversations with it are laid out, and since when it is there.
 
     `adapter` is None for the plain base.
@@ -40,28 +40,28 @@ class Catalog:
         self.engine, self.settings = engine, settings
         self.tokenizer: Any = pretrained.tokenizer
         self._ends = frozenset(pretrained.config.eos_token_ids)
-        self._voices = {settings.base_name: self._voice(settings.base_name, None, None)}
+        self._models = {settings.base_name: self._served(settings.base_name, None, None)}
         self._names = {Path(pretrained.directory).resolve(): settings.base_name}
         vocabulary = self.tokenizer.backend.get_vocab(with_added_tokens=True)
         self._longest = max(map(len, vocabulary))
 
     @property
-    def voices(self) -> tuple[Voice, ...]:
+    def models(self) -> tuple[ServedModel, ...]:
         """All of them, the base first."""
-        return tuple(self._voices.values())
+        return tuple(self._models.values())
 
-    def voice(self, name: str | None) -> Voice:
+    def model(self, name: str | None) -> ServedModel:
         """The one of a name; the base where none is given.
 
         Raises:
             ApiError: 404, if there is none.
         """
-        voice = self._voices.get(self.settings.base_name if name is None else name)
-        if voice is None:
+        model = self._models.get(self.settings.base_name if name is None else name)
+        if model is None:
             asked = str(name)[:80]
-            there = nearest(asked, self._voices)
+            there = nearest(asked, self._models)
             raise ApiError(404, f"no model {asked!r}{there}", "model", "model_not_found")
-        return voice
+        return model
 
     def room(self, tokens: int) -> int:
         """How many tokens there is room for after a prompt of so many."""
@@ -82,7 +82,7 @@ class Catalog:
                 "context_length_exceeded",
             )
 
-    def prompt(self, voice: Voice, messages: Any) -> list[int]:
+    def prompt(self, model: ServedModel, messages: Any) -> list[int]:
         """Token ids of a conversation up to where the answer begins.
 
         Raises:
@@ -94,7 +94,7 @@ class Catalog:
                 [turn | {"content": turn.get("content") or ""} for turn in messages]
             )
             self.check_text(sum(len(turn.content) for turn in turns), "messages")
-            return encode_prompt(turns, voice.template, self.tokenizer) or self.beginning
+            return encode_prompt(turns, model.template, self.tokenizer) or self.beginning
         except (InputError, BadRow) as error:
             raise ApiError(422, self.hidden(error), "messages") from None
 
@@ -104,9 +104,9 @@ class Catalog:
         marks = (self.tokenizer.bos_id, self.tokenizer.eos_id)
         return [mark for mark in marks if mark is not None][:1]
 
-    def stop_ids(self, voice: Voice) -> frozenset[int]:
+    def stop_ids(self, model: ServedModel) -> frozenset[int]:
         """What ends an answer of a conversation."""
-        return self._ends.union(stop_ids(voice.template, self.tokenizer))
+        return self._ends.union(stop_ids(model.template, self.tokenizer))
 
     @property
     def text_stop_ids(self) -> frozenset[int]:
@@ -123,10 +123,10 @@ class Catalog:
             raise InputError(f"adapter: {name!r} is the base's name; give another")
         # What errors name is this, and can be taken out of them.
         directory = Path(directory).resolve()
-        voice = self._voice(name, name, adapter_notes(directory).get("template"))
+        model = self._served(name, name, adapter_notes(directory).get("template"))
         self.engine.load_adapter(name, directory)
         self._names[directory] = name
-        self._voices[name] = voice
+        self._models[name] = model
 
     def load(self, name: str, path: str, *, replace: bool) -> None:
         """Let an adapter below the root be asked for.
@@ -135,7 +135,7 @@ class Catalog:
             ApiError: 400 for a name that is taken or a path outside of the root, 404 for one that
                 is not there, 422 for files that are not an adapter of this base.
         """
-        if name in self._voices and not (replace and self._voices[name].adapter):
+        if name in self._models and not (replace and self._models[name].adapter):
             raise ApiError(400, f"a model {name!r} is there already; unload it", "lora_name")
         assert self.settings.adapter_root is not None
         directory = confined(self.settings.adapter_root, path)
@@ -151,9 +151,9 @@ class Catalog:
         Raises:
             ApiError: 404, if there is none of that name.
         """
-        if self.voice(name).adapter is None:
+        if self.model(name).adapter is None:
             raise ApiError(400, f"{name!r} is the base, which stays", "lora_name")
-        self._voices.pop(name, None)
+        self._models.pop(name, None)
         self.engine.unload_adapter(name)
         self._names = {path: own for path, own in self._names.items() if own != name}
 
@@ -161,10 +161,10 @@ class Catalog:
         """A message without paths of the machine."""
         return without_paths(str(error), self._names)
 
-    def _voice(self, name: str, adapter: str | None, trained: str | None) -> Voice:
+    def _served(self, name: str, adapter: str | None, trained: str | None) -> ServedModel:
         own = "tokenizer" if self.tokenizer.chat_template else "plain"
         chosen = choose_template(self.settings.template or trained or own, None, self.tokenizer)
-        return Voice(name, adapter, chosen, int(time.time()))
+        return ServedModel(name, adapter, chosen, int(time.time()))
 
 
 def confined(root: Path, path: str) -> Path:

@@ -14,7 +14,7 @@ import jax
 from .._errors import InputError, first_line
 from .._interrupt import stops_at_once
 from ..adapters import read_config
-from ..models import Pretrained
+from ..models import Pretrained, bucket
 from ._catalog import Catalog
 from ._engine import Engine
 from ._settings import ServerSettings
@@ -149,15 +149,18 @@ def room_for(adapters: Mapping[str, str | Path], settings: ServerSettings) -> di
     if settings.adapter_root is None and not configs:
         return {"adapter_slots": 0}
     ranks = [max([config.r, *(config.rank_pattern or {}).values()]) for config in configs]
-    rank = max([_LEAST_RANK, *ranks])
     sizes: dict[str, Any] = dict(use_dora=any(config.use_dora for config in configs))
     if settings.adapter_root is not None:
-        return sizes | dict(adapter_slots=_SLOTS, max_rank=_power(max(rank, _RANK)))
+        return sizes | dict(
+            adapter_slots=_SLOTS, max_rank=bucket(max([_RANK, *ranks]), _LEAST_RANK, 1)
+        )
     named = [config.target_modules for config in configs]
     lists = [names for names in named if isinstance(names, list | tuple)]
     if len(lists) == len(named):
         sizes["target_modules"] = sorted({name for names in lists for name in names})
-    return sizes | dict(adapter_slots=min(len(configs), _SLOTS), max_rank=_power(rank))
+    return sizes | dict(
+        adapter_slots=min(len(configs), _SLOTS), max_rank=bucket(max(ranks), _LEAST_RANK, 1)
+    )
 
 
 def _app_module() -> Any:
@@ -178,10 +181,6 @@ def _package(name: str) -> Any:
         raise InputError(
             f"serve: needs {name}, which is not installed; pip install 'lora_jax[serve]'"
         ) from None
-
-
-def _power(rank: int) -> int:
-    return 1 << (rank - 1).bit_length()
 
 
 def _catalog(

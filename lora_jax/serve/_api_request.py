@@ -1,4 +1,4 @@
-"""From the body of a call to what the engine is asked for."""
+"""From the body of a call to requests of the engine."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from typing import Any
 from .._errors import InputError
 from ..models import SamplingParams
 from ._api_error import ApiError
-from ._catalog import Catalog, Voice
+from ._catalog import Catalog, ServedModel
 from ._request import Request
 
 _SAMPLING = ("top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
@@ -16,7 +16,7 @@ _USUAL_TOKENS = 16
 
 
 @dataclasses.dataclass(frozen=True)
-class Asked:
+class ApiRequest:
     """A call: requests for each choice of each prompt in turn, and how they are to be told.
 
     `echoes`: the text that each choice begins with.  `choices`: of each prompt.
@@ -30,13 +30,13 @@ class Asked:
     usage: bool
 
 
-def completion(body: dict[str, Any], catalog: Catalog) -> Asked:
+def completion(body: dict[str, Any], catalog: Catalog) -> ApiRequest:
     """What `/v1/completions` is asked for.
 
     Raises:
         ApiError: if there is no such model, or no room for the prompts.
     """
-    voice, tokenizer = catalog.voice(body.get("model")), catalog.tokenizer
+    model, tokenizer = catalog.model(body.get("model")), catalog.tokenizer
     if body.get("echo") and "logprobs" in body:
         raise ApiError(422, "echo: log-probabilities of prompts are not supported", "echo")
     given = body["prompt"]
@@ -46,34 +46,36 @@ def completion(body: dict[str, Any], catalog: Catalog) -> Asked:
     echoes = [""] * len(ids)
     if body.get("echo"):
         echoes = [p if isinstance(p, str) else tokenizer.decode(p) for p in prompts]
+    said = "max_tokens" if "max_tokens" in body else None
     most = body.get("max_tokens", _USUAL_TOKENS)
     requests = _requests(
-        ids, body, catalog, voice,
-        limits=[_limit(i, most, "max_tokens" in body, catalog, "prompt") for i in ids],
+        ids, body, catalog, model,
+        limits=[_limit(i, most, said, catalog, "prompt") for i in ids],
         choices=choices, stop_ids=catalog.text_stop_ids, logprobs=body.get("logprobs"),
     )  # fmt: skip
-    return _asked(body, voice, requests, echoes, choices)
+    return _assembled(body, model, requests, echoes, choices)
 
 
-def chat(body: dict[str, Any], catalog: Catalog) -> Asked:
+def chat(body: dict[str, Any], catalog: Catalog) -> ApiRequest:
     """What `/v1/chat/completions` is asked for.
 
     Raises:
         ApiError: if there is no such model, the template does not take the conversation, or it is
             too long.
     """
-    voice, choices = catalog.voice(body.get("model")), _choices(body, 1, catalog)
-    ids = catalog.prompt(voice, body["messages"])
-    most = body.get("max_completion_tokens", body.get("max_tokens"))
+    model, choices = catalog.model(body.get("model")), _choices(body, 1, catalog)
+    ids = catalog.prompt(model, body["messages"])
+    said = next((n for n in ("max_completion_tokens", "max_tokens") if n in body), None)
+    most = body[said] if said else catalog.room(len(ids))
     if body.get("top_logprobs") and not body.get("logprobs"):
         raise ApiError(400, "top_logprobs: needs logprobs to be true", "top_logprobs")
     requests = _requests(
-        [ids], body, catalog, voice,
-        limits=[_limit(ids, most or catalog.room(len(ids)), most is not None, catalog, "messages")],
-        choices=choices, stop_ids=catalog.stop_ids(voice),
+        [ids], body, catalog, model,
+        limits=[_limit(ids, most, said, catalog, "messages")],
+        choices=choices, stop_ids=catalog.stop_ids(model),
         logprobs=body.get("top_logprobs", 0) if body.get("logprobs") else None,
     )  # fmt: skip
-    return _asked(body, voice, requests, [""], choices)
+    return _assembled(body, model, requests, [""], choices)
 
 
 def _choices(body: dict[str, Any], prompts: int, catalog: Catalog) -> int:
@@ -104,15 +106,15 @@ def _ids(prompts: Sequence[Any], catalog: Catalog) -> list[Any]:
     ]
 
 
-def _asked(
+def _assembled(
     body: dict[str, Any],
-    voice: Voice,
+    model: ServedModel,
     requests: tuple[Request, ...],
     echoes: Sequence[str],
     choices: int,
-) -> Asked:
-    return Asked(
-        model=voice.name,
+) -> ApiRequest:
+    return ApiRequest(
+        model=model.name,
         requests=requests,
         echoes=tuple(echo for echo in echoes for _ in range(choices)),
         choices=choices,
@@ -121,18 +123,22 @@ def _asked(
     )
 
 
-def _limit(ids: Sequence[int], most: int, said: bool, catalog: Catalog, field: str) -> int:
-    """How many tokens an answer may have: refused if the client says too many, else cut."""
+def _limit(ids: Sequence[int], most: int, said: str | None, catalog: Catalog, field: str) -> int:
+    """How many tokens an answer may have: refused if the client says too many, else cut.
+
+    `said` is the field in which it does.
+    """
     room, limit = catalog.room(len(ids)), most
     own = catalog.settings.max_tokens
     if said and own is not None and limit > own:
-        raise ApiError(400, f"max_tokens: at most {own} on this server, got {limit}", "max_tokens")
+        raise ApiError(400, f"{said}: at most {own} on this server, got {limit}", said)
     if room < 1 or (said and limit > room):
         least = limit if said else 1
         raise ApiError(
             400,
             f"{field}: has {len(ids)} tokens, which with {least} new ones exceeds the"
-            f" {len(ids) + room} that there is room for; shorten it or lower max_tokens",
+            f" {len(ids) + room} that there is room for; shorten it or lower"
+            f" {said or 'max_tokens'}",
             field,
             "context_length_exceeded",
         )
@@ -143,7 +149,7 @@ def _requests(
     prompts: Sequence[Sequence[int]],
     body: dict[str, Any],
     catalog: Catalog,
-    voice: Voice,
+    model: ServedModel,
     *,
     limits: Sequence[int],
     choices: int,
@@ -155,7 +161,7 @@ def _requests(
     return tuple(
         Request(
             ids,
-            adapter=voice.adapter,
+            adapter=model.adapter,
             max_new_tokens=limit,
             sampling=_sampling(body, choice),
             stop=body.get("stop", ()),
