@@ -18,15 +18,12 @@ from ._typing import Array, Params
 from .data import (
     Example,
     docstring_rows,
-    encode_prompt,
     eval_batches,
     natural_prompt,
-    read_rows,
-    stop_ids,
 )
 from .lora import merge_adapter
-from .models import generate, load_pretrained, save_pretrained
-from .report import draw_loss, write_report
+from .models import load_pretrained, save_pretrained
+from .report import read_run, write_report
 from .train import (
     Job,
     Result,
@@ -39,8 +36,6 @@ from .train import (
     with_output,
 )
 
-SAMPLES = 4
-NEW_TOKENS = 40
 Say = Callable[[str], None]
 
 
@@ -74,8 +69,6 @@ def quickstart(config: RunConfig, say: Say, listener: Any = None) -> Path:
         f"Before training: {fair['instruction']:.3f} nats per token when asked,"
         f" {fair['natural']:.3f} where a docstring naturally stands; the better one counts."
     )
-    shown = _rows_to_show(job)
-    answers_before = _answers(job, job.params, shown)
 
     result = run(job, listener=listener)
     params = combine(job.base, result.trainable)
@@ -84,21 +77,15 @@ def quickstart(config: RunConfig, say: Say, listener: Any = None) -> Path:
         f"After training: {fair['after']:.3f} nats per token on modules it has never seen"
         f" ({100 * (fair['after'] / fair['before'] - 1):+.1f} %)."
     )
-    answers_after = _answers(job, params, shown)
     merge = _merge_and_compare(job, result, params)
     say(
         f"Merged, saved and read back: logits differ by {merge['largest_difference']:.1e} of the"
         " largest."
     )
-    samples = [
-        {"input": row["input"], "expected": row["output"], "before": before, "after": after}
-        for row, before, after in zip(shown, answers_before, answers_after, strict=True)
-    ]
-    for sample in samples:
-        say(_in_words(sample))
-    _write_summary(result.directory, job, counts, fair, merge, samples)
-    draw_loss(result.directory)
+    _write_summary(result.directory, fair, merge)
     write_report(result.directory)
+    for sample in read_run(result.directory).samples:
+        say(_in_words(sample))
     return result.directory
 
 
@@ -143,29 +130,6 @@ def _without_end(example: Example) -> Example:
     mask = example.loss_mask.copy()
     mask[np.flatnonzero(mask)[-1]] = False
     return dataclasses.replace(example, loss_mask=mask)
-
-
-def _rows_to_show(job: Job) -> list[dict[str, str]]:
-    """Evenly spaced held-out rows that are short enough to read."""
-    rows = docstring_rows(held_out=True)
-    short = [rows[e.row] for e in job.eval if len(rows[e.row]["input"]) < 300]
-    return short[:: max(len(short) // SAMPLES, 1)][:SAMPLES]
-
-
-def _answers(job: Job, params: Params, shown: Sequence[dict[str, str]]) -> list[str]:
-    tokenizer = job.pretrained.tokenizer
-    rows = read_rows("stdlib-heldout").rows
-    by_input = {row.messages[0].input: row.messages[:-1] for row in rows}
-    prompts = [encode_prompt(by_input[row["input"]], job.eval.template, tokenizer) for row in shown]
-    ids = generate(
-        job.model,
-        params,
-        prompts,
-        max_new_tokens=NEW_TOKENS,
-        eos_ids=stop_ids(job.eval.template, tokenizer),
-        pad_id=tokenizer.pad_id or 0,
-    )
-    return [tokenizer.decode(new).strip() for new in ids]
 
 
 def _merge_and_compare(job: Job, result: Result, params: Params) -> dict[str, Any]:
@@ -218,7 +182,7 @@ def _introduction(job: Job, counts: dict[str, int]) -> str:
 
 
 def _in_words(sample: dict[str, str]) -> str:
-    header = next((x for x in sample["input"].split("\n") if "def " in x), sample["input"])
+    header = next((x for x in sample["prompt"].split("\n") if "def " in x), sample["prompt"])
     return (
         f"\n{header.strip()}\n"
         f"  before:   {' '.join(sample['before'].split()) or '(nothing)'}\n"
@@ -227,20 +191,7 @@ def _in_words(sample: dict[str, str]) -> str:
     )
 
 
-def _write_summary(
-    directory: Path,
-    job: Job,
-    counts: dict[str, int],
-    fair: dict[str, float],
-    merge: dict[str, Any],
-    samples: list[dict[str, str]],
-) -> None:
-    described = {
-        "trainable parameters": f"{counts['trainable']:,}",
-        "frozen parameters": f"{counts['frozen']:,} in {counts['frozen_bytes']:,} bytes",
-        "training rows": f"{job.train.report.rows:,}",
-        "held-out rows": f"{job.eval.report.rows:,}",
-    }
-    summary = {"counts": described, "fair": fair, "merge": merge, "samples": samples}
+def _write_summary(directory: Path, fair: dict[str, float], merge: dict[str, Any]) -> None:
     with atomic_file(directory / "summary.json") as temporary:
-        temporary.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        summary = json.dumps({"fair": fair, "merge": merge}, indent=2)
+        temporary.write_text(f"{summary}\n", encoding="utf-8")

@@ -23,7 +23,13 @@ def write_config(directory: Path, base_dir: Path, rows_file: Path) -> Path:
         "quant": {"format": "nf4"},
         "lora": {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"},
         "data": {"train": str(rows_file), "eval_share": 0.2, "max_length": 64},
-        "train": {"steps": 2, "batch_size": 2, "learning_rate": 1e-2, "tensorboard": False},
+        "train": {
+            "steps": 2,
+            "batch_size": 2,
+            "learning_rate": 1e-2,
+            "tensorboard": False,
+            "samples": 0,
+        },
         "output": str(directory / "run"),
     }
     path.write_text(yaml.safe_dump(config))

@@ -22,7 +22,8 @@ CONFIG = """
 model: {path: bundled, remat: everything}
 lora: {r: 8, lora_alpha: 16, target_modules: all-linear}
 data: {train: stdlib, eval: stdlib-heldout, eval_rows: 60, template: plain, max_length: 128}
-train: {steps: 30, batch_size: 4, learning_rate: 1e-3, loss_chunk: 128, tensorboard: false}
+train: {steps: 30, batch_size: 4, learning_rate: 1e-3, loss_chunk: 128, tensorboard: false,
+        samples: 0}
 output: NOWHERE
 """
 VARIANTS: dict[str, list[str]] = {

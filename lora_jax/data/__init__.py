@@ -20,6 +20,7 @@ from ._show import show_data as show_data
 from ._show import show_data_rich as show_data_rich
 from ._show import show_example as show_example
 from ._show import show_report as show_report
+from ._show import trained_spans as trained_spans
 from ._stdlib import docstring_rows as docstring_rows
 from ._stdlib import is_held_out as is_held_out
 from ._stdlib import natural_prompt as natural_prompt

@@ -116,6 +116,8 @@ class TrainSection:
     """Checkpoints that stay on disk."""
     patience: int | None = None
     """Stop after so many measurements without a better held-out loss, and keep the best."""
+    samples: int = 3
+    """Held-out prompts that are answered before and after, to be read in the report; 0 is none."""
     tensorboard: bool = True
     loss_chunk: int = 1024
     """Tokens whose logits exist at one time."""
@@ -133,6 +135,8 @@ class TrainSection:
         ):
             if getattr(self, name) < 1:
                 raise InputError(f"train.{name}: must be at least 1, got {getattr(self, name)}")
+        if self.samples < 0:
+            raise InputError(f"train.samples: must be at least 0, got {self.samples}")
         for name in ("steps", "eval_every", "save_every", "patience"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise InputError(f"train.{name}: must be at least 1, got {getattr(self, name)}")

@@ -13,33 +13,23 @@ import jax.numpy as jnp
 import numpy as np
 
 from .._errors import InputError
-from .._files import atomic_directory
 from .._interrupt import Stopped, StopRequest, stop_signals
 from .._tree import combine
-from ..adapters import save_adapter, write_notes
 from ..data import BatchIterator, eval_batches
-from ..lora import without_start
-from ..models import save_pretrained
+from ._about import write_end, write_start
 from ._checkpoint import Checkpoints
 from ._config import RunConfig
 from ._evaluate import Evaluation, evaluate, make_eval_step
-from ._hosts import (
-    agreed_stop,
-    check_shared,
-    is_first,
-    largest,
-    once,
-    several_hosts,
-    whole,
-)
+from ._hosts import agreed_stop, check_shared, is_first, largest, several_hosts
 from ._job import Job, prepare
 from ._metrics import Listener, MetricsLog, notice, peak_memory
 from ._optimizer import learning_rate
 from ._program import make_program
 from ._rundir import Resume, open_directory, resume_command
+from ._samples import answer_after, answer_before
+from ._save import save_result
 from ._start import training_batches
 from ._step import LOWEST_SCALE
-from ._tokens import stopping_config
 from ._watch import alone
 
 
@@ -86,7 +76,7 @@ def train(config: RunConfig, *, resume: Resume = False, listener: Listener | Non
 
     Returns:
         The result; on disk `adapter/` in PEFT's format (or `model/`, in full training),
-        `config.yaml`, `metrics.jsonl`, `checkpoints/`.
+        `config.yaml`, `metrics.jsonl`, `run.json`, `samples.json`, `checkpoints/`.
 
     Raises:
         InputError: for anything wrong with the config or its files; if the loss stops being
@@ -101,7 +91,7 @@ def train(config: RunConfig, *, resume: Resume = False, listener: Listener | Non
         ...     result = train(RunConfig(
         ...         data=DataSection(train="stdlib", train_rows=20, eval_share=0.2, max_length=256),
         ...         lora=LoraConfig(r=4, target_modules="all-linear"),
-        ...         train=TrainSection(steps=2, batch_size=2, tensorboard=False),
+        ...         train=TrainSection(steps=2, batch_size=2, tensorboard=False, samples=0),
         ...         output=f"{directory}/run",
         ...     ))
         >>> result.steps
@@ -183,7 +173,9 @@ class _Loop:
 
     def run(self, asked: StopRequest) -> Result:
         at = int(self.state.step)
+        write_start(self.job, self.directory, at, self.batches.batches_per_epoch)
         if self.progress.before is None:
+            answer_before(self.job, combine(self.job.base, self.state.trainable), self.directory)
             self.progress.before = self._look(0)
         self.started = time.perf_counter()
         while at < self.steps and not self.progress.stopped:
@@ -320,6 +312,8 @@ class _Loop:
         progress = self.progress
         trainable: dict[str, Any] = self.state.trainable if self.best is None else self.best
         save_result(self.job, self.directory, trainable)
+        answer_after(self.job, combine(self.job.base, trainable), self.directory)
+        write_end(self.directory, at, early=progress.stopped)
         after = progress.best or progress.last
         assert progress.before is not None and after is not None
         return Result(self.directory, at, progress.before, after, trainable, progress.stopped)
@@ -340,47 +334,6 @@ def _diverged(metrics: dict[str, Any]) -> bool:
     """Not finite, and no matter of the loss scale: that is found by overflowing now and then."""
     scaled_down = float(metrics["loss_scale"]) <= LOWEST_SCALE
     return not (np.isfinite(metrics["loss"]) and (metrics["finite"] or not scaled_down))
-
-
-def save_result(job: Job, directory: Path, trainable: dict[str, Any]) -> None:
-    """Write what a job has trained: `adapter/` in PEFT's format, or `model/`."""
-    trainable = whole(trainable)
-    if job.config.train.method == "lora":
-        job = dataclasses.replace(job, trainable=whole(job.trainable))
-        once(lambda: _save_adapter(job, directory, trainable))
-    else:
-        once(lambda: _save_model(job, directory, trainable))
-
-
-def _save_adapter(job: Job, directory: Path, adapter: dict[str, Any]) -> None:
-    lora = job.lora
-    if lora.init_lora_weights == "loftq":
-        # Over the base as `quant` gives it, which the first iteration leaves as it is.
-        lora = lora.with_usual_start()
-    elif lora.moves_base:
-        adapter, lora = without_start(adapter, job.trainable, lora)
-    with atomic_directory(directory / "adapter") as temporary:
-        save_adapter(
-            temporary,
-            adapter,
-            lora,
-            layouts=job.layouts,
-            base_model=job.config.model.path,
-        )
-        tokenizer = job.pretrained.tokenizer
-        write_notes(temporary, template=job.train.template, add_tokens=tokenizer.added)
-        if tokenizer.added:  # Another base would need them to know which texts the rows are of.
-            tokenizer.save(temporary)
-
-
-def _save_model(job: Job, directory: Path, params: dict[str, Any]) -> None:
-    save_pretrained(
-        directory / "model",
-        params,
-        stopping_config(job.pretrained, job.train.template),
-        dtype=str(jax.tree.leaves(params)[0].dtype),
-        tokenizer=job.pretrained.tokenizer,
-    )
 
 
 @contextlib.contextmanager

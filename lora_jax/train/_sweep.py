@@ -18,8 +18,8 @@ from .._files import atomic_directory, atomic_file
 from .._interrupt import stop_signals
 from ._config import RunConfig, TrainSection, config_text, load_config
 from ._job import Job, prepare, prepare_abstract, prepare_beside
-from ._loop import save_result
 from ._rundir import CONFIG_FILE, free_directory, with_output
+from ._save import save_result
 from ._schema import to_plain
 from ._together import Outcome, train_together
 

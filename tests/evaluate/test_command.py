@@ -20,7 +20,13 @@ def run(base_dir: Path, rows_file: Path, tmp_path_factory) -> Path:
         "quant": {"format": "nf4"},
         "lora": {"r": 4, "target_modules": ["q_proj", "v_proj"]},
         "data": {"train": str(rows_file), "max_length": 64, "eval_share": 0.2},
-        "train": {"steps": 2, "batch_size": 4, "learning_rate": 1e-2, "tensorboard": False},
+        "train": {
+            "steps": 2,
+            "batch_size": 4,
+            "learning_rate": 1e-2,
+            "tensorboard": False,
+            "samples": 0,
+        },
         "output": str(directory / "run"),
     }
     (directory / "run.yaml").write_text(yaml.safe_dump(config))

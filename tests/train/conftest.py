@@ -30,7 +30,7 @@ def make_config(base_dir: Path, rows_file: Path, tmp_path: Path) -> Callable[...
                 **{"train": str(rows_file), "max_length": 48, "eval_share": 0.2, **(data or {})}
             ),
             lora=LoraConfig(**{"r": 4, "target_modules": "all-linear", **(lora or {})}),
-            train=TrainSection(**{**plain, "tensorboard": False, **(train or {})}),
+            train=TrainSection(**{**plain, "tensorboard": False, "samples": 0, **(train or {})}),
             output=str(tmp_path / "run"),
         )
         return dataclasses.replace(config, **top)

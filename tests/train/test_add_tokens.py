@@ -10,7 +10,7 @@ from lora_jax._speaker import Speaker
 from lora_jax.adapters import adapter_notes
 from lora_jax.models import load_pretrained, load_without_weights
 from lora_jax.train import prepare, prepare_abstract, run
-from lora_jax.train._loop import save_result
+from lora_jax.train._save import save_result
 
 TOKENS = ["<tool>", "</tool>"]
 MARKS = ["<|im_start|>", "<|im_end|>"]

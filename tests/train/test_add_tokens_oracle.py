@@ -14,7 +14,7 @@ transformers = pytest.importorskip("transformers")
 from lora_jax import combine  # noqa: E402
 from lora_jax.models import load_pretrained, save_pretrained  # noqa: E402
 from lora_jax.train import prepare  # noqa: E402
-from lora_jax.train._loop import save_result  # noqa: E402
+from lora_jax.train._save import save_result  # noqa: E402
 
 pytestmark = pytest.mark.oracle
 FEW = ["<tool>", "</tool>"]

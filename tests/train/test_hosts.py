@@ -48,6 +48,7 @@ def config(base_dir, rows_file, tmp_path_factory) -> RunConfig:
             save_every=100,
             heartbeat=5,
             tensorboard=False,
+            samples=0,
         ),
         output=str(tmp_path_factory.mktemp("hosts") / "run"),
     )

@@ -59,7 +59,7 @@ def directory(base_dir, rows_file, tmp_path_factory):
         "lora": {"r": 4, "target_modules": "all-linear"},
         "data": {"train": str(rows_file), "max_length": 48, "eval_share": 0.2},
         "train": {"batch_size": 4, "steps": 3, "learning_rate": 1e-3, "tensorboard": False,
-                  "loss_chunk": 64, "warmup": 0.0},
+                  "samples": 0, "loss_chunk": 64, "warmup": 0.0},
         "output": str(directory / "run"),
     }  # fmt: skip
     (directory / "run.yaml").write_text(yaml.safe_dump(config))
