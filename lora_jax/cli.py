@@ -165,7 +165,7 @@ def _finish(result: Any) -> None:
 
 
 def _report(directory: Path) -> None:
-    from .report import draw_loss, write_report
+    from .report import write_report
     from .train import several_hosts
 
     # Several end together, so one of them does not stop by itself.
@@ -175,7 +175,6 @@ def _report(directory: Path) -> None:
         else stops_at_once(f"{directory}: this run is finished, but for its report")
     )
     with unless:
-        draw_loss(directory)
         write_report(directory)
 
 

@@ -6,9 +6,8 @@ at hand.
 
 from ..lora import TargetReport as TargetReport
 from ..lora import target_report as target_report
+from ._advice import advice as advice
 from ._call import CallablePackage as CallablePackage
-from ._figures import draw_loss as draw_loss
-from ._markdown import write_report as write_report
 from ._plots import plot_losses as plot_losses
 from ._plots import plot_matrices as plot_matrices
 from ._plots import plot_rank_loss as plot_rank_loss
@@ -18,6 +17,12 @@ from ._quant_plots import plot_block_sizes as plot_block_sizes
 from ._quant_plots import plot_codebook as plot_codebook
 from ._quant_plots import plot_quantization_error as plot_quantization_error
 from ._records import read_records as read_records
+from ._report import write_report as write_report
+from ._run import Run as Run
+from ._run import read_run as read_run
+from ._spectra import plot_spectra as plot_spectra
+from ._spectra import spectra_table as spectra_table
+from ._spectra import spectra_words as spectra_words
 from ._sweep import draw_sweep as draw_sweep
 from ._sweep import read_sweep as read_sweep
 from ._sweep import sweep_table as sweep_table

@@ -1,26 +1,112 @@
 """Pictures of a run."""
 
-from pathlib import Path
+from collections.abc import Sequence
+from typing import Any
 
-from .._drawing import save_figure
-from ._plots import plot_losses
-from ._records import read_records, series
+import numpy as np
+
+from .._drawing import BLUE, GREY, VERMILION
+from ._plots import FEW, new_figure
+from ._run import Run
+
+_WINDOWS = 20
+"""A line is smoothed over a twentieth of its points."""
 
 
-def draw_loss(directory: str | Path) -> Path:
-    """Draw training and held-out loss over the steps into the run's `loss.png`.
+def smoothing_span(count: int) -> int:
+    """Over how many records a loss is smoothed: 1 for a few, which show by themselves."""
+    return max(count // _WINDOWS, 1) if count > 2 * FEW else 1
+
+
+def smoothed(values: Sequence[float], span: int) -> np.ndarray:
+    """The exponential mean of the values so far, without the bias towards its beginning.
+
+        mean_i = Σ_j d^(i-j)·value_j / Σ_j d^(i-j),  j ≤ i,  d = 1 - 2/(span + 1)
+
+    Example:
+        >>> smoothed([1.0, 1.0, 4.0], 3).round(3).tolist()  # weights 1, 2, 4
+        [1.0, 1.0, 2.714]
+    """
+    decay, total, weight, means = 1 - 2 / (span + 1), 0.0, 0.0, []
+    for value in values:
+        total, weight = decay * total + value, decay * weight + 1
+        means.append(total / weight)
+    return np.asarray(means)
+
+
+def plot_run_loss(run: Run) -> Any:
+    """Training loss, raw and smoothed, and held-out loss over the steps."""
+    figure = new_figure(7, 3.8)
+    axes = figure.subplots()
+    steps, losses = run.line("loss")
+    span = smoothing_span(len(losses))
+    if span > 1:
+        axes.plot(steps, losses, color=BLUE, alpha=0.3, linewidth=0.8, label="training")
+        label = "training, smoothed"
+        axes.plot(steps, smoothed(losses, span), color=BLUE, linewidth=2, label=label)
+    elif steps:
+        marker = "o" if len(steps) <= FEW else None
+        axes.plot(steps, losses, color=BLUE, marker=marker, markersize=4, label="training")
+    at, held_out = run.line("eval_loss")
+    marker = "s" if len(at) <= FEW else None
+    axes.plot(at, held_out, color=VERMILION, marker=marker, markersize=5, label="held out")
+    if run.keeps_best and run.best is not None:
+        best = run.best
+        axes.plot(best["step"], best["eval_loss"], "o", color=VERMILION, fillstyle="none",
+                  markersize=12, label="kept")  # fmt: skip
+    for number, step in enumerate(run.resumed_at):
+        label = None if number else "went on from here"
+        axes.axvline(step, color=GREY, linestyle=":", linewidth=1, label=label)
+    axes.set(xlabel="step", ylabel="loss (nats per trained token)")
+    axes.legend(frameon=False)
+    return figure
+
+
+def plot_progress(run: Run) -> Any:
+    """Learning rate, gradient norm, tokens per second and memory over the steps."""
+    figure = new_figure(7, 4.6)
+    axes = figure.subplots(2, 2, sharex=True)
+    lines = {
+        "learning rate": ("learning_rate", 1),
+        "gradient norm": ("grad_norm", 1),
+        "tokens/s": ("tokens_per_second", 1),
+        "peak memory (GB)": ("peak_memory_bytes", 1e-9),
+    }
+    for own, (label, (key, unit)) in zip(axes.flat, lines.items(), strict=True):
+        steps, values = run.line(key)
+        marker = "o" if len(steps) <= FEW else None
+        own.plot(steps, unit * np.asarray(values), color=BLUE, marker=marker, markersize=3,
+                 linewidth=1.2)  # fmt: skip
+        own.set(ylabel=label, ylim=(0, None))
+    for own in axes[1]:
+        own.set_xlabel("step")
+    axes[0, 0].ticklabel_format(axis="y", style="sci", scilimits=(-2, 3), useMathText=True)
+    clip = run.config["train"].get("clip_norm")
+    norms = run.line("grad_norm")[1]
+    if clip is not None and norms:
+        axes[0, 1].axhline(clip, color="black", linestyle="--", linewidth=1)
+        if min(norms) > 0 and max(norms) > 30 * min(norms):
+            axes[0, 1].set(yscale="log", ylim=(None, None))
+    return figure
+
+
+def plot_lengths(lengths: Sequence[Sequence[int]]) -> Any:
+    """How many sequences have up to so many tokens.
 
     Args:
-        directory: A run's directory; its `metrics.jsonl` is read.
-
-    Returns:
-        The picture's path.
-
-    Raises:
-        InputError: if there are no metrics, or the picture cannot be written.
+        lengths: (upper bound, count), by length.
     """
-    records, path = read_records(directory), Path(directory) / "loss.png"
-    lines = {"training": series(records, "loss"), "held out": series(records, "eval_loss")}
-    figure = plot_losses(lines, title=Path(directory).name)
-    save_figure(figure, figure.axes, path)
-    return path
+    figure = new_figure(7, 2.6)
+    axes = figure.subplots()
+    bounds = [1 << n for n in range(_power(lengths[0][0]), _power(lengths[-1][0]) + 1)]
+    counts = [dict(map(tuple, lengths)).get(bound, 0) for bound in bounds]
+    bars = axes.bar(range(len(bounds)), counts, 0.8, color=BLUE)
+    axes.bar_label(bars, [f"{count:,}" for count in counts], fontsize=8)
+    names = [f"{max(bound // 2 + 1, 1):,}–{bound:,}" for bound in bounds]
+    axes.set_xticks(range(len(bounds)), names, rotation=30 if len(bounds) > 7 else 0)
+    axes.set(xlabel="tokens in a sequence", ylabel="sequences")
+    return figure
+
+
+def _power(bound: int) -> int:
+    return bound.bit_length() - 1

@@ -1,0 +1,250 @@
+"""What a run's numbers suggest to change: each line with the number seen and the setting."""
+
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+from ._blocks import percent
+from ._run import Run
+from ._spectra import needed_rank
+
+TURNED = 0.01
+"""Held-out loss above its lowest that counts as overfitting: the rows of two looks are the same, so
+what is left of chance is far below a hundredth."""
+UNCHANGED = 1e-3
+"""Change of the held-out loss that nobody would notice: 0.3 % of perplexity at a loss of 3."""
+NO_DELTA = 1e-4
+"""Norm of a delta over its kernel's below which it does nothing: bfloat16 resolves 4e-3."""
+SPIKE = 0.5
+"""Training loss above the median of those around it. Means over `log_every` steps of usual batches
+differ by a tenth or two."""
+AROUND = 3
+"""Records before and after one that it is compared with."""
+STEEP_NORM = 10.0
+"""Largest gradient norm over the median: without spikes the two are within a factor of a few."""
+CLIPPED = 3.0
+"""Median gradient norm over `clip_norm`: around 1 clipping is usual and harmless under Adam, but a
+gradient cut to a third at nearly every step hides how large the steps want to be."""
+DIVERGED = 0.1
+"""Training loss at the end above its lowest tenth: falling losses do not end so."""
+STILL_FALLING = 0.15
+"""Share of the whole fall that comes in the last quarter: a quarter on a straight line, near
+nothing on one that has flattened."""
+NOTABLE = 0.03
+"""Of the loss: a fall in the last quarter that would be worth more steps."""
+UNUSED_RANK = 4
+"""Times the rank is larger than what keeps 99 %: half would be a matter of taste."""
+MOSTLY_PADDING = 0.4
+"""Of a batch. Packed rows leave a few per cent, so beyond this time is given away."""
+MOSTLY_MASKED = 0.95
+"""Of the tokens. Short answers to long prompts are usual, one trained token in twenty is not."""
+LOST_ROWS = 0.02
+"""Of the rows, truncated or dropped: a few long ones among thousands do not matter."""
+ENOUGH = 8
+"""Records below which a line has no shape to judge."""
+
+
+def advice(run: Run) -> list[str]:
+    """What stands out in a run, a line each; nothing of a healthy one.
+
+    Args:
+        run: From `read_run`.
+    """
+    return [line for rule in _RULES for line in [rule(run)] if line is not None]
+
+
+def _overfitting(run: Run) -> str | None:
+    """The held-out loss has turned up, and the best weights were not kept."""
+    best, looks = run.best, run.looks
+    if best is None or run.keeps_best or len(looks) < 2:
+        return None
+    lowest, last = min(looks[0], best, key=_held_out), looks[-1]
+    rise = last["eval_loss"] - lowest["eval_loss"]
+    if rise <= TURNED * lowest["eval_loss"]:
+        return None
+    less = " lora.lora_dropout: 0.1, a smaller lora.r," if _is_lora(run) else ""
+    many = run.config["train"].get("eval_every")
+    looking = "train.patience: 3" if many else "train.eval_every and train.patience: 3"
+    fewer = f" or train.steps: {lowest['step']}" if lowest["step"] else " or a lower learning rate"
+    return (
+        f"overfitting: the held-out loss rose from {lowest['eval_loss']:.3f} at step"
+        f" {lowest['step']} to {last['eval_loss']:.3f} at step {last['step']} (+{rise:.3f}); set"
+        f" {looking},{less}{fewer}"
+    )
+
+
+def _too_fast(run: Run) -> str | None:
+    """Spikes and steep gradients: steps that are too large."""
+    steps, losses = run.line("loss")
+    norms = run.line("grad_norm")[1]
+    if len(losses) < ENOUGH:
+        return None
+    seen = _spike(steps, losses) or _divergence(losses) or _steep(run, norms)
+    if seen is None:
+        return None
+    rate = run.config["train"]["learning_rate"]
+    return f"learning rate: {seen}; set train.learning_rate: {_round(rate / 3)} (now {rate:g})"
+
+
+def _spike(steps: list[int], losses: list[float]) -> str | None:
+    """The worst jump of a loss over those around it."""
+    jumps = [
+        (loss / statistics.median(around), steps[i], loss)
+        for i, loss in enumerate(losses)
+        if i and (around := losses[max(i - AROUND, 0) : i] + losses[i + 1 : i + 1 + AROUND])
+    ]
+    factor, step, loss = max(jumps)
+    return f"the training loss jumped to {loss:.3f} at step {step}" if factor > 1 + SPIKE else None
+
+
+def _divergence(losses: list[float]) -> str | None:
+    tenth = max(len(losses) // 10, 1)
+    means = [statistics.fmean(losses[i : i + tenth]) for i in range(len(losses) - tenth + 1)]
+    if means[-1] <= (1 + DIVERGED) * min(means):
+        return None
+    return f"the training loss rose from {min(means):.3f} to {means[-1]:.3f}"
+
+
+def _steep(run: Run, norms: list[float]) -> str | None:
+    if len(norms) < ENOUGH:
+        return None
+    middle, most = statistics.median(norms), max(norms)
+    clip = run.config["train"].get("clip_norm")
+    if middle and most > STEEP_NORM * middle:
+        return f"the gradient's norm went up to {most:.3g}, {most / middle:.0f} times its median"
+    if clip and middle > CLIPPED * clip:
+        share = sum(norm > clip for norm in norms) / len(norms)
+        return f"the gradient's norm was {middle:.3g} at the median, and clipped to {clip:g} in" \
+               f" {percent(share, '.0f')} of the records"  # fmt: skip
+    return None
+
+
+def _does_nothing(run: Run) -> str | None:
+    """Neither the deltas nor the held-out loss have moved."""
+    change = _change(run)
+    if change is None or not _is_lora(run):
+        return None
+    still = bool(run.spectra) and not any(x.norm for x in run.spectra)
+    tiny = bool(run.shares) and max(run.shares.values()) < NO_DELTA
+    if abs(change) > UNCHANGED or not (still or tiny):
+        return None
+    moved = "has not moved" if still else f"is {max(run.shares.values()):.1e} of its kernel at most"
+    rate = run.config["train"]["learning_rate"]
+    return (
+        f"the adapter does nothing: its delta {moved}, the held-out loss changed by"
+        f" {percent(change, '+.2f')}; set train.learning_rate: {_round(10 * rate)} (now {rate:g}), or more train.steps"
+    )
+
+
+def _too_slow(run: Run) -> str | None:
+    """The loss still falls at the end."""
+    losses = run.line("loss")[1]
+    quarter = len(losses) // 4
+    if len(losses) < ENOUGH or _overfitting(run) or run.keeps_best:
+        return None
+    half = max(quarter // 2, 1)
+    first, before, last = (
+        statistics.fmean(part)
+        for part in (losses[:half], losses[-quarter - half : -quarter], losses[-half:])
+    )
+    fall = before - last
+    if first <= last or fall <= max(STILL_FALLING * (first - last), NOTABLE * last):
+        return None
+    train = run.config["train"]
+    length = (
+        f"train.steps: {2 * train['steps']}"
+        if train.get("steps")
+        else f"train.epochs: {2 * train['epochs']:g}"
+    )
+    return (
+        f"still learning: the last quarter brought {percent(fall / (first - last), '.0f')} of the"
+        f" fall of the training loss ({before:.3f} to {last:.3f}); set {length}, or train.learning_rate:"
+        f" {_round(2 * train['learning_rate'])} (now {train['learning_rate']:g})"
+    )
+
+
+def _unused_rank(run: Run) -> str | None:
+    needed = needed_rank(run.spectra)
+    given = max((x.rank for x in run.spectra), default=0)
+    if needed is None or given < UNUSED_RANK * needed:
+        return None
+    return (
+        f"rank: {needed} directions hold 99 % of nine deltas in ten, of {given}; set lora.r:"
+        f" {needed}, with lora.lora_alpha in proportion"
+    )
+
+
+def _padding(run: Run) -> str | None:
+    share, data = run.padding, run.config["data"]
+    if share is None or share < MOSTLY_PADDING:
+        return None
+    longest = run.data["lengths"][-1][0]
+    if not data.get("packing", True):
+        change = "data.packing: true"
+    elif longest < data["max_length"]:
+        change = f"data.max_length: {longest}"
+    else:
+        change = "a smaller train.batch_size, or give more rows"
+    return f"padding: {percent(share, '.0f')} of the batches is padding; set {change}"
+
+
+def _masked(run: Run) -> str | None:
+    share = run.masked
+    if share is None or share < MOSTLY_MASKED:
+        return None
+    trained, tokens = run.data["trained_tokens"], run.data["tokens"]
+    return (
+        f"masked: {trained:,} of {tokens:,} tokens are trained on ({percent(1 - share)}); set"
+        f" data.train_on: all (now {run.config['data']['train_on']}), or shorten the prompts"
+    )
+
+
+def _lost_rows(run: Run) -> str | None:
+    if not run.data:
+        return None
+    rows, cut, dropped = run.data["rows"], run.data["truncated"], run.data["dropped"]
+    lost = sum(dropped.values())
+    if cut + lost <= LOST_ROWS * rows:
+        return None
+    why = f" ({', '.join(f'{n:,}: {reason}' for reason, n in dropped.items())})" if lost else ""
+    long = cut > 0 or any("max_length" in reason for reason in dropped)
+    change = "a longer data.max_length" if long else "data.train_on, or mend these rows"
+    return f"rows: {cut:,} truncated and {lost:,} dropped{why} of {rows:,}; set {change}"
+
+
+def _change(run: Run) -> float | None:
+    """Of the held-out loss, relative to that before."""
+    if run.kept is None or len(run.looks) < 2:
+        return None
+    return run.kept["eval_loss"] / run.looks[0]["eval_loss"] - 1
+
+
+def _held_out(look: dict[str, Any]) -> float:
+    return look["eval_loss"]
+
+
+def _is_lora(run: Run) -> bool:
+    return run.config["train"]["method"] == "lora"
+
+
+def _round(value: float) -> str:
+    """One digit, as people write learning rates.
+
+    Example:
+        >>> _round(3e-3 / 3), _round(2e-4 / 3)
+        ('1e-3', '7e-5')
+    """
+    digit, _, power = f"{value:.0e}".partition("e")
+    return f"{digit}e{int(power)}"
+
+
+_RULES: tuple[Callable[[Run], str | None], ...] = (
+    _overfitting,
+    _too_fast,
+    _does_nothing,
+    _too_slow,
+    _unused_rank,
+    _padding,
+    _masked,
+    _lost_rows,
+)
