@@ -8,6 +8,7 @@ from ..lora import TargetReport as TargetReport
 from ..lora import target_report as target_report
 from ._advice import advice as advice
 from ._call import CallablePackage as CallablePackage
+from ._compare import compare_runs as compare_runs
 from ._plots import plot_losses as plot_losses
 from ._plots import plot_matrices as plot_matrices
 from ._plots import plot_rank_loss as plot_rank_loss

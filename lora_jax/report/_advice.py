@@ -132,7 +132,8 @@ def _does_nothing(run: Run) -> str | None:
     rate = run.config["train"]["learning_rate"]
     return (
         f"the adapter does nothing: its delta {moved}, the held-out loss changed by"
-        f" {percent(change, '+.2f')}; set train.learning_rate: {_round(10 * rate)} (now {rate:g}), or more train.steps"
+        f" {percent(change, '+.2f')}; set train.learning_rate: {_round(10 * rate)} (now {rate:g}),"
+        " or more train.steps"
     )
 
 
@@ -158,8 +159,9 @@ def _too_slow(run: Run) -> str | None:
     )
     return (
         f"still learning: the last quarter brought {percent(fall / (first - last), '.0f')} of the"
-        f" fall of the training loss ({before:.3f} to {last:.3f}); set {length}, or train.learning_rate:"
-        f" {_round(2 * train['learning_rate'])} (now {train['learning_rate']:g})"
+        f" fall of the training loss ({before:.3f} to {last:.3f}); set {length}, or"
+        f" train.learning_rate: {_round(2 * train['learning_rate'])}"
+        f" (now {train['learning_rate']:g})"
     )
 
 
