@@ -18,13 +18,17 @@ NO_DELTA = 1e-4
 SPIKE = 0.5
 """Training loss above the median of those around it. Means over `log_every` steps of usual batches
 differ by a tenth or two."""
+SCATTER = 8.0
+"""The same over how far records usually lie from those around: of records of single steps far."""
+RARE = 0.03
+"""Of the records: a few jumps in a long run come of strange rows, and are made good."""
 AROUND = 3
 """Records before and after one that it is compared with."""
 STEEP_NORM = 10.0
 """Largest gradient norm over the median: without spikes the two are within a factor of a few."""
-CLIPPED = 3.0
+CLIPPED = 5.0
 """Median gradient norm over `clip_norm`: around 1 clipping is usual and harmless under Adam, but a
-gradient cut to a third at nearly every step hides how large the steps want to be."""
+gradient cut to a fifth at nearly every step hides how large the steps want to be."""
 DIVERGED = 0.1
 """Training loss at the end above its lowest tenth: falling losses do not end so."""
 STILL_FALLING = 0.15
@@ -87,14 +91,25 @@ def _too_fast(run: Run) -> str | None:
 
 
 def _spike(steps: list[int], losses: list[float]) -> str | None:
-    """The worst jump of a loss over those around it."""
-    jumps = [
-        (loss / statistics.median(around), steps[i], loss)
-        for i, loss in enumerate(losses)
-        if i and (around := losses[max(i - AROUND, 0) : i] + losses[i + 1 : i + 1 + AROUND])
+    """The worst jump of a loss over those before and over those behind it."""
+    middle = range(1, len(losses) - 1)
+    around = [
+        max(
+            statistics.median(own)
+            for own in (losses[max(i - AROUND, 0) : i], losses[i + 1 :][:AROUND])
+        )
+        for i in middle
     ]
-    factor, step, loss = max(jumps)
-    return f"the training loss jumped to {loss:.3f} at step {step}" if factor > 1 + SPIKE else None
+    jumps = [losses[i] - level for i, level in zip(middle, around, strict=True)]
+    usual = SCATTER * statistics.median(map(abs, jumps))
+    high = [n for n, jump in enumerate(jumps) if jump > max(SPIKE * around[n], usual)]
+    if len(high) <= RARE * len(losses):
+        return None
+    worst = max(high, key=jumps.__getitem__)
+    return (
+        f"the training loss jumped, from {around[worst]:.3f} to {losses[worst + 1]:.3f} at step"
+        f" {steps[worst + 1]}" + (f" and {len(high) - 1} times more" if len(high) > 1 else "")
+    )
 
 
 def _divergence(losses: list[float]) -> str | None:

@@ -7,7 +7,7 @@ from typing import Any
 from .._drawing import APART
 from .._errors import InputError
 from ._blocks import Block, Lines, Page, Picture, Section, Table, percent
-from ._figures import smoothed, smoothing_span
+from ._figures import smoothed, smoothing_width
 from ._markdown import table
 from ._plots import FEW, new_figure
 from ._report import write_page
@@ -74,7 +74,7 @@ def plot_runs(runs: Sequence[Run]) -> Any:
     for i, (name, run) in enumerate(zip(_names(runs), runs, strict=True)):
         style = {"color": APART[i % len(APART)], "linestyle": ("-", "--", ":")[i // len(APART) % 3]}
         steps, losses = run.line("loss")
-        training.plot(steps, smoothed(losses, smoothing_span(len(losses))), label=name, **style)
+        training.plot(steps, smoothed(losses, smoothing_width(len(losses))), label=name, **style)
         at, losses = run.line("eval_loss")
         marker = "o" if len(at) <= FEW else None
         held_out.plot(at, losses, marker=marker, markersize=4, **style)

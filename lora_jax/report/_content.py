@@ -19,7 +19,7 @@ from ._blocks import (
     Text,
     percent,
 )
-from ._figures import plot_lengths, plot_progress, plot_run_loss, smoothing_span
+from ._figures import plot_lengths, plot_progress, plot_run_loss, smoothing_width
 from ._run import Run
 from ._spectra import plot_spectra, spectra_by_kind, spectra_table, spectra_words
 
@@ -82,10 +82,11 @@ def _words(run: Run) -> list[str]:
 def _loss(run: Run) -> list[Block]:
     if not (run.steps or run.looks):
         return []
-    span, every = smoothing_span(len(run.steps)), run.config["train"].get("log_every", 1)
-    caption = f"A point of the training loss is the mean of up to {every} steps."
-    if span > 1:
-        caption += f" Smoothed: the exponential mean over {span} points, without its first bias."
+    width, every = smoothing_width(len(run.steps)), run.config["train"].get("log_every", 1)
+    of = "one step" if every == 1 else f"the mean of up to {every} steps"
+    caption = f"A point of the training loss is {of}."
+    if width:
+        caption += f" Smoothed: the mean around it, weighted by a Gaussian of σ = {width} points."
     alt = f"Training and held-out loss over the steps: {_in_words(run)}"
     return [Picture(plot_run_loss(run), "loss.png", alt, caption)]
 
@@ -110,8 +111,9 @@ def _trained(run: Run) -> Table:
         whole = counts["trainable"] + counts["frozen"]
         share = counts["trainable"] / whole
         rows.append(("trainable", f"{counts['trainable']:,} parameters ({percent(share, '.2f')})"))
-        size = counts["frozen_bytes"] / 1e6
-        rows.append(("frozen", f"{counts['frozen']:,} parameters in {size:,.1f} MB"))
+        if counts["frozen"]:
+            size = counts["frozen_bytes"] / 1e6
+            rows.append(("frozen", f"{counts['frozen']:,} parameters in {size:,.1f} MB"))
     batch = f"{train['batch_size']}" + (
         f" × {train['accumulate']}" if train.get("accumulate", 1) > 1 else ""
     )

@@ -9,29 +9,33 @@ from .._drawing import BLUE, GREY, VERMILION
 from ._plots import FEW, new_figure
 from ._run import Run
 
-_WINDOWS = 20
-"""A line is smoothed over a twentieth of its points."""
+_PARTS = 40
+"""A line is smoothed over a fortieth of its points to either side."""
 
 
-def smoothing_span(count: int) -> int:
-    """Over how many records a loss is smoothed: 1 for a few, which show by themselves."""
-    return max(count // _WINDOWS, 1) if count > 2 * FEW else 1
+def smoothing_width(count: int) -> int:
+    """How many records wide a loss is smoothed: 0 for a few, which show by themselves."""
+    return count // _PARTS if count > 2 * FEW else 0
 
 
-def smoothed(values: Sequence[float], span: int) -> np.ndarray:
-    """The exponential mean of the values so far, without the bias towards its beginning.
+def smoothed(values: Sequence[float], width: int) -> np.ndarray:
+    """The mean of the values around each, weighted by a Gaussian bell.
 
-        mean_i = Σ_j d^(i-j)·value_j / Σ_j d^(i-j),  j ≤ i,  d = 1 - 2/(span + 1)
+        mean_i = Σ_j w_(i-j)·value_j / Σ_j w_(i-j),  w_k = exp(-k²/2·width²)
+
+    Unlike a mean of the past it does not lag behind.
 
     Example:
-        >>> smoothed([1.0, 1.0, 4.0], 3).round(3).tolist()  # weights 1, 2, 4
-        [1.0, 1.0, 2.714]
+        >>> smoothed([1.0, 1.0, 4.0, 4.0], 1).round(2).tolist()
+        [1.23, 1.93, 3.07, 3.77]
     """
-    decay, total, weight, means = 1 - 2 / (span + 1), 0.0, 0.0, []
-    for value in values:
-        total, weight = decay * total + value, decay * weight + 1
-        means.append(total / weight)
-    return np.asarray(means)
+    if width == 0:
+        return np.asarray(values)
+    reach = np.arange(-4 * width, 4 * width + 1)
+    bell = np.exp(-0.5 * (reach / width) ** 2)
+    inside = slice(4 * width, 4 * width + len(values))
+    total, weight = (np.convolve(x, bell)[inside] for x in (values, np.ones(len(values))))
+    return total / weight
 
 
 def plot_run_loss(run: Run) -> Any:
@@ -39,11 +43,11 @@ def plot_run_loss(run: Run) -> Any:
     figure = new_figure(7, 3.8)
     axes = figure.subplots()
     steps, losses = run.line("loss")
-    span = smoothing_span(len(losses))
-    if span > 1:
+    width = smoothing_width(len(losses))
+    if width:
         axes.plot(steps, losses, color=BLUE, alpha=0.3, linewidth=0.8, label="training")
         label = "training, smoothed"
-        axes.plot(steps, smoothed(losses, span), color=BLUE, linewidth=2, label=label)
+        axes.plot(steps, smoothed(losses, width), color=BLUE, linewidth=2, label=label)
     elif steps:
         marker = "o" if len(steps) <= FEW else None
         axes.plot(steps, losses, color=BLUE, marker=marker, markersize=4, label="training")
@@ -77,16 +81,17 @@ def plot_progress(run: Run) -> Any:
         marker = "o" if len(steps) <= FEW else None
         own.plot(steps, unit * np.asarray(values), color=BLUE, marker=marker, markersize=3,
                  linewidth=1.2)  # fmt: skip
-        own.set(ylabel=label, ylim=(0, None))
+        own.set_ylabel(label)
+        if key == "grad_norm" and values and 0 < 30 * min(values) < max(values):
+            own.set_yscale("log")
+        else:
+            own.set_ylim(0, None)
     for own in axes[1]:
         own.set_xlabel("step")
     axes[0, 0].ticklabel_format(axis="y", style="sci", scilimits=(-2, 3), useMathText=True)
     clip = run.config["train"].get("clip_norm")
-    norms = run.line("grad_norm")[1]
-    if clip is not None and norms:
+    if clip is not None:
         axes[0, 1].axhline(clip, color="black", linestyle="--", linewidth=1)
-        if min(norms) > 0 and max(norms) > 30 * min(norms):
-            axes[0, 1].set(yscale="log", ylim=(None, None))
     return figure
 
 
