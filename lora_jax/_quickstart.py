@@ -83,8 +83,9 @@ def quickstart(config: RunConfig, say: Say, listener: Any = None) -> Path:
         " largest."
     )
     _write_summary(result.directory, fair, merge)
-    write_report(result.directory)
-    for sample in read_run(result.directory).samples:
+    found = read_run(result.directory)
+    write_report(found)
+    for sample in found.samples:
         say(_in_words(sample))
     return result.directory
 

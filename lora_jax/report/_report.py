@@ -8,26 +8,22 @@ from ._blocks import Page
 from ._content import run_page
 from ._html import html
 from ._markdown import markdown
-from ._run import read_run
+from ._run import Run
 
 
-def write_report(directory: str | Path) -> Path:
+def write_report(run: Run) -> Path:
     """Write `report.md` with its pictures, and `report.html`, which holds its own.
 
-    Only the run's files are read: `config.yaml` and `metrics.jsonl`, and of `run.json`,
-    `samples.json`, `summary.json` and `adapter/` what is there.
-
     Args:
-        directory: A run's directory.
+        run: From `read_run`.
 
     Returns:
-        The path of `report.md`.
+        The path of `report.md`, in the run's directory.
 
     Raises:
-        InputError: if the run's files are missing or broken, or the report cannot be written.
+        InputError: if the report cannot be written.
     """
-    directory = Path(directory)
-    return write_page(run_page(read_run(directory)), directory, "report")
+    return write_page(run_page(run), run.directory, "report")
 
 
 def write_page(page: Page, directory: Path, name: str) -> Path:
