@@ -86,7 +86,12 @@ def _report(options: argparse.Namespace, overrides: list[str]) -> None:
 
 def _compare_arguments(p: Parser) -> None:
     p.add_argument("runs", nargs="+", metavar="RUN", help="runs' directories, two or more")
-    p.add_argument("--output", default=".", metavar="DIR", help="where to write (default here)")
+    p.add_argument(
+        "--output",
+        default="runs/compare",
+        metavar="DIR",
+        help="where to write (default %(default)s)",
+    )
 
 
 def _compare(options: argparse.Namespace, overrides: list[str]) -> None:

@@ -24,13 +24,16 @@ RARE = 0.03
 """Of the records: a few jumps in a long run come of strange rows, and are made good."""
 AROUND = 3
 """Records before and after one that it is compared with."""
-STEEP_NORM = 10.0
-"""Largest gradient norm over the median: without spikes the two are within a factor of a few."""
+STEEP_NORM = 9.0
+"""Gradient norm above the median of those around it: ten of them, where usual batches differ by a
+factor of two or three."""
 CLIPPED = 5.0
 """Median gradient norm over `clip_norm`: around 1 clipping is usual and harmless under Adam, but a
 gradient cut to a fifth at nearly every step hides how large the steps want to be."""
 DIVERGED = 0.1
-"""Training loss at the end above its lowest tenth: falling losses do not end so."""
+"""Training loss of the last quarter above the lowest of as many steps."""
+GIVEN_BACK = 0.2
+"""The same as a share of the fall before: near the end of a long fall, a tenth is noise."""
 STILL_FALLING = 0.15
 """Share of the whole fall that comes in the last quarter: a quarter on a straight line, near
 nothing on one that has flattened."""
@@ -90,32 +93,38 @@ def _too_fast(run: Run) -> str | None:
     return f"learning rate: {seen}; set train.learning_rate: {_round(rate / 3)} (now {rate:g})"
 
 
-def _spike(steps: list[int], losses: list[float]) -> str | None:
-    """The worst jump of a loss over those before and over those behind it."""
-    middle = range(1, len(losses) - 1)
-    around = [
-        max(
-            statistics.median(own)
-            for own in (losses[max(i - AROUND, 0) : i], losses[i + 1 :][:AROUND])
-        )
-        for i in middle
+def _jumps(values: list[float], least: float) -> list[tuple[float, int, float]]:
+    """Where values jump by this share over those before and those behind: (jump, place, level).
+
+    Empty where they are few among many, or no more than how the values scatter.
+    """
+    levels = [
+        max(map(statistics.median, (values[max(i - AROUND, 0) : i], values[i + 1 :][:AROUND])))
+        for i in range(1, len(values) - 1)
     ]
-    jumps = [losses[i] - level for i, level in zip(middle, around, strict=True)]
-    usual = SCATTER * statistics.median(map(abs, jumps))
-    high = [n for n, jump in enumerate(jumps) if jump > max(SPIKE * around[n], usual)]
-    if len(high) <= RARE * len(losses):
+    found = [(values[i] - level, i, level) for i, level in enumerate(levels, 1)]
+    usual = SCATTER * statistics.median(abs(jump) for jump, _, _ in found)
+    high = [own for own in found if own[0] > max(least * own[2], usual)]
+    return high if len(high) > RARE * len(values) else []
+
+
+def _spike(steps: list[int], losses: list[float]) -> str | None:
+    jumps = _jumps(losses, SPIKE)
+    if not jumps:
         return None
-    worst = max(high, key=jumps.__getitem__)
+    jump, place, level = max(jumps)
+    more = f" and {len(jumps) - 1} times more" if len(jumps) > 1 else ""
     return (
-        f"the training loss jumped, from {around[worst]:.3f} to {losses[worst + 1]:.3f} at step"
-        f" {steps[worst + 1]}" + (f" and {len(high) - 1} times more" if len(high) > 1 else "")
+        f"the training loss jumped from {level:.3f} to {level + jump:.3f} at step"
+        f" {steps[place]}{more}"
     )
 
 
 def _divergence(losses: list[float]) -> str | None:
-    tenth = max(len(losses) // 10, 1)
-    means = [statistics.fmean(losses[i : i + tenth]) for i in range(len(losses) - tenth + 1)]
-    if means[-1] <= (1 + DIVERGED) * min(means):
+    quarter = len(losses) // 4
+    means = [statistics.fmean(losses[i:][:quarter]) for i in range(len(losses) - quarter + 1)]
+    rise, fall = means[-1] - min(means), losses[0] - min(means)
+    if rise <= max(DIVERGED * min(means), GIVEN_BACK * fall):
         return None
     return f"the training loss rose from {min(means):.3f} to {means[-1]:.3f}"
 
@@ -123,10 +132,10 @@ def _divergence(losses: list[float]) -> str | None:
 def _steep(run: Run, norms: list[float]) -> str | None:
     if len(norms) < ENOUGH:
         return None
-    middle, most = statistics.median(norms), max(norms)
-    clip = run.config["train"].get("clip_norm")
-    if middle and most > STEEP_NORM * middle:
-        return f"the gradient's norm went up to {most:.3g}, {most / middle:.0f} times its median"
+    middle, clip = statistics.median(norms), run.config["train"].get("clip_norm")
+    if jumps := _jumps(norms, STEEP_NORM):
+        jump, _, level = max(jumps)
+        return f"the gradient's norm jumped from {level:.3g} to {level + jump:.3g}"
     if clip and middle > CLIPPED * clip:
         share = sum(norm > clip for norm in norms) / len(norms)
         return f"the gradient's norm was {middle:.3g} at the median, and clipped to {clip:g} in" \

@@ -8,10 +8,10 @@ from .._errors import InputError
 
 
 def read_records(directory: str | Path) -> list[dict[str, Any]]:
-    """The records of a run, in order.
+    """The records of a run, in order; a last line that was cut off is left out.
 
     Raises:
-        InputError: if there is no such file, or a line is not JSON.
+        InputError: if there is no such file, or another line is not JSON.
     """
     path = Path(directory) / "metrics.jsonl"
     records = []
@@ -23,6 +23,8 @@ def read_records(directory: str | Path) -> list[dict[str, Any]]:
         try:
             records.append(json.loads(line))
         except ValueError:
+            if number == len(lines):
+                break
             raise InputError(f"{path}:{number}: not JSON") from None
     return records
 
