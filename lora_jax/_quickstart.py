@@ -182,7 +182,7 @@ def _introduction(job: Job, counts: dict[str, int]) -> str:
     )
 
 
-def _in_words(sample: dict[str, str]) -> str:
+def _in_words(sample: dict[str, Any]) -> str:
     header = next((x for x in sample["prompt"].split("\n") if "def " in x), sample["prompt"])
     return (
         f"\n{header.strip()}\n"

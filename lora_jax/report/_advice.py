@@ -72,7 +72,11 @@ def _overfitting(run: Run) -> str | None:
     less = " lora.lora_dropout: 0.1, a smaller lora.r," if _is_lora(run) else ""
     many = run.config["train"].get("eval_every")
     looking = "train.patience: 3" if many else "train.eval_every and train.patience: 3"
-    fewer = f" or train.steps: {lowest['step']}" if lowest["step"] else " or a lower learning rate"
+    fewer = (
+        f" or train.steps: {lowest['step']}"
+        if lowest["step"]
+        else " or a lower train.learning_rate"
+    )
     return (
         f"overfitting: the held-out loss rose from {lowest['eval_loss']:.3f} at step"
         f" {lowest['step']} to {last['eval_loss']:.3f} at step {last['step']} (+{rise:.3f}); set"
@@ -98,12 +102,13 @@ def _jumps(values: list[float], least: float) -> list[tuple[float, int, float]]:
 
     Empty where they are few among many, or no more than how the values scatter.
     """
-    levels = [
-        max(map(statistics.median, (values[max(i - AROUND, 0) : i], values[i + 1 :][:AROUND])))
-        for i in range(1, len(values) - 1)
-    ]
-    found = [(values[i] - level, i, level) for i, level in enumerate(levels, 1)]
-    usual = SCATTER * statistics.median(abs(jump) for jump, _, _ in found)
+    found, scatter = [], []
+    for i in range(1, len(values) - 1):
+        before, behind = values[max(i - AROUND, 0) : i], values[i + 1 :][:AROUND]
+        levels = statistics.median(before), statistics.median(behind)
+        found.append((values[i] - max(levels), i, max(levels)))
+        scatter.append(abs(values[i] - statistics.fmean(levels)))
+    usual = SCATTER * statistics.median(scatter)
     high = [own for own in found if own[0] > max(least * own[2], usual)]
     return high if len(high) > RARE * len(values) else []
 
@@ -165,7 +170,8 @@ def _too_slow(run: Run) -> str | None:
     """The loss still falls at the end."""
     losses = run.line("loss")[1]
     quarter = len(losses) // 4
-    if len(losses) < ENOUGH or _overfitting(run) or run.keeps_best:
+    early = run.about.get("ended", {}).get("early")
+    if len(losses) < ENOUGH or early or _overfitting(run) or _too_fast(run):
         return None
     half = max(quarter // 2, 1)
     first, before, last = (

@@ -106,3 +106,16 @@ def percent(share: float, form: str = ".1f") -> str:
         ('5.1 %', '-20 %')
     """
     return f"{100 * share:{form}} %"
+
+
+_CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"} | {127: 0x2421}
+
+
+def visible(text: str) -> str:
+    """A text whose control characters are pictures of them: a page must not hold such.
+
+    Example:
+        >>> visible("a\\x1b[1m\\n")
+        'a␛[1m\\n'
+    """
+    return text.translate(_CONTROLS)

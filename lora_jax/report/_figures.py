@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from .._drawing import BLUE, GREY, VERMILION
-from ._plots import FEW, new_figure
+from ._plots import FEW, Numbers, new_figure
 from ._run import Run
 
 _PARTS = 40
@@ -18,7 +18,7 @@ def smoothing_width(count: int) -> int:
     return count // _PARTS if count > 2 * FEW else 0
 
 
-def smoothed(values: Sequence[float], width: int) -> np.ndarray:
+def smoothed(values: Numbers, width: int) -> np.ndarray:
     """The mean of the values around each, weighted by a Gaussian bell.
 
         mean_i = Σ_j w_(i-j)·value_j / Σ_j w_(i-j),  w_k = exp(-k²/2·width²)
@@ -27,7 +27,7 @@ def smoothed(values: Sequence[float], width: int) -> np.ndarray:
 
     Example:
         >>> smoothed([1.0, 1.0, 4.0, 4.0], 1).round(2).tolist()
-        [1.23, 1.93, 3.07, 3.77]
+        [1.25, 1.95, 3.05, 3.75]
     """
     if width == 0:
         return np.asarray(values)

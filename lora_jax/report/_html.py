@@ -1,14 +1,14 @@
 """A page as one HTML file that needs nothing beside it."""
 
+import html as entities
 import io
 import re
-from html import escape
 from importlib.resources import files
 
-from ._blocks import Block, Code, Folded, Lines, Marked, Page, Picture, Table, Text
+from ._blocks import Block, Code, Folded, Lines, Marked, Page, Picture, Table, Text, visible
 
 
-def html(page: Page) -> str:
+def page_html(page: Page) -> str:
     """The page as HTML: its style and its pictures are inside, and nothing is fetched or run."""
     style = (files(__package__ or "") / "page.css").read_text("utf-8")
     sections = (
@@ -98,3 +98,8 @@ def svg(picture: Picture) -> str:
     drawn = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{stem}-", drawn)
     label = f'<svg role="img" aria-label="{escape(picture.alt)}" fill="currentColor"'
     return drawn.replace("<svg", label, 1).strip()
+
+
+def escape(text: str) -> str:
+    """A text as the text of an element or an attribute."""
+    return entities.escape(visible(text))

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 
-from ._blocks import Block, Code, Folded, Lines, Marked, Page, Picture, Table, Text
+from ._blocks import Block, Code, Folded, Lines, Marked, Page, Picture, Table, Text, visible
 
 _MARKS = re.compile(r"([\\`*<>\[\]|]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9]))")
 
@@ -21,9 +21,9 @@ def escaped(text: str) -> str:
 
     Example:
         >>> print(escaped("a *b*\\n<script> snake_case __init__"))
-        a \\*b\\* \\<script\\> snake_case \\__init_\\_
+        a \\*b\\* \\<script\\> snake_case \\_\\_init\\_\\_
     """
-    return _MARKS.sub(r"\\\1", " ".join(text.split()))
+    return _MARKS.sub(r"\\\1", " ".join(visible(text).split()))
 
 
 def table(given: Table) -> str:
@@ -72,4 +72,4 @@ def _fenced(text: str) -> str:
     """A code block that its own text does not end."""
     longest = max(map(len, re.findall(r"`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
-    return f"{fence}text\n{text.rstrip()}\n{fence}"
+    return f"{fence}text\n{visible(text).rstrip()}\n{fence}"

@@ -6,7 +6,7 @@ from .._drawing import save_figure
 from .._files import atomic_file
 from ._blocks import Page
 from ._content import run_page
-from ._html import html
+from ._html import page_html
 from ._markdown import markdown
 from ._run import Run
 
@@ -31,7 +31,7 @@ def write_page(page: Page, directory: Path, name: str) -> Path:
     for picture in page.pictures:
         save_figure(picture.figure, picture.figure.axes, directory / picture.name)
     path = directory / f"{name}.md"
-    for own, text in ((path, markdown(page)), (path.with_suffix(".html"), html(page))):
+    for own, text in ((path, markdown(page)), (path.with_suffix(".html"), page_html(page))):
         with atomic_file(own) as temporary:
             temporary.write_text(text, encoding="utf-8")
     return path

@@ -28,7 +28,7 @@ class Run:
     """`metrics.jsonl`."""
     about: dict[str, Any]
     """`run.json`: rows, counts, norms of the base's kernels, and every start."""
-    samples: list[dict[str, str]]
+    samples: list[Record]
     """`samples.json`: held-out prompts, answered before and after."""
     no_samples: str | None
     """Why there are none, if the run says so."""
@@ -141,7 +141,7 @@ def read_run(directory: str | Path) -> Run:
     )
 
 
-def _older(summary: dict[str, Any]) -> list[dict[str, str]]:
+def _older(summary: dict[str, Any]) -> list[Record]:
     """Samples where a quickstart once kept them."""
     return [{"prompt": sample["input"], **sample} for sample in summary.get("samples", [])]
 
