@@ -70,7 +70,7 @@ def test_train_leaves_what_it_promises_and_its_config_repeats_it(capsys, trained
     assert [r["step"] for r in losses if "eval_loss" in r] == [0, 2]
     assert (again / "loss.png").read_bytes().startswith(b"\x89PNG")
     report = (again / "report.md").read_text()
-    assert "| held-out loss |" in report and "nf4" in report
+    assert "| held-out loss" in report and "nf4" in report
     assert "held-out loss" in capsys.readouterr().out
     name = "adapter/adapter_model.safetensors"
     assert (again / name).read_bytes() == (trained / name).read_bytes()

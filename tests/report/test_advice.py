@@ -147,6 +147,7 @@ def begins(run, word):
     return [line for line in advice(read_run(run)) if line.startswith(word)]
 
 
+@pytest.mark.slow
 def test_rows_without_a_rule_are_learned_by_heart(tiny, tmp_path):
     words, draw = ["one", "two", "three", "four", "five"], np.random.default_rng(0)
     rows = [{"prompt": f"{i}", "completion": " ".join(draw.choice(words, 4))} for i in range(24)]

@@ -75,7 +75,7 @@ def main(directory: Path, names: list[str]) -> None:
     for name in names:
         if name in RUNS:
             mesh, words = RUNS[name]
-            output = ["--output", str(directory / name)]
+            output = ["--output", str(directory / name), "--train.samples", "1"]
             train(load_config(directory / "run.yaml", [*mesh, *words, *output]))
     print(json.dumps({"devices": jax.device_count(), **made}))
 

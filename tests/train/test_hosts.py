@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import os
 import signal
 import socket
@@ -142,8 +143,11 @@ def test_preempted_and_resumed_they_come_to_what_one_process_comes_to(
     assert f"{run}: going on from step" in whole.said()[0][0] and whole.said()[1] == []
     names = sorted(path.name for path in run.iterdir())
     assert names == [
-        *("adapter", "checkpoints", "config.yaml", "loss.png", "metrics.jsonl", "report.md")
+        *("adapter", "checkpoints", "config.yaml", "deltas.png", "lengths.png", "loss.png"),
+        *("metrics.jsonl", "progress.png", "report.html", "report.md", "run.json"),
     ]
+    about = json.loads((run / "run.json").read_text())
+    assert [start["machine"]["processes"] for start in about["starts"]] == [2, 2]
     assert [path for path in run.parent.iterdir() if path != run] == []
 
     alone = train(dataclasses.replace(config, output=str(tmp_path / "alone")))

@@ -19,7 +19,8 @@ from lora_jax import QuantConfig
 from lora_jax._errors import InputError
 from lora_jax._names import is_kernel
 from lora_jax._tree import leaves_with_path
-from lora_jax.models import ModelConfig, abstract_params
+from lora_jax.adapters import delta_spectra
+from lora_jax.models import ModelConfig, abstract_params, weight_norms
 from lora_jax.models._config_json import config_from_hf
 from lora_jax.quant import QuantizedTensor
 from lora_jax.train import MeshSection, TrainState, load_config, prepare_abstract, train
@@ -154,6 +155,17 @@ def test_a_device_does_the_same_however_many_there_are(on_eight):
 
 def test_eight_devices_train_to_what_one_does(directory, on_eight):
     compare_with_one(directory, "data_fsdp_tensor")
+
+
+def test_eight_devices_tell_the_same_norms_and_why_nobody_was_asked(directory, on_eight):
+    run = directory / "data_fsdp_tensor"
+    samples = json.loads((run / "samples.json").read_text())
+    assert not samples["samples"] and "several devices" in samples["left_out"]
+    modules = [x.module for x in delta_spectra(run / "adapter")]
+    dense = weight_norms(load_config(run / "config.yaml").model.path, modules)
+    norms = json.loads((run / "run.json").read_text())["base_norms"]
+    # In four bits, so near those of the file.
+    np.testing.assert_allclose([norms[m] for m in modules], [dense[m] for m in modules], rtol=0.02)
 
 
 @pytest.mark.slow

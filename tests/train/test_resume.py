@@ -87,7 +87,7 @@ def test_resumes_between_the_last_checkpoint_and_the_adapter(
         raise Dies
 
     with monkeypatch.context() as patch, pytest.raises(Dies):
-        patch.setattr("lora_jax.train._loop._save_adapter", die)
+        patch.setattr("lora_jax.train._save._save_adapter", die)
         run(job)
     result = run(job, resume=True)
     assert_same_run(result.directory, uninterrupted, records)

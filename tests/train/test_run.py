@@ -46,7 +46,14 @@ def test_leaves_an_adapter_and_its_records(make_job, records, tmp_path):
     seen = []
     result = run(job, listener=seen.append)
     names = sorted(p.name for p in result.directory.iterdir())
-    assert names == ["adapter", "checkpoints", "config.yaml", "metrics.jsonl", "tensorboard"]
+    assert names == [
+        "adapter",
+        "checkpoints",
+        "config.yaml",
+        "metrics.jsonl",
+        "run.json",
+        "tensorboard",
+    ]
     assert load_config(result.directory / "config.yaml") == job.config
     # What is written, what a listener sees, and the result say the same.
     written = records(result.directory)
@@ -275,7 +282,7 @@ def test_full_disk_at_the_adapter(make_job, message_of, monkeypatch):
     assert message_of(run, job).endswith("cannot write: No space left on device")
     directory = Path(job.config.output)
     names = sorted(p.name for p in directory.iterdir())
-    assert names == ["checkpoints", "config.yaml", "metrics.jsonl"]
+    assert names == ["checkpoints", "config.yaml", "metrics.jsonl", "run.json"]
     monkeypatch.undo()
     assert run(job, resume=True).steps == 2
     assert (directory / "adapter" / "adapter_model.safetensors").exists()
