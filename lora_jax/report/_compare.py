@@ -43,8 +43,8 @@ def compare_runs(directories: Sequence[str | Path], output: str | Path) -> tuple
 
 def compare_page(runs: Sequence[Run]) -> Page:
     """What differs in the runs, and what came of it."""
-    notes: list[Block] = [Lines(notes)] if (notes := _notes(runs)) else []
-    names = _names(runs)
+    names, notes = _names(runs), _notes(runs)
+    told: list[Block] = [Lines(notes)] if notes else []
     kept = ", ".join(
         f"{name} {run.kept['eval_loss']:.3f}"
         for name, run in zip(names, runs, strict=True)
@@ -53,7 +53,7 @@ def compare_page(runs: Sequence[Run]) -> Page:
     alt = f"Training and held-out loss of {len(runs)} runs over the steps; held out: {kept}"
     return Page(
         f"Comparison of {len(runs)} runs",
-        lead=[*notes, _table(runs), Picture(plot_runs(runs), "compare.png", alt)],
+        lead=[*told, _table(runs), Picture(plot_runs(runs), "compare.png", alt)],
         sections=[
             Section(
                 "The runs",

@@ -147,11 +147,33 @@ def _adapter(lora: dict[str, Any], targets: list[str]) -> list[tuple[str, str]]:
 
 
 def _rows(run: Run) -> list[Block]:
-    c = run.config["data"]
     told = run.about.get("data")
     if told is None:
         return []
-    train, held_out = told["train"], told["eval"]
+    train = told["train"]
+    shares = (
+        f"{percent(run.masked or 0)} of the tokens are masked, {percent(run.padding or 0)} of the"
+        f" batches is padding; template {train['template']}, trained on:"
+        f" {run.config['data']['train_on']}."
+    )
+    alt = "Sequences by length: " + ", ".join(
+        f"{count:,} of up to {bound:,} tokens" for bound, count in train["lengths"]
+    )
+    return [
+        _counts(train, told["eval"]),
+        Text(shares),
+        *([Lines(train["notes"])] if train["notes"] else []),
+        Picture(plot_lengths(train["lengths"]), "lengths.png", alt),
+        *(
+            Marked(f"{row['where']}, {row['tokens']:,} tokens, trained on what is marked:",
+                   [(text, mark) for text, mark in row["spans"]])
+            for row in told["rows"]
+        ),
+    ]  # fmt: skip
+
+
+def _counts(train: dict[str, Any], held_out: dict[str, Any]) -> Table:
+    """What became of the rows to train on, and of those to measure on."""
     named = {
         "rows": "rows",
         "sequences": "examples",
@@ -159,29 +181,12 @@ def _rows(run: Run) -> list[Block]:
         "trained tokens": "trained_tokens",
         "truncated rows": "truncated",
     }
-    rows = [(name, f"{train[key]:,}", f"{held_out[key]:,}") for name, key in named.items()]
-    rows.append(("dropped rows", *(f"{sum(x['dropped'].values()):,}" for x in (train, held_out))))
-    why = {**train["dropped"], **held_out["dropped"]}
-    notes = [f"dropped: {reason}" for reason in why]
-    shares = (
-        f"{percent(run.masked)} of the tokens are masked, {percent(run.padding)} of the batches is"
-        f" padding; template {train['template']}, trained on: {c['train_on']}."
-    )
-    alt = "Sequences by length: " + ", ".join(
-        f"{count:,} of up to {bound:,} tokens" for bound, count in train["lengths"]
-    )
-    shown = [
-        Marked(f"{row['where']}, {row['tokens']:,} tokens, trained on what is marked:", spans)
-        for row in told["rows"]
-        for spans in [[(text, mark) for text, mark in row["spans"]]]
-    ]
-    return [
-        Table(("", "training", "held out"), rows),
-        Text(shares),
-        *([Lines([*notes, *train["notes"]])] if notes or train["notes"] else []),
-        Picture(plot_lengths(train["lengths"]), "lengths.png", alt),
-        *shown,
-    ]
+    counts = {name: (train[key], held_out[key]) for name, key in named.items()}
+    for reason in dict.fromkeys([*train["dropped"], *held_out["dropped"]]):
+        lost = (part["dropped"].get(reason, 0) for part in (train, held_out))
+        counts[f"dropped: {reason}"] = tuple(lost)
+    rows = [(name, *(f"{n:,}" for n in numbers)) for name, numbers in counts.items()]
+    return Table(("", "training", "held out"), rows)
 
 
 def _files(source: str | list[str]) -> str:

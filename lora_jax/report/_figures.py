@@ -104,7 +104,8 @@ def plot_lengths(lengths: Sequence[Sequence[int]]) -> Any:
     figure = new_figure(7, 2.6)
     axes = figure.subplots()
     bounds = [1 << n for n in range(_power(lengths[0][0]), _power(lengths[-1][0]) + 1)]
-    counts = [dict(map(tuple, lengths)).get(bound, 0) for bound in bounds]
+    known = {bound: count for bound, count in lengths}
+    counts = [known.get(bound, 0) for bound in bounds]
     bars = axes.bar(range(len(bounds)), counts, 0.8, color=BLUE)
     axes.bar_label(bars, [f"{count:,}" for count in counts], fontsize=8)
     names = [f"{max(bound // 2 + 1, 1):,}–{bound:,}" for bound in bounds]
