@@ -78,14 +78,14 @@ def plot_progress(run: Run) -> Any:
     }
     for own, (label, (key, unit)) in zip(axes.flat, lines.items(), strict=True):
         steps, values = run.line(key)
-        marker = "o" if len(steps) <= FEW else None
-        own.plot(steps, unit * np.asarray(values), color=BLUE, marker=marker, markersize=3,
-                 linewidth=1.2)  # fmt: skip
+        few = len(steps) <= FEW
+        own.plot(steps, unit * np.asarray(values), color=BLUE, marker="o" if few else None,
+                 markersize=3, linewidth=1.2 if few else 0.8)  # fmt: skip
         own.set_ylabel(label)
         if key == "grad_norm" and values and 0 < 30 * min(values) < max(values):
             own.set_yscale("log")
-        else:
-            own.set_ylim(0, None)
+        elif values:
+            own.set_ylim(0, 1.08 * unit * max(values) or None)
     for own in axes[1]:
         own.set_xlabel("step")
     axes[0, 0].ticklabel_format(axis="y", style="sci", scilimits=(-2, 3), useMathText=True)

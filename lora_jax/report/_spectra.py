@@ -100,7 +100,8 @@ def plot_spectra(
     if relative:
         norms.yaxis.set_major_formatter(PercentFormatter(1.0))
         norms.set_ylabel("norm of the delta\n(of the kernel's)")
-    ranks.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for axis in (ranks.xaxis, ranks.yaxis):
+        axis.set_major_locator(MaxNLocator(integer=True))
     figure.legend(*norms.get_legend_handles_labels(), frameon=False, fontsize="small",
                   loc="outside upper center", ncols=4)  # fmt: skip
     return figure
