@@ -41,6 +41,8 @@ NOTABLE = 0.03
 """Of the loss: a fall in the last quarter that would be worth more steps."""
 UNUSED_RANK = 4
 """Times the rank is larger than what keeps 99 %: half would be a matter of taste."""
+FIRST_STEPS = 30
+"""Steps before which a delta, which begins at zero, has had no time to take more directions."""
 MOSTLY_PADDING = 0.4
 """Of a batch. Packed rows leave a few per cent, so beyond this time is given away."""
 MOSTLY_MASKED = 0.95
@@ -198,7 +200,8 @@ def _too_slow(run: Run) -> str | None:
 def _unused_rank(run: Run) -> str | None:
     needed = needed_rank(run.spectra)
     given = max((x.rank for x in run.spectra), default=0)
-    if needed is None or given < UNUSED_RANK * needed:
+    trained = run.steps[-1]["step"] if run.steps else 0
+    if needed is None or given < UNUSED_RANK * needed or trained < FIRST_STEPS:
         return None
     return (
         f"rank: {needed} directions hold 99 % of nine deltas in ten, of {given}; set lora.r:"

@@ -98,49 +98,50 @@ def _in_words(run: Run) -> str:
 
 
 def _trained(run: Run) -> Table:
-    c, train, counts = run.config, run.config["train"], run.about.get("counts")
+    return Table(("", ""), [*_weights(run), *_training(run.config["data"], run.config["train"])])
+
+
+def _weights(run: Run) -> list[tuple[str, str]]:
+    c, counts = run.config, run.about.get("counts")
     rows = [("base", f"{c['model']['path']} ({c['model'].get('dtype', 'float32')})")]
     if c.get("quant"):
         double = ", absmax quantized again" if c["quant"].get("double_quant") else ""
         rows.append(("frozen weights", f"{c['quant']['format']}{double}"))
-    if train["method"] == "lora":
+    if c["train"]["method"] == "lora":
         rows += _adapter(c["lora"], run.about.get("targets", []))
     else:
         rows.append(("trained", "all weights"))
     if counts:
-        whole = counts["trainable"] + counts["frozen"]
-        share = counts["trainable"] / whole
+        share = counts["trainable"] / (counts["trainable"] + counts["frozen"])
         rows.append(("trainable", f"{counts['trainable']:,} parameters ({percent(share, '.2f')})"))
         if counts["frozen"]:
             size = counts["frozen_bytes"] / 1e6
             rows.append(("frozen", f"{counts['frozen']:,} parameters in {size:,.1f} MB"))
-    batch = f"{train['batch_size']}" + (
-        f" × {train['accumulate']}" if train.get("accumulate", 1) > 1 else ""
-    )
+    return rows
+
+
+def _training(data: dict[str, Any], train: dict[str, Any]) -> list[tuple[str, str]]:
     length = f"{train['steps']:,} steps" if train.get("steps") else f"{train['epochs']:g} epochs"
-    data = c["data"]
-    held_out = _files(data["eval"]) if data.get("eval") else "set aside from these"
-    rows += [
+    times = f" × {train['accumulate']}" if train.get("accumulate", 1) > 1 else ""
+    up_to = f" of up to {data['max_length']:,} tokens" if data.get("max_length") else ""
+    rate = f"learning rate {train['learning_rate']:g}, {train['schedule']}"
+    return [
         ("rows", _files(data["train"])),
-        ("held-out rows", held_out),
-        ("length", f"{length} of {batch} rows of up to {data['max_length']:,} tokens"),
-        ("optimizer", f"{train['optimizer']}, learning rate {train['learning_rate']:g},"
-                      f" {train['schedule']}"),
+        ("held-out rows", _files(data["eval"]) if data.get("eval") else "set aside from these"),
+        ("length", f"{length} of {train['batch_size']}{times} rows{up_to}"),
+        ("optimizer", f"{train['optimizer']}, {rate}"),
         ("seed", str(train["seed"])),
-    ]  # fmt: skip
-    return Table(("", ""), rows)
+    ]
 
 
 def _adapter(lora: dict[str, Any], targets: list[str]) -> list[tuple[str, str]]:
-    modules = lora["target_modules"]
+    modules = lora["target_modules"] or lora.get("target_parameters")
     modules = ", ".join(modules) if isinstance(modules, list) else str(modules)
     number = f" ({len(targets)} modules)" if targets else ""
     rows = [("adapter", f"rank {lora['r']}, alpha {lora['lora_alpha']:g}, on {modules}{number}")]
     shown = ("r", "lora_alpha", "target_modules", "task_type")
     usual = {f.name: f.default for f in dataclasses.fields(LoraConfig)}
-    others = {
-        k: v for k, v in lora.items() if k not in shown and v and v != usual.get(k)
-    }  # fmt: skip
+    others = {k: v for k, v in lora.items() if k not in shown and v and v != usual.get(k)}
     if others:
         rows.append(("its other settings", ", ".join(f"{k}: {v}" for k, v in others.items())))
     return rows

@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from .._files import atomic_file
 from .._tree import leaves_with_path
@@ -76,17 +77,19 @@ def kernel_norms(job: Job) -> dict[str, float]:
     """Frobenius norm of every adapted kernel of the base, by its module's dotted name.
 
     Experts are left out, and so is a base that the adapter's start has moved: what the adapter's
-    file adds to is the base before.
+    file adds to is the base before. All processes call this alike; the first alone is told.
     """
     if job.config.lora.moves_base and job.config.train.adapter is None:
         return {}
     leaves = dict(leaves_with_path(job.base))
     targets = [t for t in job.targets if t.experts is None]
     found = whole([_norms(leaves[t.path], t.stacked) for t in targets])
+    if not is_first():  # who alone is given what others hold parts of
+        return {}
     return {
         name.replace("/", "."): float(norm)
         for target, norms in zip(targets, found, strict=True)
-        for name, norm in zip(target.names, jnp.atleast_1d(norms), strict=True)
+        for name, norm in zip(target.names, np.atleast_1d(np.asarray(norms)), strict=True)
     }
 
 

@@ -14,6 +14,7 @@ from ..models import generate
 from ._hosts import is_first
 from ._job import Job
 from ._tokens import stopping_config
+from ._watch import alone
 
 SAMPLES_FILE = "samples.json"
 NEW_TOKENS = 48
@@ -97,5 +98,5 @@ def _answers(job: Job, params: Params, examples: Sequence[Example]) -> list[str]
 def _write(directory: Path, kept: dict[str, Any]) -> None:
     if not is_first():
         return
-    with atomic_file(directory / SAMPLES_FILE) as temporary:
+    with alone(f"writing {SAMPLES_FILE}"), atomic_file(directory / SAMPLES_FILE) as temporary:
         temporary.write_text(json.dumps(kept, ensure_ascii=False) + "\n", encoding="utf-8")

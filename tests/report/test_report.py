@@ -149,7 +149,7 @@ def test_asking_changes_no_bit_of_the_training(resumed, tiny):
 def test_norms_are_those_of_the_base(resumed, base_dir):
     norms = read_run(resumed).about["base_norms"]
     modules = [x.module for x in delta_spectra(resumed / "adapter")]
-    assert list(norms) == modules or sorted(norms) == sorted(modules)
+    assert sorted(norms) == sorted(modules)
     expected = weight_norms(base_dir, modules)
     np.testing.assert_allclose([norms[m] for m in modules], [expected[m] for m in modules], 1e-5)
 
@@ -205,7 +205,8 @@ def test_the_best_weights_are_named(tmp_path, undrawn):
     here = tmp_path / "stopped"
     shutil.copytree(RECORDED, here)
     config = (here / "config.yaml").read_text()
-    (here / "config.yaml").write_text(config.replace("patience: null", "patience: 2"))
+    config = config.replace("patience: null", "patience: 2").replace("length: 256", "length: null")
+    (here / "config.yaml").write_text(config)
     about = json.loads((here / "run.json").read_text())
     about["ended"]["early"] = True
     (here / "run.json").write_text(json.dumps(about))
