@@ -64,7 +64,8 @@ def test_train_leaves_what_it_promises_and_its_config_repeats_it(capsys, trained
     again = tmp_path / "again"
     main(["train", str(trained / "config.yaml"), "--output", str(again)])
     assert {p.name for p in again.iterdir()} >= {
-        "adapter", "metrics.jsonl", "loss.png", "report.md", "config.yaml", "checkpoints",
+        "adapter", "metrics.jsonl", "loss.png", "report.md", "report.html", "run.json",
+        "config.yaml", "checkpoints",
     }  # fmt: skip
     losses = [json.loads(line) for line in (again / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in losses if "eval_loss" in r] == [0, 2]

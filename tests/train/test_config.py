@@ -49,6 +49,7 @@ def test_words_win_over_the_file(load):
         ("trian: {}", "trian: unknown key (did you mean 'train'?)"),
         ("train: {steps: 1.5}", "train.steps: expected a whole number, got 1.5"),
         ("train: {steps: 0}", "train.steps: must be at least 1, got 0"),
+        ("train: {samples: -1}", "train.samples: must be at least 0, got -1"),
         ("train: {learning_rate: 0}", "train.learning_rate: must be a number above 0, got 0"),
         ("train: {learning_rate: .inf}", "train.learning_rate: must be a number above 0, got inf"),
         ("train: {learning_rate: .nan}", "train.learning_rate: must be a number above 0, got nan"),
