@@ -5,8 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
+from .._errors import first_line
 from .._files import atomic_file
 from .._typing import Params
 from ..data import Example
@@ -33,6 +35,10 @@ def answer_before(job: Job, params: Params, directory: Path) -> None:
     why = None if chosen else "no held-out prompt leaves room for an answer"
     if job.mesh is not None:
         chosen, why = [], "a model on several devices is not asked while it is trained"
+    try:
+        answers = _answers(job, params, chosen)
+    except jax.errors.JaxRuntimeError as error:  # full memory, say: the steps may fit all the same
+        chosen, answers, why = [], [], first_line(error)
     tokenizer = job.pretrained.tokenizer
     assert tokenizer is not None
     samples = [
@@ -42,7 +48,7 @@ def answer_before(job: Job, params: Params, directory: Path) -> None:
             "expected": tokenizer.decode(_answer(example)).strip(),
             "before": answer,
         }
-        for example, answer in zip(chosen, _answers(job, params, chosen), strict=True)
+        for example, answer in zip(chosen, answers, strict=True)
     ]
     _write(directory, {"samples": samples, "left_out": why})
 
@@ -53,7 +59,11 @@ def answer_after(job: Job, params: Params, directory: Path) -> None:
     kept = json.loads(path.read_text("utf-8")) if path.exists() else {}
     if not kept.get("samples"):
         return
-    answers = _answers(job, params, _chosen(job))
+    try:
+        answers = _answers(job, params, _chosen(job))
+    except jax.errors.JaxRuntimeError as error:
+        _write(directory, {"samples": [], "left_out": first_line(error)})
+        return
     samples = [
         {**sample, "after": answer} for sample, answer in zip(kept["samples"], answers, strict=True)
     ]

@@ -6,6 +6,7 @@ import re
 import shutil
 from html.parser import HTMLParser
 
+import jax
 import numpy as np
 import pytest
 
@@ -144,6 +145,16 @@ def test_asking_changes_no_bit_of_the_training(resumed, tiny):
     assert not (silent / "samples.json").exists()
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         assert (silent / "adapter" / name).read_bytes() == (resumed / "adapter" / name).read_bytes()
+
+
+def test_a_run_that_fits_without_answers_is_trained_without(tiny, monkeypatch):
+    def full(*given, **options):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory\nat 0x0")
+
+    monkeypatch.setattr("lora_jax.train._samples.generate", full)
+    run = read_run(tiny("full memory", samples=2, steps=2))
+    assert run.finished and not run.samples
+    assert run.no_samples == "RESOURCE_EXHAUSTED: Out of memory"
 
 
 def test_norms_are_those_of_the_base(resumed, base_dir):
