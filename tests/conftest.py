@@ -23,6 +23,8 @@ if version("jax").startswith("0.10."):  # later ones refuse a flag that they no 
 for flag in FLAGS:
     if flag not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
+# Where each operation was written is for profilers to read.
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # bitsandbytes would have a C++ compiler make what it computes once.
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
@@ -35,12 +37,19 @@ jaxtyping.install_import_hook(
     "lora_jax", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
 )
 
+import hypothesis  # noqa: E402
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 from tokenizers import Tokenizer as Backend  # noqa: E402
 from tokenizers import decoders, models, pre_tokenizers, trainers  # noqa: E402
 
 from lora_jax.models import CausalLM, ModelConfig, save_pretrained  # noqa: E402
+
+# Tracing makes objects by the hundred thousand; going through them all takes longer than that.
+gc.set_threshold(100_000, 50, 100)
+# Examples are the same in each run, so that nothing depends on luck; --all looks for new ones.
+hypothesis.settings.register_profile("same", derandomize=True, deadline=None)
+hypothesis.settings.register_profile("new", deadline=None)
 
 CONFIG = ModelConfig(
     vocab_size=320,
@@ -60,6 +69,10 @@ WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine",
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--all", action="store_true", help="run the tests marked slow too")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    hypothesis.settings.load_profile("new" if config.getoption("--all") else "same")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -97,7 +97,7 @@ def test_texts_round_trip_and_stream_whole(kind: str, text: str) -> None:
 
 @pytest.mark.parametrize("kind", list(KINDS)[:3])
 @given(text=st.text())
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 def test_any_text_streams_whole(kind: str, text: str) -> None:
     tokenizer = tokenizer_of(kind)
     ids = tokenizer.encode(text)
@@ -109,7 +109,7 @@ def test_any_text_streams_whole(kind: str, text: str) -> None:
 @pytest.mark.parametrize("special", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
 @given(data=st.data())
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 def test_any_tokens_stream_as_they_decode(kind: str, special: bool, data: st.DataObject) -> None:
     tokenizer = tokenizer_of(kind)
     ids = data.draw(st.lists(st.integers(0, tokenizer.vocab_size - 1), max_size=30))

@@ -20,7 +20,7 @@ trees = st.recursive(
     lambda inner: st.dictionaries(names, st.integers() | inner, min_size=1, max_size=3),
     max_leaves=8,
 )
-few = settings(max_examples=50, deadline=None)
+few = settings(max_examples=50)
 
 
 @few

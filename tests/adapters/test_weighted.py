@@ -87,7 +87,7 @@ def different():
     ]
 
 
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=5)
 @given(weights=st.lists(st.floats(-2, 2, width=32), min_size=3, max_size=3))
 def test_cat_is_the_sum(weights):
     adapter, config = combined(different(), weights, "cat")

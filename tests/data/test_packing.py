@@ -17,7 +17,7 @@ def make_example(length: int, row: int) -> Example:
     return Example(ids, mask, row)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(LENGTHS)
 def test_every_example_has_one_place(lengths: list[int]) -> None:
     plan = pack(lengths, 12)
@@ -27,7 +27,7 @@ def test_every_example_has_one_place(lengths: list[int]) -> None:
     assert sum(2 * sum(lengths[i] for i in row) <= 12 for row in plan) <= 1
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(LENGTHS)
 def test_batch_holds_every_token_once(lengths: list[int]) -> None:
     examples = [make_example(length, row) for row, length in enumerate(lengths)]

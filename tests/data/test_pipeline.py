@@ -70,7 +70,7 @@ def test_the_seed_decides() -> None:
     assert same(first, again) and not same(first, other)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.integers(0, 25), st.integers(0, 25), st.booleans(), st.booleans())
 def test_restoring_continues_with_the_same_batches(
     steps: int, more: int, packing: bool, shuffle: bool

@@ -44,7 +44,7 @@ sequences = st.lists(
 )
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(sequences, st.sampled_from([1, 4]), st.sampled_from([3, 1000]))
 def test_scores_are_those_of_log_softmax(sequences, batch_size, chunk):
     given_ = [([t for t, _ in s], [c for _, c in s]) for s in sequences]

@@ -32,7 +32,7 @@ def make(shape, *, contracting=(0,), stacked=False, dtype=jnp.float32, seed=0, *
     return params, init_adapter(key, params, config, layouts=layouts), layouts
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(
     sizes=st.lists(st.integers(2, 5), min_size=2, max_size=4),
     cut=st.data(),

@@ -67,7 +67,7 @@ def test_eight_bits_take_half_of_sixteen():
     assert kept("int8") / kept("bfloat16") == 0.5 + 4 / (2 * 128)  # a float32 for 128 codes
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(st.floats(-1e4, 1e4, width=32), min_size=4, max_size=4), st.floats(1e-6, 1e6))
 def test_coding_is_within_its_bound(entries, scale):
     x = np.asarray(entries, np.float32) * np.float32(scale)

@@ -177,9 +177,10 @@ def test_sampling_narrowed_to_one_token_is_greedy(model, params):
 jitted_truncate = jax.jit(truncate)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(
-    logits=st.lists(st.floats(-8, 8, width=32), min_size=12, max_size=12),
+    # XLA takes numbers too small for their exponent for zero, so they tie.
+    logits=st.lists(st.floats(-8, 8, width=32, allow_subnormal=False), min_size=12, max_size=12),
     top_k=st.integers(0, 12),
     top_p=st.floats(0.01, 1.0),
 )

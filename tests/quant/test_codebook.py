@@ -11,7 +11,7 @@ from lora_jax.quant import _codebook as codebook
 nibbles = st.lists(st.integers(0, 15), min_size=4, max_size=4)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(nibbles, nibbles)
 def test_unpack_inverts_pack(first, second):
     block = np.array([first, second], np.uint8).reshape(4, 2)
@@ -35,7 +35,7 @@ def test_gather_and_selects_agree(format):
 
 
 @pytest.mark.parametrize("format", codebook.CODEBOOKS)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.lists(st.floats(-1, 1, width=32, allow_subnormal=False), min_size=4, max_size=4))
 def test_nearest_nibble_is_nearest(format, numbers):
     values = np.float32(codebook.CODEBOOKS[format])

@@ -107,7 +107,7 @@ class World:
         assert len(set(map(id, jobs))) == len(jobs)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.lists(st.one_of(submits, others), max_size=60))
 def test_rows_hold_what_is_believed_and_everybody_ends(ops):
     world = World()

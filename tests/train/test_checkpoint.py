@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_jax.train._checkpoint import Checkpoints
@@ -233,7 +233,6 @@ def test_any_flipped_bit_is_found_or_harmless(three):
 NUMPY = {"float32": "uint32", "bfloat16": "uint16", "int8": "uint8", "int32": "uint32"}
 
 
-@settings(deadline=None)
 @given(st.sampled_from(sorted(NUMPY)), st.data())
 def test_any_changed_bit_changes_the_fingerprint(dtype, data):
     bits = np.dtype(NUMPY[dtype])
@@ -249,7 +248,6 @@ def test_any_changed_bit_changes_the_fingerprint(dtype, data):
     assert one != other and one == again
 
 
-@settings(deadline=None)
 @given(st.permutations(range(12)))
 def test_any_other_order_changes_the_fingerprint(order):
     """Numbers that differ in their highest bit alone too: signs."""

@@ -34,7 +34,7 @@ def reference(hidden, head, ids, mask):
     return total, int(mask[:, 1:].sum())
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(seed=st.integers(0, 10_000), chunk=st.sampled_from([1, 5, 24, 4096]))
 def test_equals_numpy(seed, chunk):
     hidden, head, ids, mask = draw(seed)

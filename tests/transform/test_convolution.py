@@ -100,7 +100,7 @@ def layers(draw):
 
 
 @given(layers())
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_any_convolution(case):
     model, shape = case
     params, adapter, layouts, _ = start(model, inputs(*shape), **CONV)
