@@ -10,7 +10,7 @@ from ._command import Command, Parser
 
 def _evaluate_arguments(p: Parser) -> None:
     p.add_argument("run", nargs="?", metavar="RUN", help="a run's directory: on its held-out rows")
-    p.add_argument("--model", metavar="DIR")
+    p.add_argument("--model", metavar="DIR", help="in Hugging Face layout, or bundled")
     p.add_argument("--adapter", metavar="DIR", help="compared with the model alone")
     p.add_argument("--data", metavar="FILE", help="rows, or stdlib-heldout; they are not packed")
     p.add_argument(

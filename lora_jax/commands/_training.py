@@ -37,7 +37,7 @@ def _config_path(name: str) -> Path:
 
 
 def _train_arguments(p: Parser) -> None:
-    p.add_argument("config", metavar="CONFIG.yaml")
+    p.add_argument("config", metavar="CONFIG.yaml", help="the run; configs/ has some to begin with")
     p.add_argument("--output", metavar="DIR", help="where to write; must not hold a run")
     p.add_argument(
         "--resume",
@@ -139,7 +139,7 @@ def _report(directory: Path) -> None:
 
 
 def _sweep_arguments(p: Parser) -> None:
-    p.add_argument("config", metavar="CONFIG.yaml")
+    p.add_argument("config", metavar="CONFIG.yaml", help="what all runs of the grid have in common")
     p.add_argument("--output", metavar="DIR", help="where to write; must be empty")
     p.add_argument(
         "--at-once", type=int, default=8, metavar="N", help="adapters in one step (default 8)"
@@ -167,7 +167,7 @@ def _with_output(options: argparse.Namespace, overrides: list[str]) -> list[str]
 
 
 def _plan_arguments(p: Parser) -> None:
-    p.add_argument("config", metavar="CONFIG.yaml")
+    p.add_argument("config", metavar="CONFIG.yaml", help="the run whose step is compiled")
     p.add_argument(
         "--target",
         default="cpu",
@@ -231,7 +231,7 @@ TRAINING = {
             "./lora train configs/quickstart.yaml --lora.r 8 --output runs/rank8",
             "./lora train runs/rank8/config.yaml --resume",
             "./lora train configs/gsm8k.yaml --resume auto --output runs/gsm8k",
-            "./lora train CONFIG.yaml --distributed --resume auto     (the same on every host)",
+            "./lora train CONFIG.yaml --distributed --resume auto  # on every host",
         ),
         _train_arguments,
         _train,
