@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from ._errors import InputError, nearest
+from ._interrupt import stops_at_once
 from .commands import COMMANDS, SECTIONS, Parser, home, parsers
 
 
@@ -47,7 +48,12 @@ def _run(arguments: list[str]) -> None:
     keys, others = _config_keys(arguments)
     options, rest = parser.parse_known_args(others)
     command, words = COMMANDS[options.name], [*rest, *keys]
-    command.run(options, _overrides(commands[options.name], words, command.sections))
+    keys = _overrides(commands[options.name], words, command.sections)
+    if command.stopped is None:
+        command.run(options, keys)
+        return
+    with stops_at_once(command.stopped, after_sigterm=143):
+        command.run(options, keys)
 
 
 def _config_keys(arguments: list[str]) -> tuple[list[str], list[str]]:

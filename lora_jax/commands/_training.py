@@ -10,6 +10,7 @@ from typing import Any
 
 from .._console import new_console, writer
 from .._interrupt import stops_at_once
+from .._program import PROGRAM
 from ._command import SECTIONS, Command, Parser
 
 
@@ -222,6 +223,7 @@ TRAINING = {
         _quickstart_arguments,
         _quickstart,
         SECTIONS,
+        stopped=f"stopped; {PROGRAM} alone shows what is saved and how to go on",
     ),
     "train": Command(
         "Train the run that a YAML file describes; --section.key VALUE changes any of its keys.",
@@ -236,6 +238,7 @@ TRAINING = {
         _train_arguments,
         _train,
         SECTIONS,
+        stopped=None,
     ),
     "sweep": Command(
         "Train a grid of adapters over one base, several in one step, and keep the best.",

@@ -229,6 +229,7 @@ USING = {
         ),
         _generate_arguments,
         _generate,
+        stopped="stopped",
     ),
     "chat": Command(
         "Talk to a model; /help inside shows what can be done. Lines of a file are answered too.",
@@ -239,6 +240,7 @@ USING = {
         ),
         _chat_arguments,
         _chat,
+        stopped=None,
     ),
     "serve": Command(
         "Answer OpenAI's HTTP interface with a model and adapters, each chosen by its name.",
@@ -251,5 +253,6 @@ USING = {
         _serve_arguments,
         _serve,
         ("model", "quant"),
+        stopped="stopped before anything was answered",
     ),
 }
