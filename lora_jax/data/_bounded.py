@@ -53,7 +53,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
     def wrap_str_format(self, value: Any) -> Any:
         made = super().wrap_str_format(value)
         if made is not None:
-            made.__self__ = value.__self__
+            made.__self__ = value.__self__  # type: ignore[attr-defined]
         return made
 
     def call(self, context: Any, function: Any, /, *args: Any, **kwargs: Any) -> Any:
@@ -84,7 +84,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
 _TURNS, _TEXT = "turns of a loop", "text"
 
 
-def _through(filter: str, node: nodes.Expr) -> nodes.Filter:
+def _through(filter: str, node: Any) -> nodes.Filter:
     return nodes.Filter(node, filter, [], [], None, None, lineno=node.lineno)
 
 
