@@ -1,5 +1,15 @@
-"""`python -m lora_jax` is the command line."""
+"""`python -m lora_jax`, and what an installed package calls `lora`: the command line."""
 
-from .cli import main
+import signal
 
-main()
+# Ctrl-C ends in silence what has hardly begun.
+before = signal.getsignal(signal.SIGINT)
+if before is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+from .cli import main  # noqa: E402
+
+signal.signal(signal.SIGINT, before)
+
+if __name__ == "__main__":
+    main()

@@ -12,7 +12,7 @@ class InputError(ValueError):
     """
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """The beginning of what somebody else's error says, or its type where it says nothing.
 
     Example:

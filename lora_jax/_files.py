@@ -6,7 +6,6 @@ import hashlib
 import os
 import re
 import secrets
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from ._errors import InputError
+from ._interrupt import UNFINISHED, remove
 
 
 @contextlib.contextmanager
@@ -34,7 +34,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
             _flush(temporary)
             os.replace(temporary, path)
         finally:
-            temporary.unlink(missing_ok=True)
+            remove(temporary)
 
 
 @contextlib.contextmanager
@@ -58,7 +58,7 @@ def atomic_directory(path: Path) -> Iterator[Path]:
                     _flush(file)
             os.replace(temporary, path)
         finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+            remove(temporary)
 
 
 @contextlib.contextmanager
@@ -125,7 +125,9 @@ def package_digest() -> str:
 
 
 def _beside(path: Path) -> Path:
-    return path.parent / f".{path.name}.{secrets.token_hex(6)}"
+    temporary = path.parent / f".{path.name}.{secrets.token_hex(6)}"
+    UNFINISHED.add(temporary)
+    return temporary
 
 
 _BESIDE = r"\..+\.[0-9a-f]{12}"

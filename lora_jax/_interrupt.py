@@ -2,13 +2,19 @@
 
 import contextlib
 import os
+import shutil
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 STOPPING = "stopping after this step; Ctrl-C from now on stops at once"
+
+
+UNFINISHED: set[Path] = set()
+"""Files and directories that are half written: they go where a signal ends the process."""
 
 
 class Stopped(SystemExit):
@@ -55,18 +61,44 @@ def stop_signals() -> Iterator[StopRequest]:
 
 
 @contextlib.contextmanager
-def stops_at_once(message: str) -> Iterator[None]:
-    """Where nothing has to be put in order, SIGINT or SIGTERM ends the process with this line."""
+def stops_at_once(message: str, *, after_sigterm: int = 0) -> Iterator[None]:
+    """Where no step has to be ended, SIGINT or SIGTERM ends the process with this line.
+
+    Files that are half written go.
+
+    Args:
+        message: What is kept, and how to go on.
+        after_sigterm: The exit code then: 0 where the same command goes on.
+    """
 
     def handle(number: int, frame: Any) -> None:
-        with contextlib.suppress(RuntimeError):
+        # An exception would be lost where it meets a callback, of the garbage collector say, and
+        # crash the process within the import of a library that is not made for it.
+        for path in tuple(UNFINISHED):
+            remove(path)
+        with contextlib.suppress(RuntimeError, OSError):
+            _leave_bar()
             sys.stdout.flush()
         os.write(2, f"{message}\n".encode())
-        # An exception would be lost where it meets a callback, of the garbage collector say.
-        os._exit(_code(number))
+        os._exit(after_sigterm if number == signal.SIGTERM else 128 + number)
 
     with _handled(handle):
         yield
+
+
+def remove(path: Path) -> None:
+    """Remove what is unfinished, or was; what became whole is no longer there."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+    UNFINISHED.discard(path)
+
+
+def _leave_bar() -> None:
+    """Clear the line of a bar that moves, and show the cursor that it hid."""
+    if sys.stdout.isatty() and os.environ.get("TERM") != "dumb":
+        sys.stdout.write("\r\x1b[K\x1b[?25h")
 
 
 def _code(number: int) -> int:

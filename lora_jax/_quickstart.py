@@ -13,6 +13,7 @@ import numpy as np
 
 from ._errors import InputError
 from ._files import atomic_directory, atomic_file
+from ._program import PROGRAM
 from ._tree import combine
 from ._typing import Array, Params
 from .data import (
@@ -54,10 +55,10 @@ def quickstart(config: RunConfig, say: Say, listener: Any = None) -> Path:
     if (config.data.train, config.data.eval) != ("stdlib", "stdlib-heldout"):
         raise InputError(
             "quickstart: compares with the docstrings of the standard library, so data.train must"
-            " be stdlib and data.eval stdlib-heldout; use ./lora train for other rows"
+            f" be stdlib and data.eval stdlib-heldout; use {PROGRAM} train for other rows"
         )
     if config.train.method != "lora":
-        raise InputError("quickstart: shows an adapter; use ./lora train for train.method full")
+        raise InputError(f"quickstart: shows an adapter; use {PROGRAM} train for train.method full")
     config = with_output(config, next_directory(config.output))
     job = prepare(config)
     counts = job.counts()

@@ -12,6 +12,7 @@ from typing import Any, SupportsInt
 from ._errors import InputError
 from ._tokenizer_files import (
     copy_file,
+    library_refuses,
     open_tokenizer,
     read_json,
     read_templates,
@@ -111,7 +112,7 @@ class Tokenizer:
             stop_ids=tuple(sorted(stops)),
             chat_template=templates.get("default"),
             tool_template=templates.get("tool_use"),
-            add_bos=_adds_bos(backend, config, ids["bos_token"]),
+            add_bos=_adds_bos(backend, config, ids["bos_token"], path),
             files=tokenizer_files(path),
             first_space=first_space,
         )
@@ -298,13 +299,14 @@ def _id_list(value: Any) -> list[int]:
     return [v for v in values if isinstance(v, int)]
 
 
-def _adds_bos(backend: Any, config: Mapping[str, Any], bos_id: int | None) -> bool:
+def _adds_bos(backend: Any, config: Mapping[str, Any], bos_id: int | None, path: Path) -> bool:
     """What the config says, or else what the post-processor does."""
     if bos_id is None:
         return False
     if isinstance(config.get("add_bos_token"), bool):
         return config["add_bos_token"]
-    return backend.encode("a", add_special_tokens=True).ids[:1] == [bos_id]
+    with library_refuses(f"{path}: the tokenizer cannot cut a text"):
+        return backend.encode("a", add_special_tokens=True).ids[:1] == [bos_id]
 
 
 def _parts(component: Any) -> list[dict[str, Any]]:

@@ -1,12 +1,13 @@
 """The files in which Hugging Face directories keep a tokenizer, in all their spellings."""
 
+import contextlib
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ._errors import InputError
+from ._errors import InputError, first_line
 from ._sentencepiece import read_sentencepiece, to_backend
 
 _FILES = (
@@ -107,8 +108,20 @@ def open_tokenizer(directory: Path, config: Mapping[str, Any]) -> Opened:
         return Opened(_from_json(file), named)
     read = _from_sentencepiece if file.name == "tokenizer.model" else _from_vocabulary
     opened = read(file, config, named)
-    _add_tokens(opened.backend, directory, config, opened.special)
+    with library_refuses(f"{directory}: its added tokens are none"):
+        _add_tokens(opened.backend, directory, config, opened.special)
     return opened
+
+
+@contextlib.contextmanager
+def library_refuses(what: str) -> Iterator[None]:
+    """What `tokenizers` does not take in a line: it raises bare exceptions, and panics."""
+    try:
+        yield
+    except (InputError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # a panic is no Exception
+        raise InputError(f"{what} ({first_line(error)})") from None
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -117,7 +130,7 @@ def read_json(path: Path) -> dict[str, Any]:
         return {}
     try:
         content = json.loads(path.read_text("utf-8-sig"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not JSON ({error})") from None
     if not isinstance(content, dict):
         raise InputError(f"{path}: must hold a JSON object, got {type(content).__name__}")
@@ -171,10 +184,8 @@ def _text(token: Any) -> str | None:
 def _from_json(file: Path) -> Any:
     import tokenizers
 
-    try:
+    with library_refuses(f"{file}: not a tokenizer"):
         backend = tokenizers.Tokenizer.from_file(str(file))
-    except Exception as error:  # The library raises bare Exception.
-        raise InputError(f"{file}: not a tokenizer ({error})") from None
     # What the file says about cutting and filling would happen silently on every encode.
     backend.no_truncation()
     backend.no_padding()
@@ -204,16 +215,15 @@ def _from_vocabulary(file: Path, config: Mapping[str, Any], named: Mapping[str, 
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     merges, kind = file.with_name("merges.txt"), config.get("tokenizer_class", _GPT2_CLASSES[0])
+    kind = " ".join(str(kind).split())
     if not merges.is_file():
         raise InputError(f"{merges}: not there, but vocab.json is; copy it, or a tokenizer.json")
     if kind not in (*_QWEN_CLASSES, *_GPT2_CLASSES):
         raise InputError(
             f"{file}: how {kind} cuts a text is not known here; give the model's tokenizer.json"
         )
-    try:
+    with library_refuses(f"{file}: no vocabulary to {merges.name}"):
         backend = Tokenizer(models.BPE.from_file(str(file), str(merges)))
-    except Exception as error:  # The library raises bare Exception.
-        raise InputError(f"{file}: no vocabulary to {merges.name} ({error})") from None
     space = config.get("add_prefix_space") is True
     backend.decoder = decoders.ByteLevel()
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=space)
@@ -241,7 +251,7 @@ def _add_tokens(
     for text, number in read_json(directory / "added_tokens.json").items():
         mark = text in marks
         listed[_id(number, directory)] = AddedToken(text, special=mark, normalized=not mark)
-    for number, token in (config.get("added_tokens_decoder") or {}).items():
+    for number, token in _object(config, "added_tokens_decoder", directory).items():
         listed[_id(number, directory)] = _added(token)
     for number, token in sorted(listed.items()):
         backend.add_tokens([token])
@@ -263,8 +273,19 @@ def _additional(directory: Path, config: Mapping[str, Any]) -> list[str]:
     for part in (config, read_json(directory / "special_tokens_map.json")):
         for name in ("additional_special_tokens", "extra_special_tokens"):
             given = part.get(name) or []
-            found += given.values() if isinstance(given, dict) else given
+            found += given.values() if isinstance(given, dict) else _list(given)
     return [text for token in found if (text := _text(token)) is not None]
+
+
+def _object(config: Mapping[str, Any], name: str, directory: Path) -> Mapping[str, Any]:
+    value = config.get(name) or {}
+    if not isinstance(value, dict):
+        raise InputError(f"{directory / 'tokenizer_config.json'}: {name} must be a JSON object")
+    return value
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def _id(number: Any, directory: Path) -> int:
@@ -278,4 +299,5 @@ def _added(token: Any) -> Any:
 
     flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
     given = token if isinstance(token, dict) else {"content": token, "normalized": False}
-    return AddedToken(str(given.get("content", "")), **{f: given[f] for f in flags if f in given})
+    told = {flag: given[flag] for flag in flags if isinstance(given.get(flag), bool)}
+    return AddedToken(str(given.get("content", "")), **told)

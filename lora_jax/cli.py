@@ -1,34 +1,59 @@
 """The command line: parse, call, print."""
 
 import difflib
+import os
 import re
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
 
 from ._errors import InputError, nearest
-from .commands import COMMANDS, SECTIONS, Parser, parsers
+from ._interrupt import stops_at_once
+from .commands import COMMANDS, SECTIONS, Parser, home, parsers
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command; wrong input gives one line on stderr and exit code 2."""
     try:
-        _run(list(sys.argv[1:] if arguments is None else arguments))
+        try:
+            _run(list(sys.argv[1:] if arguments is None else arguments))
+        finally:
+            sys.stdout.flush()
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        _fail(str(error), 2)
     except KeyboardInterrupt:
-        print("error: interrupted", file=sys.stderr)
-        sys.exit(130)
+        _fail("interrupted", 130)
     except BrokenPipeError:
+        # Whoever read has read enough.  Python would try to write the rest as it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
 
 
+def _fail(message: str, code: int) -> NoReturn:
+    """End with a line on stderr, which begins in red on a terminal."""
+    from rich.console import Console
+    from rich.text import Text
+
+    line = Text.assemble(("error:", "bold red"), f" {message}")
+    Console(stderr=True).print(line, soft_wrap=True, highlight=False)
+    sys.exit(code)
+
+
 def _run(arguments: list[str]) -> None:
+    if not arguments:
+        print("\n".join(home(Path(), list(COMMANDS))))
+        return
     parser, commands = parsers()
     keys, others = _config_keys(arguments)
     options, rest = parser.parse_known_args(others)
     command, words = COMMANDS[options.name], [*rest, *keys]
-    command.run(options, _overrides(commands[options.name], words, command.sections))
+    keys = _overrides(commands[options.name], words, command.sections)
+    if command.stopped is None:
+        command.run(options, keys)
+        return
+    with stops_at_once(command.stopped, after_sigterm=143):
+        command.run(options, keys)
 
 
 def _config_keys(arguments: list[str]) -> tuple[list[str], list[str]]:

@@ -30,7 +30,7 @@ def adapter_notes(adapter: str | Path) -> dict[str, Any]:
         return {}
     try:
         notes = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: cannot read: {error}") from None
     if not isinstance(notes, dict):
         return {}

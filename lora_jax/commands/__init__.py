@@ -4,3 +4,4 @@ from ._all import COMMANDS as COMMANDS
 from ._all import parsers as parsers
 from ._command import SECTIONS as SECTIONS
 from ._command import Parser as Parser
+from ._home import home as home

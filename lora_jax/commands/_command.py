@@ -38,7 +38,8 @@ class Command:
     """One command: what its help says, what it takes, and what it does.
 
     `sections` are the keys of a run's config that `--section.key value` may set; `run` gets the
-    options and the words that set such keys.
+    options and the words that set such keys.  `stopped` is said where a signal ends it and it has
+    nothing better to say itself; None leaves Ctrl-C to the command.
     """
 
     text: str
@@ -46,3 +47,4 @@ class Command:
     arguments: Callable[[Parser], None]
     run: Callable[[argparse.Namespace, list[str]], None]
     sections: Sequence[str] = ()
+    stopped: str | None = "stopped; nothing is written, and the same command starts again"

@@ -11,7 +11,7 @@ from ._command import Command, Parser
 def _data_show_arguments(p: Parser) -> None:
     p.add_argument("source", metavar="FILE", help="rows, or a run's YAML file")
     p.add_argument("--model", metavar="DIR", help="whose tokenizer (default: the bundled base)")
-    p.add_argument("--count", type=int, default=3, metavar="N", help="rows to show")
+    p.add_argument("--count", type=int, default=3, metavar="N", help="rows to show (default 3)")
 
 
 def _data_show(options: argparse.Namespace, overrides: list[str]) -> None:
@@ -42,10 +42,18 @@ def _rows_and_examples(config: Any) -> tuple[Any, Any, Any]:
 
 
 def _data_make_arguments(p: Parser) -> None:
-    p.add_argument("directory", metavar="DIR")
+    p.add_argument("directory", metavar="DIR", help="the documents")
     p.add_argument("--output", metavar="DIR", help="where to write (default DIR-rows)")
-    p.add_argument("--held-out", type=float, default=0.1, metavar="SHARE")
-    p.add_argument("--seed", type=int, default=0, metavar="N")
+    p.add_argument(
+        "--held-out",
+        type=float,
+        default=0.1,
+        metavar="SHARE",
+        help="of the rows, not to be trained on (default 0.1)",
+    )
+    p.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="chooses the held-out ones (default 0)"
+    )
 
 
 def _data_make(options: argparse.Namespace, overrides: list[str]) -> None:

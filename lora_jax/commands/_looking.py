@@ -5,12 +5,13 @@ import json
 from collections.abc import Sequence
 
 from .._errors import InputError
+from .._interrupt import stops_at_once
 from ._command import Command, Parser
 
 
 def _evaluate_arguments(p: Parser) -> None:
     p.add_argument("run", nargs="?", metavar="RUN", help="a run's directory: on its held-out rows")
-    p.add_argument("--model", metavar="DIR")
+    p.add_argument("--model", metavar="DIR", help="in Hugging Face layout, or bundled")
     p.add_argument("--adapter", metavar="DIR", help="compared with the model alone")
     p.add_argument("--data", metavar="FILE", help="rows, or stdlib-heldout; they are not packed")
     p.add_argument(
@@ -34,7 +35,12 @@ def _evaluate_arguments(p: Parser) -> None:
 def _evaluate(options: argparse.Namespace, overrides: list[str]) -> None:
     from .._evaluations import evaluate
 
-    text, plain = evaluate(options, overrides)
+    if options.exact_match:
+        kept = f"stopped; the answers so far are kept beside {options.exact_match}, and the same"
+        with stops_at_once(f"{kept} command goes on"):
+            text, plain = evaluate(options, overrides)
+    else:
+        text, plain = evaluate(options, overrides)
     print(json.dumps(plain, indent=1) if options.json else text)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from .._console import new_console, writer
 from .._interrupt import stops_at_once
+from .._program import PROGRAM
 from ._command import SECTIONS, Command, Parser
 
 
@@ -37,7 +38,7 @@ def _config_path(name: str) -> Path:
 
 
 def _train_arguments(p: Parser) -> None:
-    p.add_argument("config", metavar="CONFIG.yaml")
+    p.add_argument("config", metavar="CONFIG.yaml", help="the run; configs/ has some to begin with")
     p.add_argument("--output", metavar="DIR", help="where to write; must not hold a run")
     p.add_argument(
         "--resume",
@@ -143,7 +144,7 @@ def _report(directory: Path) -> list[str]:
 
 
 def _sweep_arguments(p: Parser) -> None:
-    p.add_argument("config", metavar="CONFIG.yaml")
+    p.add_argument("config", metavar="CONFIG.yaml", help="what all runs of the grid have in common")
     p.add_argument("--output", metavar="DIR", help="where to write; must be empty")
     p.add_argument(
         "--at-once", type=int, default=8, metavar="N", help="adapters in one step (default 8)"
@@ -171,7 +172,7 @@ def _with_output(options: argparse.Namespace, overrides: list[str]) -> list[str]
 
 
 def _plan_arguments(p: Parser) -> None:
-    p.add_argument("config", metavar="CONFIG.yaml")
+    p.add_argument("config", metavar="CONFIG.yaml", help="the run whose step is compiled")
     p.add_argument(
         "--target",
         default="cpu",
@@ -226,6 +227,7 @@ TRAINING = {
         _quickstart_arguments,
         _quickstart,
         SECTIONS,
+        stopped=f"stopped; {PROGRAM} alone shows what is saved and how to go on",
     ),
     "train": Command(
         "Train the run that a YAML file describes; --section.key VALUE changes any of its keys.",
@@ -235,11 +237,12 @@ TRAINING = {
             "./lora train configs/quickstart.yaml --lora.r 8 --output runs/rank8",
             "./lora train runs/rank8/config.yaml --resume",
             "./lora train configs/gsm8k.yaml --resume auto --output runs/gsm8k",
-            "./lora train CONFIG.yaml --distributed --resume auto     (the same on every host)",
+            "./lora train CONFIG.yaml --distributed --resume auto  # on every host",
         ),
         _train_arguments,
         _train,
         SECTIONS,
+        stopped=None,
     ),
     "sweep": Command(
         "Train a grid of adapters over one base, several in one step, and keep the best.",

@@ -14,10 +14,15 @@ _CACHE_HELP = "of the keys and values that are kept (default: that of the activa
 
 
 def _merge_arguments(p: Parser) -> None:
-    p.add_argument("--model", required=True, metavar="DIR")
-    p.add_argument("--adapter", required=True, metavar="DIR")
-    p.add_argument("--output", required=True, metavar="DIR")
-    p.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    p.add_argument(
+        "--model", required=True, metavar="DIR", help="in Hugging Face layout, or bundled"
+    )
+    p.add_argument("--adapter", required=True, metavar="DIR", help="in PEFT's layout")
+    p.add_argument("--output", required=True, metavar="DIR", help="where to write; must be empty")
+    p.add_argument(
+        "--dtype", default="float32", choices=("float32", "bfloat16", "float16"),
+        help="of the weights that are written (default float32)",
+    )  # fmt: skip
     p.add_argument(
         "--quant",
         choices=get_args(QuantFormat),
@@ -33,9 +38,11 @@ def _merge(options: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def _generate_arguments(p: Parser) -> None:
-    p.add_argument("--model", required=True, metavar="DIR")
-    p.add_argument("--adapter", metavar="DIR")
-    p.add_argument("--prompt", metavar="TEXT")
+    p.add_argument(
+        "--model", required=True, metavar="DIR", help="in Hugging Face layout, or bundled"
+    )
+    p.add_argument("--adapter", metavar="DIR", help="in PEFT's layout")
+    p.add_argument("--prompt", metavar="TEXT", help="what to continue (default: ask for it)")
     _add_sampling(p, max_new_tokens=128)
 
 
@@ -86,7 +93,7 @@ def _ways(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _chat_arguments(p: Parser) -> None:
-    p.add_argument("model", metavar="MODEL")
+    p.add_argument("model", metavar="MODEL", help="in Hugging Face layout, or bundled")
     p.add_argument(
         "--adapter", metavar="[NAME=]DIR", action="append", default=[],
         help="talk through it; several: the first to begin with, /adapter NAME changes to another",
@@ -105,7 +112,7 @@ def _chat(options: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def _serve_arguments(p: Parser) -> None:
-    p.add_argument("model", metavar="MODEL")
+    p.add_argument("model", metavar="MODEL", help="in Hugging Face layout, or bundled")
     p.add_argument(
         "--adapter", metavar="[NAME=]DIR", action="append", default=[],
         help="answer to NAME through it; may be given several times",
@@ -166,17 +173,37 @@ def _add_sampling(p: Parser, *, max_new_tokens: int) -> None:
         help="how the prompt is laid out: plain, alpaca, chatml, tokenizer"
         " (default: what the adapter was trained with, else the tokenizer's, else plain)",
     )
-    p.add_argument("--max-new-tokens", type=int, default=max_new_tokens, metavar="N")
-    p.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy")
-    p.add_argument("--top-k", type=int, default=0, metavar="K", help="0 is all")
-    p.add_argument("--top-p", type=float, default=1.0, metavar="P")
+    p.add_argument(
+        "--max-new-tokens",
+        type=int,
+        default=max_new_tokens,
+        metavar="N",
+        help="of an answer at most (default %(default)s)",
+    )
+    p.add_argument(
+        "--temperature", type=float, default=0.0, metavar="T", help="0, the default, is greedy"
+    )
+    p.add_argument(
+        "--top-k", type=int, default=0, metavar="K", help="draw from the likeliest K; 0 is all"
+    )
+    p.add_argument(
+        "--top-p",
+        type=float,
+        default=1.0,
+        metavar="P",
+        help="draw from the likeliest that make up this share",
+    )
     p.add_argument(
         "--min-p", type=float, default=0.0, metavar="P", help="as a share of the likeliest token's"
     )
     p.add_argument("--repetition-penalty", type=float, default=1.0, metavar="X", help="1 is none")
-    p.add_argument("--presence-penalty", type=float, default=0.0, metavar="X")
-    p.add_argument("--frequency-penalty", type=float, default=0.0, metavar="X")
-    p.add_argument("--seed", type=int, default=0, metavar="N")
+    p.add_argument(
+        "--presence-penalty", type=float, default=0.0, metavar="X", help="off what was said already"
+    )
+    p.add_argument(
+        "--frequency-penalty", type=float, default=0.0, metavar="X", help="as often as it was said"
+    )
+    p.add_argument("--seed", type=int, default=0, metavar="N", help="of the draws (default 0)")
     p.add_argument(
         "--stop", metavar="TEXT", action="append", default=[],
         help="end before this text (\\n is a line break); may be given several times",
@@ -202,6 +229,7 @@ USING = {
         ),
         _generate_arguments,
         _generate,
+        stopped="stopped",
     ),
     "chat": Command(
         "Talk to a model; /help inside shows what can be done. Lines of a file are answered too.",
@@ -212,6 +240,7 @@ USING = {
         ),
         _chat_arguments,
         _chat,
+        stopped=None,
     ),
     "serve": Command(
         "Answer OpenAI's HTTP interface with a model and adapters, each chosen by its name.",
@@ -219,11 +248,11 @@ USING = {
             "./lora serve DIR --adapter legal=DIR --adapter poems=DIR --port 8000",
             "./lora serve DIR --adapter-root adapters --api-key-file keys.txt --host 0.0.0.0",
             "./lora serve runs/mine/merged --served-model-name mine --model.dtype bfloat16",
-            "curl http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json'"
-            """ -d '{"prompt": "Hi"}'""",
+            "curl http://127.0.0.1:8000/v1/models",
         ),
         _serve_arguments,
         _serve,
         ("model", "quant"),
+        stopped="stopped before anything was answered",
     ),
 }

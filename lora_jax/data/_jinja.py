@@ -38,20 +38,23 @@ def render(
 
     Raises:
         InputError: if the template is broken, refuses the conversation, or does anything that
-            the sandbox forbids.
+            the sandbox forbids, or far more than a conversation needs.
     """
     for message in messages:
         if _START in message.written or _END in message.written:
             raise InputError("a message holds U+E0F0 or U+E0F1, which mark spans here; remove it")
+    from ._bounded import bounded
+
     try:
-        template = _compiled(template_source(tokenizer, tools))
-        marked = template.render(
-            messages=[_as_transformers_has_it(message) for message in messages],
-            add_generation_prompt=prompt,
-            tools=list(tools) or None,
-            documents=None,
-            **tokenizer.special_tokens,
-        )
+        with bounded():
+            template = _compiled(template_source(tokenizer, tools))
+            marked = template.render(
+                messages=[_as_transformers_has_it(message) for message in messages],
+                add_generation_prompt=prompt,
+                tools=list(tools) or None,
+                documents=None,
+                **tokenizer.special_tokens,
+            )
     except Exception as error:  # It is foreign code: it may fail in any way.
         raise InputError(f"chat template: {_one_line(error)}; give template: chatml") from None
     return _spans(marked)
@@ -82,7 +85,8 @@ def _as_transformers_has_it(message: Message) -> dict[str, Any]:
 def _compiled(source: str) -> Any:
     from jinja2 import nodes
     from jinja2.ext import Extension, loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    from ._bounded import BoundedEnvironment
 
     class Generation(Extension):
         """`{% generation %} … {% endgeneration %}`: its output is put between two marks."""
@@ -96,10 +100,12 @@ def _compiled(source: str) -> Any:
             end = nodes.Output([nodes.TemplateData(_END)], lineno=line)
             return [start, *body, end]
 
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+    environment = BoundedEnvironment(
+        {"tojson": _to_json},
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=[Generation, loopcontrols],
     )
-    environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _refuse
     environment.globals["strftime_now"] = _TODAY.strftime
     return environment.from_string(source)

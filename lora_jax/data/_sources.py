@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .._errors import InputError
+from .._errors import InputError, first_line
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt", ".md")
 
@@ -122,7 +122,7 @@ def _parquet(path: Path) -> Iterator[Record]:
     try:
         rows = parquet.read_table(path).to_pylist()
     except Exception as error:  # pyarrow has its own family of errors, and may be absent.
-        raise InputError(f"{path}: not a whole Parquet file ({error})") from None
+        raise InputError(f"{path}: not a whole Parquet file ({first_line(error)})") from None
     for number, row in enumerate(rows):
         yield Record(row, f"{path}[{number}]")
 

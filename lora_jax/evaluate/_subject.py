@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .._errors import InputError
+from .._program import PROGRAM
 from .._typing import Params
 from ..adapters import adapter_notes
 from ..data import Rows
@@ -61,7 +62,8 @@ class Subject:
         trained = Path(directory) / ("model" if config.train.method == "full" else "adapter")
         if not trained.is_dir():
             raise InputError(
-                f"{directory}: holds no {trained.name}/ yet; ./lora train {file} --resume goes on"
+                f"{directory}: holds no {trained.name}/ yet; {PROGRAM} train {file} --resume goes"
+                " on"
             )
         config = _as_trained(config, str(trained))
         return cls(config, str(trained), functools.partial(held_out_rows, config.data))

@@ -103,7 +103,7 @@ def _json(path: Path) -> Mapping[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"{path}: cannot read: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not valid JSON ({error}); copy the file again") from None
     if not isinstance(value, dict):
         raise InputError(f"{path}: expected a JSON object, got {type(value).__name__}")
@@ -127,7 +127,7 @@ def _weight_files(directory: Path) -> list[Path]:
         raise InputError(f"{index}: weight_map is missing or empty; copy the file again")
     names = sorted({str(name) for name in weight_map.values()})
     for name in names:
-        if Path(name).name != name or name in ("", ".", ".."):
+        if Path(name).name != name or name in ("", ".", "..") or not name.isprintable():
             raise InputError(f"{index}: {name!r} is not the name of a file in this directory")
     return [directory / name for name in names]
 

@@ -94,7 +94,7 @@ _NUMBERS += ("rope_local_theta",)
 
 def _family(raw: Mapping[str, Any], where: str) -> Family:
     model_type = raw.get("model_type")
-    if model_type not in FAMILIES:
+    if model_type not in tuple(FAMILIES):
         known = ", ".join(FAMILIES)
         raise InputError(
             f"{where}: model_type {model_type!r} is not supported"
@@ -107,7 +107,7 @@ def _check_known(raw: Mapping[str, Any], family: Family, where: str) -> None:
     """Refuse what would change the numbers and is not there."""
     key = family.json_names.get("hidden_act", "hidden_act")
     activation = raw.get(key) or raw.get("hidden_act")
-    if activation is not None and activation not in ACTIVATIONS:
+    if activation is not None and activation not in tuple(ACTIVATIONS):
         raise InputError(
             f"{where}: {key} {activation!r} is not supported; known: {', '.join(ACTIVATIONS)}"
         )

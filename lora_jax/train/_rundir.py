@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from .._errors import InputError
 from .._files import atomic_file, leftovers
+from .._program import PROGRAM
 from ._config import RunConfig, config_text, load_config
 from ._hosts import once, several_hosts
 from ._lock import LOCK_FILE, locked
@@ -100,7 +101,7 @@ def _refuse_to_resume(config: RunConfig) -> None:
 def resume_command(directory: Path) -> str:
     """What goes on with a run."""
     together = " --distributed" if several_hosts() else ""
-    return f"./lora train {directory / CONFIG_FILE}{together} --resume"
+    return f"{PROGRAM} train {directory / CONFIG_FILE}{together} --resume"
 
 
 def free_directory(config: RunConfig) -> Path:

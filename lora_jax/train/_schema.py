@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from .._errors import InputError, nearest
+from .._errors import InputError, first_line, nearest
 
 
 class _Loader(yaml.SafeLoader):
@@ -52,10 +52,10 @@ def read_yaml(text: str, where: str) -> Any:
         mark = error.problem_mark or error.context_mark
         line = f":{mark.line + 1}" if mark else ""
         raise InputError(f"{where}{line}: not YAML: {error.problem}") from None
-    except (yaml.YAMLError, ValueError) as error:  # a date such as 2024-02-30 is a ValueError
-        raise InputError(f"{where}: not YAML: {' '.join(str(error).split())}") from None
     except RecursionError:
         raise InputError(f"{where}: not YAML: nested too deeply") from None
+    except Exception as error:  # of a tag or a date (2024-02-30) that its value does not fit
+        raise InputError(f"{where}: not YAML: {first_line(error)}") from None
 
 
 def read_dataclass(cls: Any, raw: Any, where: str, section: str = "") -> Any:

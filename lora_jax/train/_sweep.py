@@ -10,14 +10,15 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from .._config import LoraConfig
 from .._errors import InputError
 from .._files import atomic_directory, atomic_file
-from .._interrupt import stop_signals
+from .._interrupt import Stopped, StopRequest, stop_signals
 from ._config import RunConfig, TrainSection, config_text, load_config
 from ._job import Job, prepare, prepare_abstract, prepare_beside
+from ._metrics import notice
 from ._rundir import CONFIG_FILE, free_directory, with_output
 from ._save import save_result
 from ._schema import to_plain
@@ -176,7 +177,8 @@ def sweep(
         and `best/config.yaml`, which trains it alone.
 
     Raises:
-        InputError: for whatever does not fit, and if it is stopped; what is finished stays.
+        InputError: for whatever does not fit.
+        Stopped: after SIGTERM or Ctrl-C; what is finished stays.
     """
     if at_once < 1:
         raise InputError(f"sweep: at_once must be at least 1, got {at_once}")
@@ -185,7 +187,7 @@ def sweep(
             prepare_abstract(member.config)
     directory = free_directory(members[0].config)
     records: list[dict[str, Any]] = []
-    with _told(directory, records, len(members)), stop_signals() as stop:
+    with stop_signals() as stop, _told(directory, records, len(members), stop):
         for group in batches_of_members(members, at_once):
             begin = time.perf_counter()
             jobs = _jobs(group)
@@ -248,15 +250,23 @@ def _write(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
 
 
 @contextlib.contextmanager
-def _told(directory: Path, records: Sequence[Any], count: int) -> Iterator[None]:
+def _told(directory: Path, records: Sequence[Any], count: int, stop: StopRequest) -> Iterator[None]:
     """Say how far a sweep came that ends early."""
     there = f"{directory}: {{}}; {{}} of {count} adapters are in {SWEEP_FILE}"
     try:
         yield
     except InputError as error:
+        if stop.is_set():
+            _end(there.format(error, len(records)), stop)
         raise InputError(there.format(error, len(records))) from None
     except OSError as error:
         why = f"cannot write: {error.strerror or error}"
         raise InputError(there.format(why, len(records))) from error
     except KeyboardInterrupt:
-        raise InputError(there.format("interrupted", len(records))) from None
+        _end(there.format("interrupted", len(records)), stop)
+
+
+def _end(message: str, stop: StopRequest) -> NoReturn:
+    message += "; sweep the others into another directory, with --output"
+    notice(message)
+    raise Stopped(message, stop.code or 130, in_order=False)

@@ -1,5 +1,7 @@
 """Conversations as text: layouts, trained segments, prompts, and the sandbox."""
 
+import dataclasses
+
 import pytest
 
 from lora_jax._errors import InputError
@@ -7,12 +9,14 @@ from lora_jax.data import (
     Message,
     Row,
     Rows,
+    _bounded,
     choose_template,
     encode_prompt,
     prompt_text,
     stop_ids,
     tokenize,
 )
+from lora_jax.data._jinja import render
 from lora_jax.data._template import TEMPLATES, segments
 
 CHATML = (
@@ -203,3 +207,55 @@ def test_reserved_characters_in_a_message(make_tokenizer) -> None:
     tokenizer = make_tokenizer(chat_template=CHATML)
     with pytest.raises(InputError, match="U\\+E0F0"):
         segments([Message("user", "\ue0f0"), TALK[2]], "tokenizer", tokenizer)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+        "{% for a in range(999) recursive %}{{ loop(range(999)) if loop.depth < 9 }}{% endfor %}",
+        "{% macro f(n) %}{% if n < 99 %}{{ f(n + 1) }}{{ f(n + 1) }}{% endif %}{% endmacro %}"
+        "{{ f(0) }}",
+        "{{ 10 ** 10 ** 8 }}",
+        "{{ 'x' * 10 ** 10 }}",
+        "{{ '%999999999d' % 1 }}",
+        "{{ '%*d' % (999999999, 1) }}",
+        "{{ '{:999999999}'.format(1) }}",
+        "{{ 'x' | center(10 ** 9) }}",
+        "{{ 'x'.ljust(10 ** 9) }}",
+        "{{ messages | tojson(indent=10 ** 9) }}",
+        "{% for a in range(99999) %}" + "x" * 9999 + "{% endfor %}",
+        *(
+            "{% set all = namespace(s='x') %}{% for i in range(60) %}" + double + "{% endfor %}"
+            for double in (
+                "{% set all.s = all.s + all.s %}",
+                "{% set all.s = all.s ~ all.s %}",
+                "{% set s %}{{ all.s }}{{ all.s }}{% endset %}{% set all.s = s %}",
+                "{% set all.s = all.s | replace('x', 'xx') %}",
+                "{% set all.s = all.s.replace('x', 'xx') %}",
+                "{% set all.s = [all.s, all.s] | join(all.s) %}",
+            )
+        ),
+        "{% set all = namespace(s=[]) %}{% for i in range(60) %}{% set all.s = [all.s, all.s] %}"
+        "{% endfor %}{{ all.s | tojson }}",
+    ],
+)  # fmt: skip
+def test_a_template_that_would_not_end(source, tokenizer, monkeypatch):
+    monkeypatch.setattr(_bounded, "STEPS", 2000)
+    monkeypatch.setattr(_bounded, "LETTERS", 200_000)
+    with pytest.raises(InputError, match="does far more than a conversation needs"):
+        render(TALK, dataclasses.replace(tokenizer, chat_template=source))
+
+
+@pytest.mark.parametrize(
+    "source", ["{{ ''.__class__.__mro__ }}", "{{ cycler.__init__.__globals__ }}", "{{ lipsum() }}"]
+)
+def test_what_the_sandbox_keeps_from_a_template(source, tokenizer):
+    with pytest.raises(InputError, match="chat template: "):
+        render(TALK, dataclasses.replace(tokenizer, chat_template=source))
+
+
+def test_a_long_conversation_is_rendered(tokenizer):
+    own = dataclasses.replace(tokenizer, chat_template=CHATML)
+    text, _ = render([Message("user", "a" * 9999)] * 300, own)
+    assert text.count("a" * 9999) == 300
