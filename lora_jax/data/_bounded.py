@@ -128,6 +128,8 @@ def _spend(steps: int = 0, letters: int = 0) -> None:
 
 def _cost(name: str, *given: Any) -> int:
     """What an operation reads, and writes where that may be far more."""
+    if name in _GLANCES:
+        return 0
     read = _size(given)
     texts = [value for value in given if isinstance(value, str)]
     parts = itertools.chain(*(v if isinstance(v, tuple) else (v,) for v in given))
@@ -146,6 +148,8 @@ def _cost(name: str, *given: Any) -> int:
     return read + sum(numbers)
 
 
+_GLANCES = ("length", "count", "first")
+"""What reads no more of a sequence than that; templates ask for the length in each turn."""
 _REPEATING = ("*", "**", "center", "ljust", "rjust", "zfill", "expandtabs", "indent", "tojson")
 
 

@@ -255,7 +255,9 @@ def test_what_the_sandbox_keeps_from_a_template(source, tokenizer):
         render(TALK, dataclasses.replace(tokenizer, chat_template=source))
 
 
-def test_a_long_conversation_is_rendered(tokenizer):
-    own = dataclasses.replace(tokenizer, chat_template=CHATML)
-    text, _ = render([Message("user", "a" * 9999)] * 300, own)
-    assert text.count("a" * 9999) == 300
+@pytest.mark.parametrize("more", ["", "{% set last = loop.index0 == (messages | length) - 1 %}"])
+def test_a_long_conversation_is_rendered(more, tokenizer):
+    turns = "{% for m in messages %}"
+    own = dataclasses.replace(tokenizer, chat_template=CHATML.replace(turns, turns + more))
+    text, _ = render([Message("user", "a" * 999)] * 2000, own)
+    assert text.count("a" * 999) == 2000
