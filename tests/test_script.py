@@ -15,7 +15,13 @@ echo "$@" >>"$CALLS"
 if [ "$1" = venv ]; then
     for last; do :; done
     mkdir -p "$last/bin" "$last/lib/python3.11/site-packages"
-    printf '#!/bin/sh\\nprintf "ran %%s\\\\n" "$*"\\n' >"$last/bin/python"
+    cat >"$last/bin/python" <<END
+#!/bin/sh
+case "\\$*" in
+    *version_info*) exec "$REAL" "\\$@" ;;
+    *) echo "ran \\$*" ;;
+esac
+END
     chmod +x "$last/bin/python"
 fi
 """
@@ -53,6 +59,7 @@ def lora(checkout: Path, *words: str, **extra: str) -> subprocess.CompletedProce
         "PATH": f"{checkout.parent / 'tools'}:/usr/bin:/bin",
         "HOME": str(checkout.parent),
         "CALLS": str(calls),
+        "REAL": sys.executable,
         "LORA_JAX_PLATFORM": "cpu",
         **extra,
     }
@@ -137,6 +144,27 @@ def test_test_command_installs_the_test_groups_and_runs_pytest(checkout):
     lora(checkout, "test", "--all")
     assert "-r requirements/types.txt" in calls(checkout)
     assert "-r requirements/notebooks.txt" in calls(checkout)
+
+
+def test_all_tests_run_on_both_stacks_of_jax(checkout):
+    tools = checkout.parent / "tools"
+    for name in ("python3.11", "python3.12", "python3.13", "python3.14"):
+        (tools / name).write_text("#!/bin/sh\nexit 1\n")  # not even the system's own
+        (tools / name).chmod(0o755)
+    ours = "ran -m pytest -n 2 --dist worksteal --all -k a b\n"
+    assert lora(checkout, "test", "--all", "-k", "a b").stdout == ours
+    old = sys.version_info < (3, 12)
+    other = tools / ("python3.12" if old else "python3.11")
+    # Asked which stack it is, it names the other; asked where it is, itself.
+    other.write_text(
+        f"#!/bin/sh\ncase $2 in *'(3, 12)'*) echo {not old} ;; *) echo {sys.executable} ;; esac\n"
+    )
+    run = lora(checkout, "test", "--all", "-k", "a b")
+    assert run.stdout == ours + ours.replace(" --all", "")
+    assert f"and now on {other.name}" in run.stderr
+    assert (checkout / ".venv-other/bin/python").exists()
+    assert lora(checkout, "test", "--all", LORA_PYTHON=sys.executable).stdout.count("ran") == 1
+    assert lora(checkout, "test").stdout.count("ran") == 1
 
 
 def test_other_people_s_models_lie_apart(checkout):

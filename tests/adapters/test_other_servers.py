@@ -14,7 +14,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from lora_jax import LoraConfig
-from lora_jax._commands import merge_directories
+from lora_jax._merging import merge_directories
 from lora_jax.adapters import save_adapter
 from lora_jax.lora import init_with_base
 from lora_jax.models import load_pretrained

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from lora_jax._commands import merge_directories
+from lora_jax._merging import merge_directories
 from lora_jax._speaker import Speaker
 from lora_jax.adapters import adapter_notes
 from lora_jax.models import load_pretrained, load_without_weights

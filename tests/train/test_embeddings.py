@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lora_jax import combine, lora_linen
-from lora_jax._commands import merge_directories
+from lora_jax._merging import merge_directories
 from lora_jax.models import load_pretrained, save_pretrained
 from lora_jax.train import prepare, prepare_abstract, run
 from tests import compiled

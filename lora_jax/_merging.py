@@ -1,7 +1,6 @@
-"""What the smaller commands do: merge, look at rows."""
+"""An adapter merged into its base, both read from directories."""
 
 from pathlib import Path
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,33 +9,10 @@ from ._errors import InputError
 from ._quant_config import QuantConfig
 from ._tree import combine
 from .adapters import adapter_notes, load_adapter
-from .data import (
-    Examples,
-    Rows,
-)
 from .lora import merge_adapter
 from .models import load_pretrained, save_pretrained
-from .train import (
-    ModelSection,
-    RunConfig,
-    examples_of,
-    load_base,
-    stopping_config,
-    training_rows,
-    with_length,
-    with_tokens_of,
-)
+from .train import ModelSection, load_base, stopping_config, with_tokens_of
 from .transform import lora_linen
-
-
-def rows_and_examples(config: RunConfig) -> tuple[Rows, Examples, Any]:
-    """The rows of `data.train`, their tokens, and the tokenizer; no weights are read."""
-    from .train import load_tokenizer
-
-    rows = training_rows(config.data)
-    pretrained = load_tokenizer(config.model)
-    data = with_length(config.data, pretrained)
-    return rows, examples_of(rows, data, pretrained), pretrained.tokenizer
 
 
 def merge_directories(model: str, adapter: str, output: str, dtype: str, quant: str | None) -> str:
