@@ -19,6 +19,7 @@ Definition = ast.FunctionDef | ast.ClassDef | ast.Assign | ast.AnnAssign
 def pages() -> dict[str, str]:
     """Every page of the reference by the name of its file."""
     packages = sorted(path.parent for path in PACKAGE.glob("*/__init__.py"))
+    packages.remove(PACKAGE / "commands")  # the command line is no API
     made = {f"{path.name}.md": page(path) for path in packages}
     return {"README.md": contents(packages), "lora_jax.md": page(PACKAGE), **made}
 

@@ -153,10 +153,8 @@ def spans(line: Line) -> str:
     for text, color, bold in line:
         looks = (f' fill="{color}"' if color else "") + (' class="b"' if bold else "")
         if text.strip():
-            length = f'textLength="{len(text) * CHARACTER:g}" lengthAdjust="spacingAndGlyphs"'
-            parts.append(
-                f'<tspan x="{MARGIN + at * CHARACTER:g}" {length}{looks}>{html.escape(text)}</tspan>'
-            )
+            place = f'x="{MARGIN + at * CHARACTER:g}" textLength="{len(text) * CHARACTER:g}"'
+            parts.append(f"<tspan {place}{looks}>{html.escape(text)}</tspan>")
         at += len(text)
     return "".join(parts)
 
