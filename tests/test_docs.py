@@ -10,38 +10,27 @@ from pathlib import Path
 import pytest
 
 from lora_jax.cli import main
-from tests.pages import EXTRA, PAGES, ROOT, Reader, blocks, check_data
+from tests.pages import PAGES, ROOT, Reader, blocks, check_data
 
 LANGUAGES = {"python", "sh", "console", "json", "jsonl", "yaml", "text"}
 """`console` is what needs hardware or a network, `text` what a program shows."""
-CHEAP = {"README.md", "CONTRIBUTING.md", "SECURITY.md", "start.md", "your_own_module.md"}
+CHEAP = {"README.md", "CONTRIBUTING.md", "SECURITY.md", "your_own_module.md"}
 """Pages that take a few seconds; the others are read by `./lora test --all`."""
+WITH_TORCH = ("torch", "peft", "transformers", "bitsandbytes")
 
 
 def slow_unless_cheap(page: Path):
-    marks = () if page.name in CHEAP else (pytest.mark.slow,)
+    marks = [] if page.name in CHEAP else [pytest.mark.slow]
+    marks += [pytest.mark.oracle] if page.name == "coming_from_peft.md" else []
     return pytest.param(page, id=page.name, marks=marks)
-
-
-@pytest.fixture(scope="module")
-def quickstart_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the quickstart leaves, made once for all pages."""
-    directory = tmp_path_factory.mktemp("quickstart") / "run"
-    main(["quickstart", "--output", str(directory), *EXTRA["quickstart"].split()])
-    return directory
-
-
-def needs_a_run(page: Path) -> bool:
-    return any("runs/quickstart" in b.text or "./lora quickstart" in b.text for b in blocks(page))
 
 
 @pytest.mark.parametrize("page", [slow_unless_cheap(page) for page in PAGES])
 def test_page_runs(page: Path, tmp_path, monkeypatch, request):
+    for name in WITH_TORCH if page.name == "coming_from_peft.md" else ():
+        pytest.importorskip(name)
     monkeypatch.chdir(tmp_path)
-    run = request.getfixturevalue("quickstart_run") if needs_a_run(page) else None
-    reader = Reader(tmp_path, run)
-    if run is not None and "./lora quickstart" not in page.read_text("utf-8"):
-        reader.run("./lora quickstart")
+    reader = Reader(tmp_path, lambda: request.getfixturevalue("quickstart_run"))
     try:
         reader.read(page)
     finally:
@@ -50,6 +39,8 @@ def test_page_runs(page: Path, tmp_path, monkeypatch, request):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_blocks_say_what_they_are(page: Path):
+    if page.parent.name == "docs":
+        assert page.read_text("utf-8").count("\n") <= 150
     for block in blocks(page):
         assert block.language in LANGUAGES, f"{page.name}:{block.line}"
         check_data(block)

@@ -24,7 +24,7 @@ import pyte
 
 COLUMNS, ROWS = 100, 36
 CHARACTER, LINE, MARGIN = 8.4, 18, 14
-LONGEST, SHORTEST, LAST = 0.6, 0.2, 8.0
+LONGEST, SHORTEST, LAST = 0.6, 0.25, 8.0
 """Seconds that a screen stays at most, at least, and at the end."""
 FRAMES = 60
 COLORS = {
