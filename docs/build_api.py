@@ -131,7 +131,8 @@ def signature(node: Definition, source: str) -> str:
     """A definition as it stands in the source, up to its body."""
     if isinstance(node, ast.Assign | ast.AnnAssign):
         return segment(source, node)
-    decorators = [f"@{segment(source, one)}" for one in node.decorator_list]
+    named = [segment(source, one) for one in node.decorator_list]
+    decorators = [f"@{name}" for name in named if not name.startswith("_")]
     lines = source.splitlines()[node.lineno - 1 : node.body[0].lineno - 1]
     head = textwrap.dedent("\n".join(lines))
     return "\n".join([*decorators, head])
@@ -173,22 +174,25 @@ def prose(text: str) -> list[str]:
             lines += [body, ""]
         elif title == "Example":
             lines += ["**Example**", "", *code(body)]
-        elif title in ("Args", "Raises", "Attributes"):
+        elif title in ("Args", "Raises"):
             lines += [f"**{title}**", "", *entries(body), ""]
         else:
-            lines += [f"**{title}**: {body}", ""]
+            lines += [f"**{title}**: {body if title == 'Returns' else ' '.join(body.split())}", ""]
     return lines
 
 
 def sections_of(text: str) -> Iterator[tuple[str, str]]:
     """(title, body) of a Google-style docstring; what stands before the first has no title."""
-    pattern = r"^(Args|Returns|Yields|Raises|Example|Source|Attributes):(.*(?:\n(?:[ ]+.*)?)*)"
+    # What belongs to a title is indented; the source of an idea is a paragraph.
+    pattern = (
+        r"^(Args|Returns|Yields|Raises|Example):(.*(?:\n(?:[ ]+.*)?)*)|^(Source):\n?((?:.+\n?)*)"
+    )
     at = 0
     for match in re.finditer(pattern, text, re.MULTILINE):
         if before := text[at : match.start()].strip("\n"):
             yield "", before
-        first, _, rest = match[2].partition("\n")
-        yield match[1], f"{first.strip()}\n{textwrap.dedent(rest)}".strip()
+        first, _, rest = (match[2] or match[4]).partition("\n")
+        yield match[1] or match[3], f"{first.strip()}\n{textwrap.dedent(rest)}".strip()
         at = match.end()
     if after := text[at:].strip("\n"):
         yield "", after
