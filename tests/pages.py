@@ -87,7 +87,7 @@ class Reader:
         (folder / "lora").chmod(0o755)
 
     def read(self, page: Path) -> None:
-        """Run a page's blocks in order; what an error block shows is what must come."""
+        """Run a page's blocks in order; the last command before an error must give it."""
         found = blocks(page)
         words = "".join(block.text for block in found)
         if "runs/quickstart" in words and "./lora quickstart" not in words:
@@ -103,12 +103,11 @@ class Reader:
             code = compile("\n" * block.line + self.here(block.text), str(block.page), "exec")
             exec(code, self.names)
         elif block.language == "sh":
-            for command in commands(self.here(block.text)):
-                said = self.run(command)
-                if error is None:
-                    assert said is None, f"{place}: {command}: {said}"
-                else:
-                    assert said is not None and said.split() == error.split(), f"{place}: {said}"
+            *before, last = commands(self.here(block.text))
+            for command in [*before, last]:
+                said, expected = self.run(command), error if command is last else None
+                same = (said or "").split() == (expected or "").split()
+                assert same, f"{place}: {command}: {said or 'no error'}"
 
     def here(self, text: str) -> str:
         """Words that name a port name one that nobody else uses."""
@@ -130,7 +129,7 @@ class Reader:
             with contextlib.redirect_stderr(said):
                 main([*words[1:], *EXTRA.get(words[1], "").split()])
         except SystemExit as end:
-            return said.getvalue() if end.code not in (0, None) else None
+            return said.getvalue() or "failed" if end.code not in (0, None) else None
         return None
 
     def shell(self, command: str) -> str | None:
@@ -143,7 +142,7 @@ class Reader:
             ["sh", "-ec", command], cwd=self.folder, env=environment(), text=True,
             capture_output=True, check=False, timeout=300,
         )  # fmt: skip
-        return run.stderr + run.stdout if run.returncode else None
+        return run.stderr + run.stdout or "failed" if run.returncode else None
 
     def serve(self, command: str) -> None:
         """Start a server, and wait until it answers."""
