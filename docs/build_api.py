@@ -9,6 +9,7 @@ import ast
 import re
 import textwrap
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -72,7 +73,7 @@ def exports(package: Path) -> Iterator[tuple[Path, str]]:
     """Where each public name is defined, and the name; a package's own is empty."""
     file = package / "__init__.pyi"
     file = file if file.exists() else package / "__init__.py"
-    for node in ast.parse(file.read_text("utf-8")).body:
+    for node in parsed(file).body:
         if isinstance(node, ast.ImportFrom):
             start = [package, package.parent][node.level - 1]
             for alias in node.names:
@@ -80,6 +81,11 @@ def exports(package: Path) -> Iterator[tuple[Path, str]]:
                     yield start / alias.name, ""
                 else:
                     yield module_at(start / node.module.replace(".", "/")), alias.name
+
+
+@cache
+def parsed(file: Path) -> ast.Module:
+    return ast.parse(file.read_text("utf-8"))
 
 
 def module_at(path: Path) -> Path:
@@ -93,8 +99,7 @@ def resolved(package: Path, name: str) -> tuple[Path, str]:
 
 def definition(module: Path, name: str) -> tuple[Definition, str, str]:
     """The node of a name, its module's source, and its documentation."""
-    source = module.read_text("utf-8")
-    body = ast.parse(source).body
+    source, body = module.read_text("utf-8"), parsed(module).body
     for node, after in zip(body, [*body[1:], None], strict=True):
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name == name:
             return node, source, ast.get_docstring(node) or ""
@@ -151,7 +156,7 @@ def string_of(node: ast.AST | None) -> str:
 
 def docstring(package: Path) -> str:
     file = package / "__init__.py"
-    return ast.get_docstring(ast.parse(file.read_text("utf-8"))) or ""
+    return ast.get_docstring(parsed(file)) or ""
 
 
 def first_line(text: str) -> str:
