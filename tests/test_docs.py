@@ -115,6 +115,7 @@ def test_links_lead_somewhere(page: Path):
             assert anchor in anchors(target), link
 
 
+@pytest.mark.skipif(not (ROOT / "docs").is_dir(), reason="the pages are not part of this copy")
 def test_the_api_reference_is_current():
     spec = importlib.util.spec_from_file_location("build_api", ROOT / "docs" / "build_api.py")
     build_api = importlib.util.module_from_spec(spec)
