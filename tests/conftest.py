@@ -1,5 +1,7 @@
 """What every test runs under, and what many of them share: a tiny base and rows to train it on."""
 
+import contextlib
+import fcntl
 import gc
 import json
 import os
@@ -64,6 +66,11 @@ CONFIG = ModelConfig(
     pad_token_id=2,
 )
 MOST_MAPPINGS = 30_000
+QUICKSTART = [
+    "--train.steps=2", "--train.batch_size=2", "--data.max_length=128", "--data.train_rows=24",
+    "--data.eval_rows=6",
+]  # fmt: skip
+"""What makes the quickstart small."""
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 
 
@@ -140,3 +147,26 @@ def rows_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
     path.write_text("".join(json.dumps(row(i)) + "\n" for i in range(40)))
     return path
+
+
+@pytest.fixture(scope="session")
+def quickstart_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small quickstart, made once for all processes that test.
+
+    It ran beside `quickstart/`, which was taken; `said.txt` beside it is what it printed.
+    """
+    from lora_jax.cli import main
+
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    taken, said = shared / "quickstart", shared / "said.txt"
+    with (shared / "quickstart.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not said.exists():
+            taken.mkdir()
+            (taken / "kept.txt").write_text("of an earlier run")
+            with said.with_suffix(".part").open("w") as file, contextlib.redirect_stdout(file):
+                main(["quickstart", "--output", str(taken), *QUICKSTART])
+            said.with_suffix(".part").rename(said)
+    return shared / "quickstart-2"

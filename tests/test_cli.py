@@ -331,18 +331,13 @@ def test_full_disk_gets_one_line_to_the_end_of_the_process(run_file: Path, tmp_p
     assert "cannot write" in run.stderr and not (tmp_path / "run" / "adapter").exists()
 
 
-def test_quickstart_leaves_everything_and_takes_the_next_number(tmp_path: Path, capsys):
-    words = ["--train.steps", "2", "--data.eval_rows", "6", "--data.train_rows", "24"]
-    words += ["--data.max_length", "128", "--train.batch_size", "2", "--train.tensorboard", "false"]
-    taken, run = tmp_path / "quickstart", tmp_path / "quickstart-2"
-    taken.mkdir()
-    (taken / "kept.txt").write_text("of an earlier run")
-    main(["quickstart", "--output", str(taken), *words])
-    assert [p.name for p in taken.iterdir()] == ["kept.txt"]
+def test_quickstart_leaves_everything_and_takes_the_next_number(quickstart_run: Path):
+    run = quickstart_run
+    assert [p.name for p in (run.parent / "quickstart").iterdir()] == ["kept.txt"]
     assert {p.name for p in run.iterdir()} >= {
         "base", "adapter", "merged", "metrics.jsonl", "loss.png", "report.md", "config.yaml",
     }  # fmt: skip
-    out = capsys.readouterr().out
+    out = (run.parent / "said.txt").read_text()
     assert "before:" in out and "after:" in out
     summary = json.loads((run / "summary.json").read_text())
     assert summary["merge"]["largest_difference"] < 1e-4
