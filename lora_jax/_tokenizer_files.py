@@ -166,7 +166,7 @@ def _by_name(template: Any) -> dict[str, str]:
         return {"default": template}
     named = template if isinstance(template, list) else []
     pairs = [(t.get("name"), t.get("template")) for t in named if isinstance(t, dict)]
-    return {name: source for name, source in pairs if isinstance(source, str) and name}
+    return {n: text for n, text in pairs if n and isinstance(n, str) and isinstance(text, str)}
 
 
 def _named(directory: Path, config: Mapping[str, Any]) -> dict[str, str]:

@@ -86,16 +86,21 @@ def read_storage(directory: Path) -> Storage:
     path = directory / "config.json"
     raw = _json(path)
     dtype = raw.get("dtype") or raw.get("torch_dtype") or "float32"
+    if not isinstance(dtype, str):
+        raise InputError(f"{path}: dtype: must be a name such as bfloat16, got {dtype!r}")
     float_dtype(dtype, f"{path}: dtype")
     told = raw.get("quantization_config")
     if not told:
         return Storage(dtype, None)
+    if not isinstance(told, dict):
+        raise InputError(f"{path}: quantization_config: must be a JSON object, got {told!r}")
     format = told.get("bnb_4bit_quant_type", "fp4")
+    if format not in ("fp4", "nf4"):
+        raise InputError(
+            f"{path}: quantization_config: bnb_4bit_quant_type: must be fp4 or nf4, got {format!r}"
+        )
     nested = bool(told.get("bnb_4bit_use_double_quant", False))
-    try:
-        return Storage(dtype, QuantConfig(format, double_quant=nested))
-    except InputError as error:
-        raise InputError(f"{path}: quantization_config: {error}") from None
+    return Storage(dtype, QuantConfig(format, double_quant=nested))
 
 
 def _json(path: Path) -> Mapping[str, Any]:

@@ -65,6 +65,8 @@ def config_from_hf(raw: Mapping[str, Any], where: str = "config.json") -> ModelC
         values["layer_types"] = _layer_types(raw, family, layers, where)
     if family.no_rope_layers is not None:
         given = raw.get("no_rope_layers") or family.no_rope_layers(raw, layers)
+        if not (isinstance(given, list | tuple) and all(type(use) is int for use in given)):
+            raise InputError(f"{where}: no_rope_layers must be a list of 0 and 1, got {given!r}")
         values["no_rope_layers"] = tuple(given)
     try:
         config = ModelConfig(**values)
@@ -167,8 +169,8 @@ def _layer_types(
     given = raw.get("layer_types")
     if given is None:
         return tuple(family.layer_types(raw, layers))
-    if not isinstance(given, list):
-        raise InputError(f"{where}: layer_types must be a list, got {given!r}")
+    if not (isinstance(given, list) and all(isinstance(kind, str) for kind in given)):
+        raise InputError(f"{where}: layer_types must be a list of words, got {given!r}")
     return tuple(given)
 
 

@@ -254,7 +254,7 @@ def parse_config(text: str, overrides: list[str], where: str) -> RunConfig:
     return run_config(raw, overrides, where)
 
 
-def run_config(raw: dict[str, Any], overrides: list[str], where: str) -> RunConfig:
+def run_config(raw: dict[Any, Any], overrides: list[str], where: str) -> RunConfig:
     """A config from sections already read, with `--section.key value` words laid over them.
 
     Example:

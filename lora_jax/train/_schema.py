@@ -99,7 +99,7 @@ def read_dataclass(cls: Any, raw: Any, where: str, section: str = "") -> Any:
     return cls(**values)
 
 
-def apply_overrides(raw: dict[str, Any], words: list[str]) -> dict[str, Any]:
+def apply_overrides(raw: dict[Any, Any], words: list[str]) -> dict[Any, Any]:
     """Lay `--section.key value` words over a config; values are read as YAML.
 
     A hyphen in a section's key is an underscore; names below, such as patterns, stay as they are.
