@@ -64,6 +64,22 @@ class Base:
     def model(self) -> Any:
         return lora_linen(self.pretrained.module)
 
+    def lora(
+        self, rank: int, alpha: float, modules: Any = "all-linear", **fields: Any
+    ) -> LoraConfig:
+        """A config whose keys and values, which are narrower, have no more than their full rank.
+
+        Their alpha shrinks as their rank does, so that the scaling is that of the other modules.
+        """
+        shape = self.pretrained.config
+        most = shape.num_key_value_heads * shape.head_dim
+        narrow = [n for n in ("k_proj", "v_proj") if modules == "all-linear" or n in modules]
+        if rank > most and narrow:
+            own = alpha * (most / rank) ** (0.5 if fields.get("use_rslora") else 1.0)
+            fields |= {"rank_pattern": dict.fromkeys(narrow, most)}
+            fields |= {"alpha_pattern": dict.fromkeys(narrow, own)}
+        return LoraConfig(r=rank, lora_alpha=alpha, target_modules=modules, **fields)
+
     def adapter(self, config: LoraConfig, seed: int) -> Params:
         """A new adapter over it."""
         key = jax.random.key(seed)
@@ -168,7 +184,7 @@ class Score:
 
 
 def score(base: Base, task: Task, adapters: Sequence[Params], examples: Examples) -> list[Score]:
-    """How well each adapter predicts what is trained on in the examples, each in a row of its own."""
+    """How well each adapter predicts the trained tokens of examples, each in a row of its own."""
     stacked = stack_adapters(adapters)
     sums = []
     for batch in eval_batches(examples, batch_size=32, seq_length=task.length, packing=False):
