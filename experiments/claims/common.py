@@ -121,17 +121,30 @@ def texts(base: Base, parts: Sequence[str], length: int) -> Examples:
     """Plain texts as pieces of `length` tokens, every token trained on."""
     rows = [Row((), text, i, f"text {i}") for i, text in enumerate(parts)]
     rows = Rows(tuple(rows), "text", "texts", {})
-    return build_examples(rows, base.pretrained.tokenizer, max_length=length)
+    tokenizer = base.pretrained.tokenizer
+    return _open_ended(build_examples(rows, tokenizer, max_length=length), tokenizer.eos_id)
 
 
 def pairs(base: Base, given: Sequence[tuple[str, str]]) -> Examples:
-    """Prompts and answers; answers alone, and their end, are trained on."""
+    """Prompts and answers; answers alone are trained on."""
     rows = [
         Row((Message("user", prompt), Message("assistant", answer)), "", i, f"pair {i}")
         for i, (prompt, answer) in enumerate(given)
     ]
     rows = Rows(tuple(rows), "prompt_completion", "pairs", {})
-    return build_examples(rows, base.pretrained.tokenizer, template="plain")
+    tokenizer = base.pretrained.tokenizer
+    return _open_ended(build_examples(rows, tokenizer, template="plain"), tokenizer.eos_id)
+
+
+def _open_ended(examples: Examples, end: int | None) -> Examples:
+    """Without the end of sequence: the small base has never seen its own, and its head is tied."""
+    own = [
+        dataclasses.replace(x, input_ids=x.input_ids[:-1], loss_mask=x.loss_mask[:-1])
+        if x.input_ids[-1] == end
+        else x
+        for x in examples
+    ]
+    return dataclasses.replace(examples, examples=tuple(x for x in own if x.loss_mask.any()))
 
 
 def shares(items: Sequence[Any], *counts: int) -> list[list[Any]]:
