@@ -27,10 +27,10 @@ from tasks import facts_task, style_task
 
 from lora_jax._drawing import APART, GREY
 
-RANKS = (1, 2, 4, 8, 16, 32, 64)
-ENDS = (1, 8, 64)
+RANKS = (1, 2, 4, 8, 16, 64)
+ENDS = (1, 64)
 """Ranks at which all rules of alpha are tried."""
-RATES = (1e-3, 3e-3, 1e-2, 3e-2)
+RATES = {"style": (1.5e-3, 4.5e-3, 1.35e-2, 4e-2), "knowledge": (5e-4, 1.5e-3, 4.5e-3, 1.35e-2)}
 SEEDS = (0, 1, 2)
 ALPHAS = {"alpha = 16": lambda r: 16, "alpha = r": lambda r: r, "alpha = 2r": lambda r: 2 * r}
 PANELS = (
@@ -46,10 +46,11 @@ def main() -> None:
     base = load_base("stories")
     found: dict[str, Any] = {"tasks": {}}
     for task in tasks(base, given.quick):
-        ranks, ends, rates, seeds = (
-            ((1, 64), (1,), RATES[1:3], SEEDS[:2]) if given.quick else (RANKS, ENDS, RATES, SEEDS)
-        )
-        tried, runs = tune_and_run(base, task, arms(base, ranks, ends), rates, seeds)
+        wanted = arms(base, (1, 16), (1,)) if given.quick else arms(base, RANKS, ENDS)
+        rates, seeds = RATES[task.name], SEEDS
+        if given.quick:
+            rates, seeds = rates[1:2], SEEDS[:2]
+        tried, runs = tune_and_run(base, task, wanted, rates, seeds)
         before = {name: vars(base_score(base, task, part)) for name, part in task.test.items()}
         found["tasks"][task.name] = {
             "before": before,
@@ -66,7 +67,7 @@ def main() -> None:
 def tasks(base: Base, quick: bool) -> list[Task]:
     if quick:
         return [style_task(base, 3), facts_task(base, 4, 3)]
-    return [style_task(base, 200), facts_task(base, 64, 400)]
+    return [style_task(base, 150), facts_task(base, 64, 300)]
 
 
 def arms(base: Base, ranks: tuple[int, ...], ends: tuple[int, ...]) -> list[Arm]:
