@@ -104,7 +104,7 @@ class Task:
     valid: Examples
     test: Mapping[str, Examples]
     steps: int
-    batch_size: int = 4
+    batch_size: int = 2
     length: int = 128
     packing: bool = True
 
@@ -205,11 +205,11 @@ class Score:
     exact: float
 
 
-def score(base: Base, task: Task, adapters: Sequence[Params], examples: Examples) -> list[Score]:
+def score(base: Base, adapters: Sequence[Params], examples: Examples) -> list[Score]:
     """How well each adapter predicts the trained tokens of examples, each in a row of its own."""
-    stacked = stack_adapters(adapters)
-    sums = []
-    for batch in eval_batches(examples, batch_size=32, seq_length=task.length, packing=False):
+    stacked, sums = stack_adapters(adapters), []
+    length = -(-max(map(len, examples)) // 32) * 32
+    for batch in eval_batches(examples, batch_size=32, seq_length=length, packing=False):
         arrays = {name: x for name, x in batch.items() if name != "rows"}
         real = (batch["loss_mask"] & (batch["segment_ids"] > 0)).any(axis=1)
         loss, count, right = jax.device_get(_row_sums(base.model, stacked, base.params, arrays))
@@ -219,10 +219,10 @@ def score(base: Base, task: Task, adapters: Sequence[Params], examples: Examples
     return [Score(float(a), float(b)) for a, b in zip(means, right.mean(axis=1), strict=True)]
 
 
-def base_score(base: Base, task: Task, examples: Examples) -> Score:
+def base_score(base: Base, examples: Examples) -> Score:
     """The score of the base alone, as that of an adapter that changes nothing."""
     adapter = base.adapter(LoraConfig(r=1, target_modules="all-linear"), 0)
-    return score(base, task, [adapter], examples)[0]
+    return score(base, [adapter], examples)[0]
 
 
 def _one_row_sums(model: Any, adapter: Params, base: Params, batch: Params) -> tuple[Any, ...]:
@@ -284,7 +284,7 @@ def run_arms(
         adapters = train_together(base, task, starts, rates, seeds, section)
         seconds = time.perf_counter() - begun
         named = {"valid": task.valid} if tuning else task.test
-        found = {name: score(base, task, adapters, part) for name, part in named.items()}
+        found = {name: score(base, adapters, part) for name, part in named.items()}
         for n, i in enumerate(numbers):
             own = {name: dataclasses.asdict(scores[n]) for name, scores in found.items()}
             records[i] = {

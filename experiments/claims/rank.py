@@ -51,7 +51,7 @@ def main() -> None:
         if given.quick:
             rates, seeds = rates[1:2], SEEDS[:2]
         tried, runs = tune_and_run(base, task, wanted, rates, seeds)
-        before = {name: vars(base_score(base, task, part)) for name, part in task.test.items()}
+        before = {name: vars(base_score(base, part)) for name, part in task.test.items()}
         found["tasks"][task.name] = {
             "before": before,
             "steps": task.steps,

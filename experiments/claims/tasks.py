@@ -39,7 +39,6 @@ def style_task(base: Base, steps: int) -> Task:
         valid=texts(base, valid, 128),
         test={"held-out plays": texts(base, test, 128)},
         steps=steps,
-        batch_size=2,
     )
 
 
@@ -54,7 +53,6 @@ def facts_task(base: Base, count: int, steps: int, seed: int = 0) -> Task:
         valid=pairs(base, asked(known, ASKED, slice(1))),
         test={name: pairs(base, part) for name, part in parts.items()},
         steps=steps,
-        length=64,
     )
 
 
