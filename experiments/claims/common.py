@@ -212,7 +212,9 @@ def score(base: Base, adapters: Sequence[Params], examples: Examples) -> list[Sc
     for batch in eval_batches(examples, batch_size=32, seq_length=length, packing=False):
         arrays = {name: x for name, x in batch.items() if name != "rows"}
         real = (batch["loss_mask"] & (batch["segment_ids"] > 0)).any(axis=1)
-        loss, count, right = jax.device_get(_row_sums(base.model, stacked, base.params, arrays))
+        loss, count, right = jax.device_get(
+            _joint_row_sums(base.model, stacked, base.params, arrays)
+        )
         sums.append((loss[:, real], count[:, real], right[:, real]))
     loss, count, right = (np.concatenate(part, axis=1) for part in zip(*sums, strict=True))
     means = loss.sum(axis=1, dtype=np.float64) / count.sum(axis=1)
@@ -225,7 +227,8 @@ def base_score(base: Base, examples: Examples) -> Score:
     return score(base, [adapter], examples)[0]
 
 
-def _one_row_sums(model: Any, adapter: Params, base: Params, batch: Params) -> tuple[Any, ...]:
+def row_sums(model: Any, adapter: Params, base: Params, batch: Params) -> tuple[Any, ...]:
+    """Of each row the summed loss, the trained tokens, and whether all of them are likeliest."""
     params = {"params": combine(base, adapter)}
     hidden, _ = model.apply(
         params,
@@ -243,9 +246,9 @@ def _one_row_sums(model: Any, adapter: Params, base: Params, batch: Params) -> t
 
 
 @jax.jit(static_argnums=0)
-def _row_sums(model: Any, adapters: Params, base: Params, batch: Params) -> tuple[Any, ...]:
+def _joint_row_sums(model: Any, adapters: Params, base: Params, batch: Params) -> tuple[Any, ...]:
     model = dataclasses.replace(model, module=model.module.clone(fused_attention=False))
-    many = jax.vmap(lambda *x: _one_row_sums(model, *x), in_axes=(0, None, None))
+    many = jax.vmap(lambda *x: row_sums(model, *x), in_axes=(0, None, None))
     return many(adapters, base, batch)
 
 
