@@ -129,7 +129,9 @@ def picture(found: dict[str, Any]) -> Any:
             best = min(losses, key=losses.__getitem__)
             axes.plot(best, losses[best], color=colour, marker="*", markersize=13)
         axes.set_xscale("log")
-        axes.set(xlabel="peak learning rate", title=f"scaling by {rule}")
+        axes.set_xticks(RATES, [f"{1000 * rate:g}" for rate in RATES])
+        axes.minorticks_off()
+        axes.set(xlabel="peak learning rate (thousandths)", title=f"scaling by {rule}")
         axes.legend(frameon=False, fontsize="small")
     panels[0].set_ylabel("validation loss (nats per token)")
     return figure

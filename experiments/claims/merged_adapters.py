@@ -41,7 +41,7 @@ from lora_jax.adapters import AdapterBank, weighted_adapter
 from lora_jax.data import eval_batches, is_held_out, stdlib_modules
 
 RANK = 8
-RATES = (4e-3, 1e-2, 2.5e-2)
+RATES = (2e-3, 5e-3, 1.25e-2)
 SEEDS = (0, 1, 2)
 STEPS = 100
 SHARES = (1 / 3, 0.6, 1.0)

@@ -22,7 +22,7 @@ from common import (
     spread,
     tune_and_run,
 )
-from tasks import NAMES, RATES, STEPS, facts_task, style_task
+from tasks import NAMES, STEPS, facts_task, style_task
 
 from lora_jax._drawing import APART
 
@@ -35,6 +35,7 @@ ARMS = {
     "all linear": (6, ATTENTION + MLP),
 }
 """The rank at which each trains as many numbers as the others, but for 3 %."""
+RATES = {"style": (2.5e-3, 6e-3, 1.5e-2), "knowledge": (2e-3, 6e-3, 1.8e-2)}
 SEEDS = (0, 1, 2)
 PARTS = {"style": "held-out plays", "knowledge": "unseen phrasings"}
 

@@ -12,7 +12,7 @@ import random
 
 from common import Base, Task, data_path, pairs, shares, texts
 
-RATES = {"style": (4e-3, 1e-2, 2.5e-2), "knowledge": (7e-4, 2e-3, 6e-3, 1.8e-2)}
+RATES = {"style": (1.6e-3, 4e-3, 1e-2, 2.5e-2), "knowledge": (7e-4, 2e-3, 6e-3, 1.8e-2)}
 """Learning rates to choose from: each 2.5 or 3 times the one before."""
 NAMES, STEPS = 32, 200
 """How many names there are facts about, and for how many steps either task is trained."""
