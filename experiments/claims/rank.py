@@ -122,14 +122,16 @@ def picture(found: dict[str, Any]) -> Any:
         runs = found["tasks"][name]["runs"]
         for (rule, own), colour in zip(ALPHAS.items(), APART, strict=False):
             draw(axes, runs, own, part, what, color=colour, label=rule)
+        place: dict[str, Any] = {}
         if what == "exact":
             axes.axhline(1 / 16, color=GREY, linestyle=":", label="one of 16 words, at random")
             axes.set_ylim(0, 1.02)
+            place = {"loc": "lower right", "bbox_to_anchor": (1, 0.08)}
         axes.set_xscale("log", base=2)
         axes.set_xticks(RANKS, list(map(str, RANKS)))
         axes.minorticks_off()
         axes.set(xlabel="rank r", ylabel=label, title=f"{name}: {part}")
-        axes.legend(frameon=False, fontsize="small")
+        axes.legend(frameon=False, fontsize="small", **place)
     return figure
 
 
