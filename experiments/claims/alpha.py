@@ -133,6 +133,8 @@ def picture(found: dict[str, Any]) -> Any:
         axes.minorticks_off()
         axes.set(xlabel="peak learning rate (thousandths)", title=f"scaling by {rule}")
         axes.legend(frameon=False, fontsize="small")
+    low = min(min(curve(found, name(rule, rank)).values()) for rule in RULES for rank in RANKS)
+    panels[0].set_ylim(low - 0.03, low + 0.6)  # what diverges leaves the picture
     panels[0].set_ylabel("validation loss (nats per token)")
     return figure
 
