@@ -112,6 +112,16 @@ class Task:
         return {"batch_size": self.batch_size, "seq_length": self.length}
 
 
+def tiny(task: Task) -> Task:
+    """A few steps, and a few rows to measure on: what `--quick` runs."""
+
+    def few(examples: Examples) -> Examples:
+        return dataclasses.replace(examples, examples=examples.examples[:8])
+
+    test = {name: few(part) for name, part in task.test.items()}
+    return dataclasses.replace(task, valid=few(task.valid), test=test, steps=3)
+
+
 def texts(base: Base, parts: Sequence[str], length: int) -> Examples:
     """Plain texts as pieces of `length` tokens, every token trained on."""
     rows = [Row((), text, i, f"text {i}") for i, text in enumerate(parts)]

@@ -20,6 +20,7 @@ from common import (
     save_picture,
     save_results,
     spread,
+    tiny,
     tune_and_run,
 )
 from tasks import NAMES, STEPS, facts_task, style_task
@@ -44,13 +45,12 @@ def main() -> None:
     given = options("Which matrices to adapt, at an equal number of trained parameters.")
     begun = time.perf_counter()
     base = load_base("stories")
-    steps = 3 if given.quick else STEPS
     wanted = arms(base)[:1] if given.quick else arms(base)
     found: dict[str, Any] = {"tasks": {}}
-    for task in (style_task(base, steps), facts_task(base, NAMES, steps)):
-        rates, seeds = (RATES[task.name], SEEDS)
+    for task in (style_task(base, STEPS), facts_task(base, NAMES, STEPS)):
+        rates, seeds = RATES[task.name], SEEDS
         if given.quick:
-            rates, seeds = rates[1:2], SEEDS[:2]
+            task, rates, seeds = tiny(task), rates[1:2], SEEDS[:2]
         tried, runs = tune_and_run(base, task, wanted, rates, seeds)
         found["tasks"][task.name] = {
             "before": {name: vars(base_score(base, part)) for name, part in task.test.items()},
