@@ -47,7 +47,7 @@ SEEDS = (0, 1, 2)
 STEPS = 100
 SHARES = (1 / 3, 0.6, 1.0)
 """Weights that each of the three may get, all the same one; validation rows choose."""
-RULES: dict[str, dict[str, Any]] = {
+RULES: dict[Any, dict[str, Any]] = {
     "cat": {},
     "svd": {"svd_rank": RANK},
     "linear": {},
@@ -107,7 +107,7 @@ def three_tasks(base: Base) -> list[Task]:
     return [
         dataclasses.replace(style_task(base, STEPS), name="plays"),
         text_task(base, "Python", read, held_out, STEPS),
-        text_task(base, "sums", *sums, STEPS),
+        text_task(base, "sums", sums[0], sums[1], STEPS),
     ]
 
 
