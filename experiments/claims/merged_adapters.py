@@ -191,7 +191,7 @@ def losses_of(
 
 
 def merged(
-    base: Base, tasks: Sequence[Task], alone: Mapping[str, Params], rule: str
+    base: Base, tasks: Sequence[Task], alone: Mapping[str, Params], rule: Any
 ) -> tuple[float, Params]:
     """One adapter by a rule, each of the three with the weight that is best on validation rows."""
     config: LoraConfig = base.lora(RANK, 16)
