@@ -36,7 +36,7 @@ ARMS = {
     "all linear": (6, ATTENTION + MLP),
 }
 """The rank at which each trains as many numbers as the others, but for 3 %."""
-RATES = {"style": (2.5e-3, 6e-3, 1.5e-2), "knowledge": (2e-3, 6e-3, 1.8e-2)}
+RATES = {"style": (2.5e-3, 6e-3, 1.5e-2, 4e-2), "knowledge": (2e-3, 6e-3, 1.8e-2, 5e-2)}
 SEEDS = (0, 1, 2)
 PARTS = {"style": "held-out plays", "knowledge": "unseen phrasings"}
 
