@@ -1,0 +1,396 @@
+"""What the claims share: bases, tasks, arms trained side by side, held-out scores, results.
+
+A claim compares *arms*.  Every arm of a comparison sees the same batches in the same order, has its
+learning rate chosen by rows that are not reported, and is then trained anew for each seed.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import lora_jax
+from lora_jax import LoraConfig, combine, init_adapter, lora_linen, trainable_mask
+from lora_jax._drawing import save_figure
+from lora_jax.data import (
+    Examples,
+    Message,
+    Row,
+    Rows,
+    batch_iterator,
+    build_examples,
+    eval_batches,
+)
+from lora_jax.lora import stack_adapters, take_adapter
+from lora_jax.models import Pretrained, bundled_model, load_pretrained
+from lora_jax.train import TrainSection, init_joint_state, make_joint_step, make_optimizer
+
+HERE = Path(__file__).parent
+TUNING_SEED = 1000
+"""Of the runs that choose a learning rate; the reported ones have seeds 0, 1, 2, …"""
+Params = dict[str, Any]
+
+
+def data_path(name: str) -> Path:
+    """A file or folder of the data that the claims are tested on."""
+    root = os.environ.get("LORA_JAX_TEST_DATA")
+    if root is None or not Path(root, name).exists():
+        raise SystemExit(
+            f"LORA_JAX_TEST_DATA must name the folder that holds {name}; it is {root or 'not set'}"
+        )
+    return Path(root, name)
+
+
+@dataclasses.dataclass(frozen=True)
+class Base:
+    """A pretrained model: `stories`, 260K parameters, or `bundled`, 3.8M."""
+
+    name: str
+    pretrained: Pretrained
+    params: Params
+    """Its weights in float32; another base, a quantized one say, takes their place."""
+
+    @property
+    def model(self) -> Any:
+        return lora_linen(self.pretrained.module)
+
+    def lora(
+        self, rank: int, alpha: float, modules: Any = "all-linear", **fields: Any
+    ) -> LoraConfig:
+        """A config whose keys and values, which are narrower, have no more than their full rank.
+
+        Their alpha shrinks as their rank does, so that the scaling is that of the other modules.
+        """
+        shape = self.pretrained.config
+        most = shape.num_key_value_heads * shape.head_dim
+        narrow = [n for n in ("k_proj", "v_proj") if modules == "all-linear" or n in modules]
+        if rank > most and narrow:
+            own = alpha * (most / rank) ** (0.5 if fields.get("use_rslora") else 1.0)
+            fields |= {"rank_pattern": dict.fromkeys(narrow, most)}
+            fields |= {"alpha_pattern": dict.fromkeys(narrow, own)}
+        return LoraConfig(r=rank, lora_alpha=alpha, target_modules=modules, **fields)
+
+    def adapter(self, config: LoraConfig, seed: int) -> Params:
+        """A new adapter over it."""
+        key = jax.random.key(seed)
+        return init_adapter(key, self.params, config, layouts=self.pretrained.layouts)
+
+
+def load_base(name: str) -> Base:
+    directory = bundled_model() if name == "bundled" else data_path("stories260K-hf")
+    pretrained = load_pretrained(directory, param_dtype="float32")
+    return Base(name, pretrained, pretrained.params)
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """Rows in three parts, and how long to train on them.
+
+    `valid` chooses learning rates; `test` is what is reported, in parts with a name each.
+    """
+
+    name: str
+    train: Examples
+    valid: Examples
+    test: Mapping[str, Examples]
+    steps: int
+    batch_size: int = 4
+    length: int = 128
+    packing: bool = True
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        return {
+            "batch_size": self.batch_size,
+            "seq_length": self.length,
+            "packing": self.packing,
+        }
+
+
+def texts(base: Base, parts: Sequence[str], length: int) -> Examples:
+    """Plain texts as pieces of `length` tokens, every token trained on."""
+    rows = [Row((), text, i, f"text {i}") for i, text in enumerate(parts)]
+    rows = Rows(tuple(rows), "text", "texts", {})
+    return build_examples(rows, base.pretrained.tokenizer, max_length=length)
+
+
+def pairs(base: Base, given: Sequence[tuple[str, str]]) -> Examples:
+    """Prompts and answers; answers alone, and their end, are trained on."""
+    rows = [
+        Row((Message("user", prompt), Message("assistant", answer)), "", i, f"pair {i}")
+        for i, (prompt, answer) in enumerate(given)
+    ]
+    rows = Rows(tuple(rows), "prompt_completion", "pairs", {})
+    return build_examples(rows, base.pretrained.tokenizer, template="plain")
+
+
+def shares(items: Sequence[Any], *counts: int) -> list[list[Any]]:
+    """The first items, those after them, …, and last all that are left."""
+    ends = np.cumsum([0, *counts])
+    parts = [list(items[a:b]) for a, b in zip(ends, ends[1:], strict=False)]
+    return [*parts, list(items[ends[-1] :])]
+
+
+def train_together(
+    base: Base,
+    task: Task,
+    starts: Sequence[Params],
+    rates: Sequence[float],
+    seeds: Sequence[int],
+    section: TrainSection | None = None,
+    mask: Callable[[Params], Params] | None = None,
+) -> list[Params]:
+    """Train adapters of the same modules in one step each; the seed orders an adapter's rows.
+
+    Args:
+        starts: Adapters before their first step, which may differ in rank and scaling.
+        rates: Peak learning rate of each; it rises over 5 % of the steps and falls to a tenth.
+        seeds: Two adapters with one seed see the same batches.
+        section: Optimizer and schedule; its learning rate is not looked at.
+        mask: What may move; all that an adapter trains by default.
+    """
+    section = section or TrainSection(warmup=0.05)
+    section = dataclasses.replace(section, learning_rate=1.0)
+    mask = mask or (lambda params: trainable_mask(params, LoraConfig()))
+    tx = make_optimizer(section, task.steps, mask)
+    step = make_joint_step(base.model, tx, dropout=0.0, own_data=True)
+    state = init_joint_state(starts, tx, seeds=seeds, rates=rates)
+    batches = {s: batch_iterator(task.train, **task.sizes, seed=s) for s in dict.fromkeys(seeds)}
+    for _ in range(task.steps):
+        own = {seed: next(rows) for seed, rows in batches.items()}
+        names = [name for name in own[seeds[0]] if name != "rows"]
+        batch = {name: np.stack([own[seed][name] for seed in seeds])[:, None] for name in names}
+        state, _ = step(state, base.params, batch)
+    return [take_adapter(state.trainable, i, start) for i, start in enumerate(starts)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """`loss` in nats per trained token; `exact`, the share of rows whose every trained token is the
+    likeliest given the true ones before it (of packed rows, no matter)."""
+
+    loss: float
+    exact: float
+
+
+def score(base: Base, task: Task, adapters: Sequence[Params], examples: Examples) -> list[Score]:
+    """How well each adapter predicts the trained tokens of examples, each in a row of its own."""
+    stacked = stack_adapters(adapters)
+    sums = []
+    for batch in eval_batches(examples, batch_size=32, seq_length=task.length, packing=False):
+        arrays = {name: x for name, x in batch.items() if name != "rows"}
+        real = (batch["loss_mask"] & (batch["segment_ids"] > 0)).any(axis=1)
+        loss, count, right = jax.device_get(_row_sums(base.model, stacked, base.params, arrays))
+        sums.append((loss[:, real], count[:, real], right[:, real]))
+    loss, count, right = (np.concatenate(part, axis=1) for part in zip(*sums, strict=True))
+    means = loss.sum(axis=1, dtype=np.float64) / count.sum(axis=1)
+    return [Score(float(a), float(b)) for a, b in zip(means, right.mean(axis=1), strict=True)]
+
+
+def base_score(base: Base, task: Task, examples: Examples) -> Score:
+    """The score of the base alone, as that of an adapter that changes nothing."""
+    adapter = base.adapter(LoraConfig(r=1, target_modules="all-linear"), 0)
+    return score(base, task, [adapter], examples)[0]
+
+
+def _one_row_sums(model: Any, adapter: Params, base: Params, batch: Params) -> tuple[Any, ...]:
+    params = {"params": combine(base, adapter)}
+    hidden, _ = model.apply(
+        params,
+        batch["input_ids"],
+        batch["positions"],
+        batch["segment_ids"],
+        method="hidden_states",
+    )
+    logits = model.apply(params, hidden, method="logits")[:, :-1].astype(jnp.float32)
+    targets, asked = batch["input_ids"][:, 1:], batch["loss_mask"][:, 1:]
+    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    loss = jnp.where(asked, jax.nn.logsumexp(logits, axis=-1) - chosen, 0.0).sum(axis=1)
+    right = jnp.where(asked, logits.argmax(axis=-1) == targets, True).all(axis=1)
+    return loss, asked.sum(axis=1), right
+
+
+@jax.jit(static_argnums=0)
+def _row_sums(model: Any, adapters: Params, base: Params, batch: Params) -> tuple[Any, ...]:
+    model = dataclasses.replace(model, module=model.module.clone(fused_attention=False))
+    many = jax.vmap(lambda *x: _one_row_sums(model, *x), in_axes=(0, None, None))
+    return many(adapters, base, batch)
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """One thing that is compared: an adapter's config under a name."""
+
+    name: str
+    lora: LoraConfig
+
+
+def run_arms(
+    base: Base,
+    task: Task,
+    arms: Sequence[tuple[Arm, float, int]],
+    *,
+    tuning: bool = False,
+    at_once: int = 16,
+    section: TrainSection | None = None,
+    start: Callable[[Base, LoraConfig, int], Params] = Base.adapter,
+) -> list[dict[str, Any]]:
+    """Train each `(arm, rate, seed)`, those of the same modules in one step; a record for each.
+
+    It holds the scores on `task.valid` when tuning, and else those on each part of `task.test`.
+    """
+    groups: dict[Any, list[int]] = {}
+    for i, (arm, _, _) in enumerate(arms):
+        bucket = max(16, 1 << (arm.lora.r - 1).bit_length())
+        groups.setdefault((str(arm.lora.target_modules), bucket), []).append(i)
+    parts = [own[i : i + at_once] for own in groups.values() for i in range(0, len(own), at_once)]
+    records: dict[int, dict[str, Any]] = {}
+    for numbers in parts:
+        begun = time.perf_counter()
+        chosen, rates, seeds = zip(*(arms[i] for i in numbers), strict=True)
+        starts = [start(base, arm.lora, seed) for arm, seed in zip(chosen, seeds, strict=True)]
+        adapters = train_together(base, task, starts, rates, seeds, section)
+        seconds = (time.perf_counter() - begun) / len(numbers)
+        named = {"valid": task.valid} if tuning else task.test
+        found = {name: score(base, task, adapters, part) for name, part in named.items()}
+        for n, i in enumerate(numbers):
+            own = {name: dataclasses.asdict(scores[n]) for name, scores in found.items()}
+            records[i] = {
+                "task": task.name,
+                "arm": chosen[n].name,
+                "rate": rates[n],
+                "seed": seeds[n],
+                "trainable": trained(starts[n]),
+                "seconds": round(seconds, 2),
+                **own,
+            }
+        done = sorted(records)
+        print(f"{task.name}: {len(done)} of {len(arms)}, {seconds:.1f} s each", flush=True)
+    return [records[i] for i in range(len(arms))]
+
+
+def trained(adapter: Params) -> int:
+    """How many numbers of an adapter are trained."""
+    mask = trainable_mask(adapter, LoraConfig())
+    leaves = zip(jax.tree.leaves(adapter), jax.tree.leaves(mask), strict=True)
+    return sum(x.size for x, moves in leaves if moves)
+
+
+def tune_and_run(
+    base: Base,
+    task: Task,
+    arms: Sequence[Arm],
+    rates: Sequence[float],
+    seeds: Sequence[int],
+    **options: Any,
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The runs that chose each arm's learning rate, and those of the chosen one, by seed.
+
+    The choice is the lowest loss on `task.valid`; a choice at an end of the grid says so (`edge`).
+    """
+    tries = [(a, r, TUNING_SEED) for a in arms for r in rates]
+    tried = run_arms(base, task, tries, tuning=True, **options)
+    best = {arm.name: best_rate(tried, arm.name) for arm in arms}
+    found = run_arms(base, task, [(a, best[a.name], s) for a in arms for s in seeds], **options)
+    ends = (min(rates), max(rates))
+    return tried, [record | {"edge": record["rate"] in ends} for record in found]
+
+
+def best_rate(tried: Sequence[Mapping[str, Any]], arm: str) -> float:
+    """The learning rate of the lowest validation loss; one that diverged is never it."""
+    own = [r for r in tried if r["arm"] == arm and np.isfinite(r["valid"]["loss"])]
+    return min(own, key=lambda r: r["valid"]["loss"])["rate"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Spread:
+    """What several seeds came to."""
+
+    mean: float
+    low: float
+    high: float
+    count: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Spread":
+        return cls(statistics.fmean(values), min(values), max(values), len(values))
+
+    def __str__(self) -> str:
+        return f"{self.mean:.3f} ({self.low:.3f}..{self.high:.3f})"
+
+    def ties(self, other: "Spread") -> bool:
+        """Whether the ranges of the seeds overlap."""
+        return self.low <= other.high and other.low <= self.high
+
+
+def spread(records: Sequence[Mapping[str, Any]], arm: str, part: str, what: str = "loss") -> Spread:
+    """Over the seeds of an arm: its `loss` or `exact` on a part of the test rows."""
+    return Spread.of([r[part][what] for r in records if r["arm"] == arm])
+
+
+def options(description: str) -> argparse.Namespace:
+    """`--quick` runs the script to its end on next to nothing; `--out` is where results go."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--quick", action="store_true", help="a tiny version, for tests")
+    parser.add_argument("--out", type=Path, default=HERE, help="folder of results and pictures")
+    return parser.parse_args()
+
+
+def conditions(begun: float) -> dict[str, Any]:
+    """Where and when the numbers were made; `begun` by `time.perf_counter`."""
+    return {
+        "hardware": f"{platform.machine()} {jax.devices()[0].device_kind}, {os.cpu_count()} cores",
+        "usable_cores": len(os.sched_getaffinity(0)),
+        "shared": "other work ran on the machine: losses are unaffected, seconds are not",
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "lora_jax": lora_jax.__version__,
+        "date": time.strftime("%Y-%m-%d"),
+        "seconds": round(time.perf_counter() - begun),
+        "processor_seconds": round(time.process_time()),
+    }
+
+
+def save_results(out: Path, name: str, results: Mapping[str, Any], begun: float) -> None:
+    """Write `results/NAME.json`; numbers that are none become null."""
+    path = out / "results" / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(_plain({"conditions": conditions(begun), **results}), indent=1)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def load_results(out: Path, name: str) -> dict[str, Any]:
+    return json.loads((out / "results" / f"{name}.json").read_text("utf-8"))
+
+
+def save_picture(out: Path, name: str, figure: Any) -> None:
+    """Write `pictures/NAME.png`."""
+    path = out / "pictures" / f"{name}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_figure(figure, figure.axes, path)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if isinstance(value, float):
+        return round(value, 6) if np.isfinite(value) else None
+    return value
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A table in Markdown."""
+    lines = [list(header), ["---"] * len(header), *([str(x) for x in row] for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
