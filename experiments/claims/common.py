@@ -19,7 +19,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import lora_jax
 from lora_jax import LoraConfig, combine, init_adapter, lora_linen, trainable_mask
 from lora_jax._drawing import save_figure
 from lora_jax.data import (
@@ -149,6 +148,8 @@ def train_together(
     seeds: Sequence[int],
     section: TrainSection | None = None,
     mask: Callable[[Params], Params] | None = None,
+    looks: Sequence[int] = (),
+    look: Callable[[int, list[Params]], None] = lambda step, adapters: None,
 ) -> list[Params]:
     """Train adapters of the same modules in one step each; the seed orders an adapter's rows.
 
@@ -158,7 +159,12 @@ def train_together(
         seeds: Two adapters with one seed see the same batches.
         section: Optimizer and schedule; its learning rate is not looked at.
         mask: What may move; all that an adapter trains by default.
+        looks: Steps after which `look` is called with the adapters as they then are.
     """
+
+    def taken() -> list[Params]:
+        return [take_adapter(state.trainable, i, start) for i, start in enumerate(starts)]
+
     section = section or TrainSection(warmup=0.05)
     section = dataclasses.replace(section, learning_rate=1.0)
     mask = mask or (lambda params: trainable_mask(params, LoraConfig()))
@@ -166,12 +172,14 @@ def train_together(
     step = make_joint_step(base.model, tx, dropout=0.0, own_data=True)
     state = init_joint_state(starts, tx, seeds=seeds, rates=rates)
     batches = {s: batch_iterator(task.train, **task.sizes, seed=s) for s in dict.fromkeys(seeds)}
-    for _ in range(task.steps):
+    for at in range(1, task.steps + 1):
         own = {seed: next(rows) for seed, rows in batches.items()}
         names = [name for name in own[seeds[0]] if name != "rows"]
         batch = {name: np.stack([own[seed][name] for seed in seeds])[:, None] for name in names}
         state, _ = step(state, base.params, batch)
-    return [take_adapter(state.trainable, i, start) for i, start in enumerate(starts)]
+        if at in looks:
+            look(at, taken())
+    return taken()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -338,9 +346,15 @@ def spread(records: Sequence[Mapping[str, Any]], arm: str, part: str, what: str 
     return Spread.of([r[part][what] for r in records if r["arm"] == arm])
 
 
-def options(description: str) -> argparse.Namespace:
-    """`--quick` runs the script to its end on next to nothing; `--out` is where results go."""
+def options(description: str, **switches: str) -> argparse.Namespace:
+    """`--quick` runs the script to its end on next to nothing; `--out` is where results go.
+
+    Args:
+        switches: Options of its own that are on or off, and what each does.
+    """
     parser = argparse.ArgumentParser(description=description)
+    for name, text in switches.items():
+        parser.add_argument(f"--{name}", action="store_true", help=text)
     parser.add_argument("--quick", action="store_true", help="a tiny version, for tests")
     parser.add_argument("--out", type=Path, default=HERE, help="folder of results and pictures")
     return parser.parse_args()
@@ -354,7 +368,6 @@ def conditions(begun: float) -> dict[str, Any]:
         "shared": "other work ran on the machine: losses are unaffected, seconds are not",
         "python": platform.python_version(),
         "jax": jax.__version__,
-        "lora_jax": lora_jax.__version__,
         "date": time.strftime("%Y-%m-%d"),
         "seconds": round(time.perf_counter() - begun),
         "processor_seconds": round(time.process_time()),

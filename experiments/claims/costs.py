@@ -6,13 +6,14 @@
 import functools
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parent / "bench"))
 
+import common  # noqa: E402
 import machine  # noqa: E402
 import measure  # noqa: E402
 from stats import ratio, spread  # noqa: E402
@@ -23,31 +24,47 @@ METRICS = ("wall", "cpu", "peak_step", "peak_life", "temp_bytes", "argument_byte
 
 
 def measured(
-    labels: Mapping[str, str], groups: Mapping[str, str], over: str, rounds: int, quick: bool
+    labels: Mapping[str, str], over: Callable[[str], str], rounds: int, quick: bool
 ) -> dict[str, Any]:
     """Seconds and bytes of a train step, by case, taken in turns.
 
     Args:
-        labels: The cases to run, and what they are called.
-        groups: Cases of one name here have to have the same losses.
-        over: The case that times are divided by, round by round.
+        labels: The cases, such as `full/nothing` or `r8/dots`, and what they are called; those that
+            train the same have to have the same losses.
+        over: The case by whose time a case's is divided, round by round.
         rounds: How many turns.
         quick: A tiny shape instead of that of `experiments/bench`.
     """
     os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
-    entries = tuple(Entry(k, "costs", k, label, groups.get(k, "")) for k, label in labels.items())
+    entries = tuple(Entry(k, "costs", k, label, k.split("/")[0]) for k, label in labels.items())
     spec = SMALL if quick else MAIN
     workload = Workload("claims", "", "stepwise", spec, spec, entries, ())
     threads = min(THREADS, len(os.sched_getaffinity(0)))
     run = measure.Run(workload, dict(spec), rounds, threads)
     before = machine.wait_for_quiet(0.0 if quick else 120.0)
     samples = measure.stepwise(run)
-    shown = {k: {m: spread(x[m]) for m in METRICS} for k, x in samples.items()}
-    for key, own in shown.items():
-        own["over"] = ratio(samples[key]["wall"], samples[over]["wall"])
+    shown: dict[str, Any] = {}
+    for key, own in samples.items():
+        shown[labels[key]] = {metric: spread(own[metric]) for metric in METRICS}
+        shown[labels[key]]["over"] = ratio(own["wall"], samples[over(key)]["wall"])
     others = run.notes["others"]
     quiet = before["quiet"] and others <= machine.QUIET_SHARE
     return {"shape": spec, "threads": threads, "quiet": quiet, "others": others, "cases": shown}
+
+
+def cost_table(found: Mapping[str, Any]) -> str:
+    """Seconds, their quotients with quartiles, and bytes."""
+    rows = []
+    for label, own in found["cases"].items():
+        over = own["over"]
+        mb = (
+            f"{own[m]['median'] / 1e6:,.0f}" for m in ("temp_bytes", "argument_bytes", "peak_step")
+        )
+        time = f"{over['median']:.2f} ({over['q1']:.2f}..{over['q3']:.2f})"
+        rows.append([label, f"{own['wall']['median']:.3f}", time, *mb])
+    head = ["step", "seconds", "ratio", "temporaries, MB", "arguments, MB", "peak RSS, MB"]
+    quiet = "" if found["quiet"] else "\nNOT QUIET: others used this machine meanwhile.\n"
+    return quiet + common.markdown(head, rows)
 
 
 def full(spec: dict[str, Any], kept: str) -> Any:
