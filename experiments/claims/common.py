@@ -6,6 +6,7 @@ learning rate chosen by rows that are not reported, and is then trained anew for
 
 import argparse
 import dataclasses
+import functools
 import json
 import os
 import platform
@@ -120,17 +121,30 @@ def texts(base: Base, parts: Sequence[str], length: int) -> Examples:
     """Plain texts as pieces of `length` tokens, every token trained on."""
     rows = [Row((), text, i, f"text {i}") for i, text in enumerate(parts)]
     rows = Rows(tuple(rows), "text", "texts", {})
-    return build_examples(rows, base.pretrained.tokenizer, max_length=length)
+    tokenizer = base.pretrained.tokenizer
+    return _open_ended(build_examples(rows, tokenizer, max_length=length), tokenizer.eos_id)
 
 
 def pairs(base: Base, given: Sequence[tuple[str, str]]) -> Examples:
-    """Prompts and answers; answers alone, and their end, are trained on."""
+    """Prompts and answers; answers alone are trained on."""
     rows = [
         Row((Message("user", prompt), Message("assistant", answer)), "", i, f"pair {i}")
         for i, (prompt, answer) in enumerate(given)
     ]
     rows = Rows(tuple(rows), "prompt_completion", "pairs", {})
-    return build_examples(rows, base.pretrained.tokenizer, template="plain")
+    tokenizer = base.pretrained.tokenizer
+    return _open_ended(build_examples(rows, tokenizer, template="plain"), tokenizer.eos_id)
+
+
+def _open_ended(examples: Examples, end: int | None) -> Examples:
+    """Without the end of sequence: the small base has never seen its own, and its head is tied."""
+    own = [
+        dataclasses.replace(x, input_ids=x.input_ids[:-1], loss_mask=x.loss_mask[:-1])
+        if x.input_ids[-1] == end
+        else x
+        for x in examples
+    ]
+    return dataclasses.replace(examples, examples=tuple(x for x in own if x.loss_mask.any()))
 
 
 def shares(items: Sequence[Any], *counts: int) -> list[list[Any]]:
@@ -140,6 +154,11 @@ def shares(items: Sequence[Any], *counts: int) -> list[list[Any]]:
     return [*parts, list(items[ends[-1] :])]
 
 
+def adapter_mask(params: Params) -> Params:
+    """What of an adapter is trained."""
+    return trainable_mask(params, LoraConfig())
+
+
 def train_together(
     base: Base,
     task: Task,
@@ -147,7 +166,7 @@ def train_together(
     rates: Sequence[float],
     seeds: Sequence[int],
     section: TrainSection | None = None,
-    mask: Callable[[Params], Params] | None = None,
+    mask: Callable[[Params], Params] = adapter_mask,
     looks: Sequence[int] = (),
     look: Callable[[int, list[Params]], None] = lambda step, adapters: None,
 ) -> list[Params]:
@@ -158,18 +177,15 @@ def train_together(
         rates: Peak learning rate of each; it rises over 5 % of the steps and falls to a tenth.
         seeds: Two adapters with one seed see the same batches.
         section: Optimizer and schedule; its learning rate is not looked at.
-        mask: What may move; all that an adapter trains by default.
+        mask: What may move, a function of the module's top level.
         looks: Steps after which `look` is called with the adapters as they then are.
     """
 
     def taken() -> list[Params]:
         return [take_adapter(state.trainable, i, start) for i, start in enumerate(starts)]
 
-    section = section or TrainSection(warmup=0.05)
-    section = dataclasses.replace(section, learning_rate=1.0)
-    mask = mask or (lambda params: trainable_mask(params, LoraConfig()))
-    tx = make_optimizer(section, task.steps, mask)
-    step = make_joint_step(base.model, tx, dropout=0.0, own_data=True)
+    section = dataclasses.replace(section or TrainSection(warmup=0.05), learning_rate=1.0)
+    tx, step = _program(base.model, section, task.steps, mask)
     state = init_joint_state(starts, tx, seeds=seeds, rates=rates)
     batches = {s: batch_iterator(task.train, **task.sizes, seed=s) for s in dict.fromkeys(seeds)}
     for at in range(1, task.steps + 1):
@@ -180,6 +196,13 @@ def train_together(
         if at in looks:
             look(at, taken())
     return taken()
+
+
+@functools.lru_cache
+def _program(model: Any, section: TrainSection, steps: int, mask: Any) -> tuple[Any, Any]:
+    """The optimizer and the step, the same again for the same: it is compiled once for a shape."""
+    tx = make_optimizer(section, steps, mask)
+    return tx, make_joint_step(model, tx, own_data=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -249,26 +272,26 @@ def run_arms(
     arms: Sequence[tuple[Arm, float, int]],
     *,
     tuning: bool = False,
-    at_once: int = 16,
     section: TrainSection | None = None,
     start: Callable[[Base, LoraConfig, int], Params] = Base.adapter,
 ) -> list[dict[str, Any]]:
-    """Train each `(arm, rate, seed)`, those of the same modules in one step; a record for each.
+    """Train each `(arm, rate, seed)` and make a record of it.
 
-    It holds the scores on `task.valid` when tuning, and else those on each part of `task.test`.
+    Arms of the same modules are trained in one step, all of them at one rate or seed, so that the
+    same program serves again.  A record holds the score on `task.valid` when tuning, and else that
+    on each part of `task.test`.
     """
     groups: dict[Any, list[int]] = {}
-    for i, (arm, _, _) in enumerate(arms):
-        bucket = max(16, 1 << (arm.lora.r - 1).bit_length())
-        groups.setdefault((str(arm.lora.target_modules), bucket), []).append(i)
-    parts = [own[i : i + at_once] for own in groups.values() for i in range(0, len(own), at_once)]
+    for i, (arm, rate, seed) in enumerate(arms):
+        alike = (str(arm.lora.target_modules), rank_bucket(arm.lora.r))
+        groups.setdefault((alike, rate if tuning else seed), []).append(i)
     records: dict[int, dict[str, Any]] = {}
-    for numbers in parts:
+    for numbers in groups.values():
         begun = time.perf_counter()
         chosen, rates, seeds = zip(*(arms[i] for i in numbers), strict=True)
         starts = [start(base, arm.lora, seed) for arm, seed in zip(chosen, seeds, strict=True)]
         adapters = train_together(base, task, starts, rates, seeds, section)
-        seconds = (time.perf_counter() - begun) / len(numbers)
+        seconds = time.perf_counter() - begun
         named = {"valid": task.valid} if tuning else task.test
         found = {name: score(base, task, adapters, part) for name, part in named.items()}
         for n, i in enumerate(numbers):
@@ -279,12 +302,16 @@ def run_arms(
                 "rate": rates[n],
                 "seed": seeds[n],
                 "trainable": trained(starts[n]),
-                "seconds": round(seconds, 2),
+                "seconds": round(seconds / len(numbers), 2),
                 **own,
             }
-        done = sorted(records)
-        print(f"{task.name}: {len(done)} of {len(arms)}, {seconds:.1f} s each", flush=True)
+        print(f"{task.name}: {len(records)} of {len(arms)} ({seconds:.0f} s)", flush=True)
     return [records[i] for i in range(len(arms))]
+
+
+def rank_bucket(rank: int) -> int:
+    """What ranks are padded to, that fewer programs are compiled."""
+    return 16 if rank <= 16 else 64
 
 
 def trained(adapter: Params) -> int:
@@ -306,9 +333,9 @@ def tune_and_run(
 
     The choice is the lowest loss on `task.valid`; a choice at an end of the grid says so (`edge`).
     """
-    tries = [(a, r, TUNING_SEED) for a in arms for r in rates]
+    tries = [(a, r, TUNING_SEED) for a in arms for r in rates if len(rates) > 1]
     tried = run_arms(base, task, tries, tuning=True, **options)
-    best = {arm.name: best_rate(tried, arm.name) for arm in arms}
+    best = {a.name: best_rate(tried, a.name) if tried else rates[0] for a in arms}
     found = run_arms(base, task, [(a, best[a.name], s) for a in arms for s in seeds], **options)
     ends = (min(rates), max(rates))
     return tried, [record | {"edge": record["rate"] in ends} for record in found]

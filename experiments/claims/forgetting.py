@@ -3,11 +3,11 @@
     python experiments/claims/forgetting.py
 
 Biderman et al. 2024 find that "LoRA learns less and forgets less".  At the end of a run that may
-only say that less was trained; so a whole frontier is drawn, over steps and learning rates: what has
-been forgotten by the time that so much has been learned?
+only say that less was trained; so a whole frontier is drawn, over steps and learning rates: what
+has been forgotten by the time that so much has been learned?
 
-The bundled base knows Python source and learns Shakespeare.  Its own kind of text are modules of the
-standard library that it was never trained on (`lora_jax.data.is_held_out`).
+The bundled base knows Python source and learns Shakespeare.  Its own kind of text are modules of
+the standard library that it was never trained on (`lora_jax.data.is_held_out`).
 """
 
 import dataclasses
@@ -70,9 +70,8 @@ def measured(base: Base, task: Task, quick: bool) -> dict[str, Any]:
     ]
     seeds, runs = SEEDS[:1] if quick else SEEDS, []
     for group, rates in groups:
-        for rate in rates[:1] if quick else rates:
-            chosen = [(arm, rate, seed) for arm in group for seed in seeds]
-            runs += trained(base, task, chosen, LOOKS, task.test)
+        for rate, seed in itertools.product(rates[:1] if quick else rates, seeds):
+            runs += trained(base, task, [(arm, rate, seed) for arm in group], LOOKS, task.test)
     before = {name: held_out(base, task, [{}], part)[0] for name, part in task.test.items()}
     return {"before": before, "runs": runs}
 

@@ -20,7 +20,7 @@ from typing import Any
 import common
 import jax
 import numpy as np
-from common import TUNING_SEED, Arm, Base, Params, Spread, Task, pairs, shares
+from common import TUNING_SEED, Arm, Base, Params, Spread, Task, adapter_mask, pairs, shares
 from tasks import style_task
 
 from lora_jax import InputError, LoraConfig, combine
@@ -107,20 +107,16 @@ def measured(base: Base, task: Task, quick: bool) -> tuple[list[Any], list[Any]]
         ([Arm(FULL, LoraConfig())], FULL_RATES[task.name]),
     ]
     for group, rates in groups:
-        tries = [
-            (arm, rate, TUNING_SEED) for arm in group for rate in rates[: 1 if quick else None]
-        ]
-        tried += trained(base, task, tries, ends, {"valid": task.valid, **task.test})
-        if quick:
-            continue
+        rates = rates[:1] if quick else rates
+        for rate in rates:  # one program serves all rates, and then all seeds
+            own = [(arm, rate, TUNING_SEED) for arm in group]
+            tried += trained(base, task, own, ends, {"valid": task.valid})
         best = {arm.name: best_rate(tried, task.name, arm.name) for arm in group}
-        found = [(arm, best[arm.name], seed) for arm in group for seed in SEEDS]
-        edges = {rates[0], rates[-1]}
-        runs += [
-            record | {"edge": record["rate"] in edges}
-            for record in trained(base, task, found, ends, task.test)
-        ]
-    return tried, runs or [record | {"edge": False} for record in tried]
+        for seed in SEEDS[:1] if quick else SEEDS:
+            own = [(arm, best[arm.name], seed) for arm in group]
+            for record in trained(base, task, own, ends, task.test):
+                runs.append(record | {"edge": record["rate"] in (rates[0], rates[-1])})
+    return tried, runs
 
 
 def best_rate(tried: Sequence[Any], task: str, arm: str) -> float:
@@ -156,7 +152,7 @@ def trained(
 
     _, rates, seeds = zip(*runs, strict=True)
     common.train_together(
-        own, task, starts, rates, seeds, mask=everything if full else None, looks=looks, look=look
+        own, task, starts, rates, seeds, mask=everything if full else adapter_mask, looks=looks, look=look
     )
     numbers = common.trained if not full else count
     for record, start in zip(records, starts, strict=True):

@@ -1,0 +1,157 @@
+"""Does style need little rank, and knowledge more rank and a larger alpha?
+
+    LORA_JAX_TEST_DATA=… python experiments/claims/rank.py [--quick]
+
+Rank 1 to 64 (which is all the rank that the small base has) on Shakespeare's manner and on invented
+facts, for three rules of alpha, each with its own best learning rate.
+"""
+
+import time
+from typing import Any
+
+from common import (
+    Arm,
+    Base,
+    Spread,
+    Task,
+    base_score,
+    load_base,
+    markdown,
+    options,
+    save_picture,
+    save_results,
+    spread,
+    tune_and_run,
+)
+from tasks import facts_task, style_task
+
+from lora_jax._drawing import APART, GREY
+
+RANKS = (1, 2, 4, 8, 16, 64)
+ENDS = (1, 64)
+"""Ranks at which all rules of alpha are tried."""
+RATES = {"style": (1.5e-3, 4.5e-3, 1.35e-2, 4e-2), "knowledge": (5e-4, 1.5e-3, 4.5e-3, 1.35e-2)}
+SEEDS = (0, 1, 2)
+ALPHAS = {"alpha = 16": lambda r: 16, "alpha = r": lambda r: r, "alpha = 2r": lambda r: 2 * r}
+PANELS = (
+    ("style", "held-out plays", "loss", "loss (nats per token)"),
+    ("knowledge", "unseen phrasings", "loss", "loss of the answer (nats per token)"),
+    ("knowledge", "unseen phrasings", "exact", "answers right in unseen phrasings (share)"),
+)
+
+
+def main() -> None:
+    given = options("Rank and alpha, for a style and for knowledge.")
+    begun = time.perf_counter()
+    base = load_base("stories")
+    found: dict[str, Any] = {"tasks": {}}
+    for task in tasks(base, given.quick):
+        wanted = arms(base, (1, 16), (1,)) if given.quick else arms(base, RANKS, ENDS)
+        rates, seeds = RATES[task.name], SEEDS
+        if given.quick:
+            rates, seeds = rates[1:2], SEEDS[:2]
+        tried, runs = tune_and_run(base, task, wanted, rates, seeds)
+        before = {name: vars(base_score(base, task, part)) for name, part in task.test.items()}
+        found["tasks"][task.name] = {
+            "before": before,
+            "steps": task.steps,
+            "tokens": task.steps * task.batch_size * task.length,
+            "tuning": tried,
+            "runs": runs,
+        }
+        save_results(given.out, "rank", found | verdict(found), begun)
+    save_picture(given.out, "rank", picture(found))
+    print(table(found))
+
+
+def tasks(base: Base, quick: bool) -> list[Task]:
+    if quick:
+        return [style_task(base, 3), facts_task(base, 4, 3)]
+    return [style_task(base, 150), facts_task(base, 64, 300)]
+
+
+def arms(base: Base, ranks: tuple[int, ...], ends: tuple[int, ...]) -> list[Arm]:
+    """Alpha 16 at all ranks, the other rules at some; what is alpha 16 by two rules is one arm."""
+    wanted = {(rank, 16): None for rank in ranks}
+    wanted |= {(rank, own(rank)): None for rank in ends for own in ALPHAS.values()}
+    return [Arm(arm_name(rank, alpha), base.lora(rank, alpha)) for rank, alpha in wanted]
+
+
+def arm_name(rank: int, alpha: int) -> str:
+    return f"r {rank}, alpha {alpha}"
+
+
+def enough(runs: list[dict[str, Any]], part: str) -> int:
+    """The lowest rank, at alpha 16, whose seeds reach into the range of the best rank's."""
+    known = {run["arm"] for run in runs}
+    of = {r: spread(runs, arm_name(r, 16), part) for r in RANKS if arm_name(r, 16) in known}
+    best = min(of.values(), key=lambda s: s.mean)
+    return min(rank for rank, own in of.items() if own.ties(best))
+
+
+def verdict(found: dict[str, Any]) -> dict[str, Any]:
+    """For each task and part, the rank above which nothing is gained."""
+    return {
+        "enough": {
+            f"{name}, {part}": enough(task["runs"], part)
+            for name, task in found["tasks"].items()
+            for part in task["before"]
+        }
+    }
+
+
+def table(found: dict[str, Any]) -> str:
+    """Of every arm its best learning rate and what it reached: mean (least..most) of the seeds."""
+    lines = []
+    for name, task in found["tasks"].items():
+        for arm in dict.fromkeys(run["arm"] for run in task["runs"]):
+            own = next(run for run in task["runs"] if run["arm"] == arm)
+            rate = f"{own['rate']:g}" + (" (end of the grid)" if own["edge"] else "")
+            for part in task["before"]:
+                loss, exact = (spread(task["runs"], arm, part, x) for x in ("loss", "exact"))
+                right = f"{exact}" if name == "knowledge" else ""
+                lines.append([name, part, arm, own["trainable"], rate, loss, right])
+    header = ["task", "rows", "arm", "trained", "learning rate", "loss", "answers right"]
+    return markdown(header, lines)
+
+
+def picture(found: dict[str, Any]) -> Any:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 3.8), layout="constrained")
+    for axes, (name, part, what, label) in zip(figure.subplots(1, 3), PANELS, strict=True):
+        runs = found["tasks"][name]["runs"]
+        for (rule, own), colour in zip(ALPHAS.items(), APART, strict=False):
+            draw(axes, runs, own, part, what, colour=colour, label=rule)
+        if what == "exact":
+            axes.axhline(1 / 16, color=GREY, linestyle=":", label="one of 16 words, at random")
+            axes.set_ylim(0, 1.02)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(RANKS, list(map(str, RANKS)))
+        axes.minorticks_off()
+        axes.set(xlabel="rank r", ylabel=label, title=f"{name}: {part}")
+        axes.legend(frameon=False, fontsize="small")
+    return figure
+
+
+def draw(axes: Any, runs: list[Any], alpha: Any, part: str, what: str, **style: Any) -> None:
+    """Means over the rank, with bars from the least seed to the most."""
+    known = {run["arm"] for run in runs}
+    ranks = [r for r in RANKS if arm_name(r, alpha(r)) in known]
+    points: list[Spread] = [spread(runs, arm_name(r, alpha(r)), part, what) for r in ranks]
+    bars = [[s.mean - s.low for s in points], [s.high - s.mean for s in points]]
+    means = [s.mean for s in points]
+    axes.errorbar(
+        ranks,
+        means,
+        bars,
+        color=style["colour"],
+        marker="o",
+        markersize=4,
+        capsize=3,
+        label=style["label"],
+    )
+
+
+if __name__ == "__main__":
+    main()
