@@ -26,7 +26,7 @@ from lora_jax import LoraConfig
 from lora_jax._drawing import APART
 from lora_jax.data import is_held_out, stdlib_modules
 
-RANKS = (4, 16, 64)
+RANKS = (4, 64)
 LORA_RATES, FULL_RATES = (1e-3, 3e-3, 1e-2), (3e-4, 1e-3, 3e-3)
 SEEDS = range(3)
 LOOKS = (5, 10, 20, 40, 80)
@@ -50,7 +50,7 @@ def learning(quick: bool) -> tuple[Base, Task]:
     task = style_task(base, LOOKS[0] if quick else LOOKS[-1])
     new, old = task.test["held-out plays"], texts(base, own_texts(), 128)
     test = {
-        name: dataclasses.replace(part, examples=part.examples[:48])
+        name: dataclasses.replace(part, examples=part.examples[:32])
         for name, part in (("new", new), ("old", old))
     }
     return base, small(dataclasses.replace(task, batch_size=4, test=test), quick)

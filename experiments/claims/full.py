@@ -32,8 +32,8 @@ from lora_jax.train import evaluate, make_eval_step
 
 RANKS = (2, 8, 32)
 FULL = "full"
-LORA_RATES = {"style": (1e-3, 3e-3, 1e-2, 3e-2), "docstrings": (1e-3, 3e-3, 1e-2)}
-FULL_RATES = {"style": (3e-4, 1e-3, 3e-3, 1e-2), "docstrings": (3e-4, 1e-3, 3e-3)}
+LORA_RATES = {"style": (3e-3, 1e-2, 3e-2), "docstrings": (1e-3, 3e-3, 1e-2)}
+FULL_RATES = {"style": (1e-3, 3e-3, 1e-2), "docstrings": (3e-4, 1e-3, 3e-3)}
 SEEDS = range(3)
 
 
@@ -58,9 +58,9 @@ def main() -> None:
 def far(quick: bool) -> tuple[Base, Task]:
     """Shakespeare for the base of children's stories."""
     base = common.load_base("stories")
-    task = style_task(base, 4 if quick else 200)
+    task = style_task(base, 4 if quick else 150)
     test = task.test["held-out plays"]
-    return base, small(dataclasses.replace(task, batch_size=8, test={"test": test}), quick)
+    return base, small(dataclasses.replace(task, batch_size=4, test={"test": test}), quick)
 
 
 def near() -> tuple[Base, Task]:
@@ -68,15 +68,15 @@ def near() -> tuple[Base, Task]:
     base = common.load_base("bundled")
     train, held_out = (
         pairs(base, [(f"{row['instruction']}\n{row['input']}\n", row["output"]) for row in rows])
-        for rows in (docstring_rows(False, max_source=400), docstring_rows(True, max_source=400))
+        for rows in (docstring_rows(False, max_source=250), docstring_rows(True, max_source=250))
     )
     train, held_out = (
-        dataclasses.replace(x, examples=[e for e in x.examples if len(e) <= 192])
+        dataclasses.replace(x, examples=tuple(e for e in x.examples if len(e) <= 128))
         for x in (train, held_out)
     )
     valid, test = shares(held_out.examples, 100)
-    valid, test = (dataclasses.replace(held_out, examples=part) for part in (valid, test))
-    return base, Task("docstrings", train, valid, {"test": test}, steps=60, length=192)
+    valid, test = (dataclasses.replace(held_out, examples=tuple(x)) for x in (valid, test))
+    return base, Task("docstrings", train, valid, {"test": test}, steps=60, batch_size=4)
 
 
 def small(task: Task, quick: bool) -> Task:
@@ -152,7 +152,14 @@ def trained(
 
     _, rates, seeds = zip(*runs, strict=True)
     common.train_together(
-        own, task, starts, rates, seeds, mask=everything if full else adapter_mask, looks=looks, look=look
+        own,
+        task,
+        starts,
+        rates,
+        seeds,
+        mask=everything if full else adapter_mask,
+        looks=looks,
+        look=look,
     )
     numbers = common.trained if not full else count
     for record, start in zip(records, starts, strict=True):
