@@ -104,7 +104,7 @@ class Task:
     valid: Examples
     test: Mapping[str, Examples]
     steps: int
-    batch_size: int = 4
+    batch_size: int = 2
     length: int = 128
     packing: bool = True
 
@@ -214,27 +214,30 @@ class Score:
     exact: float
 
 
-def score(base: Base, task: Task, adapters: Sequence[Params], examples: Examples) -> list[Score]:
+def score(base: Base, adapters: Sequence[Params], examples: Examples) -> list[Score]:
     """How well each adapter predicts the trained tokens of examples, each in a row of its own."""
-    stacked = stack_adapters(adapters)
-    sums = []
-    for batch in eval_batches(examples, batch_size=32, seq_length=task.length, packing=False):
+    stacked, sums = stack_adapters(adapters), []
+    length = -(-max(map(len, examples)) // 32) * 32
+    for batch in eval_batches(examples, batch_size=32, seq_length=length, packing=False):
         arrays = {name: x for name, x in batch.items() if name != "rows"}
         real = (batch["loss_mask"] & (batch["segment_ids"] > 0)).any(axis=1)
-        loss, count, right = jax.device_get(_row_sums(base.model, stacked, base.params, arrays))
+        loss, count, right = jax.device_get(
+            _joint_row_sums(base.model, stacked, base.params, arrays)
+        )
         sums.append((loss[:, real], count[:, real], right[:, real]))
     loss, count, right = (np.concatenate(part, axis=1) for part in zip(*sums, strict=True))
     means = loss.sum(axis=1, dtype=np.float64) / count.sum(axis=1)
     return [Score(float(a), float(b)) for a, b in zip(means, right.mean(axis=1), strict=True)]
 
 
-def base_score(base: Base, task: Task, examples: Examples) -> Score:
+def base_score(base: Base, examples: Examples) -> Score:
     """The score of the base alone, as that of an adapter that changes nothing."""
     adapter = base.adapter(LoraConfig(r=1, target_modules="all-linear"), 0)
-    return score(base, task, [adapter], examples)[0]
+    return score(base, [adapter], examples)[0]
 
 
-def _one_row_sums(model: Any, adapter: Params, base: Params, batch: Params) -> tuple[Any, ...]:
+def row_sums(model: Any, adapter: Params, base: Params, batch: Params) -> tuple[Any, ...]:
+    """Of each row the summed loss, the trained tokens, and whether all of them are likeliest."""
     params = {"params": combine(base, adapter)}
     hidden, _ = model.apply(
         params,
@@ -252,9 +255,9 @@ def _one_row_sums(model: Any, adapter: Params, base: Params, batch: Params) -> t
 
 
 @jax.jit(static_argnums=0)
-def _row_sums(model: Any, adapters: Params, base: Params, batch: Params) -> tuple[Any, ...]:
+def _joint_row_sums(model: Any, adapters: Params, base: Params, batch: Params) -> tuple[Any, ...]:
     model = dataclasses.replace(model, module=model.module.clone(fused_attention=False))
-    many = jax.vmap(lambda *x: _one_row_sums(model, *x), in_axes=(0, None, None))
+    many = jax.vmap(lambda *x: row_sums(model, *x), in_axes=(0, None, None))
     return many(adapters, base, batch)
 
 
@@ -293,7 +296,7 @@ def run_arms(
         adapters = train_together(base, task, starts, rates, seeds, section)
         seconds = time.perf_counter() - begun
         named = {"valid": task.valid} if tuning else task.test
-        found = {name: score(base, task, adapters, part) for name, part in named.items()}
+        found = {name: score(base, adapters, part) for name, part in named.items()}
         for n, i in enumerate(numbers):
             own = {name: dataclasses.asdict(scores[n]) for name, scores in found.items()}
             records[i] = {

@@ -23,14 +23,13 @@ from common import (
     spread,
     tune_and_run,
 )
-from tasks import facts_task, style_task
+from tasks import RATES, facts_task, style_task
 
 from lora_jax._drawing import APART, GREY
 
 RANKS = (1, 2, 4, 8, 16, 64)
 ENDS = (1, 64)
 """Ranks at which all rules of alpha are tried."""
-RATES = {"style": (1.5e-3, 4.5e-3, 1.35e-2, 4e-2), "knowledge": (5e-4, 1.5e-3, 4.5e-3, 1.35e-2)}
 SEEDS = (0, 1, 2)
 ALPHAS = {"alpha = 16": lambda r: 16, "alpha = r": lambda r: r, "alpha = 2r": lambda r: 2 * r}
 PANELS = (
@@ -51,7 +50,7 @@ def main() -> None:
         if given.quick:
             rates, seeds = rates[1:2], SEEDS[:2]
         tried, runs = tune_and_run(base, task, wanted, rates, seeds)
-        before = {name: vars(base_score(base, task, part)) for name, part in task.test.items()}
+        before = {name: vars(base_score(base, part)) for name, part in task.test.items()}
         found["tasks"][task.name] = {
             "before": before,
             "steps": task.steps,

@@ -12,6 +12,8 @@ import random
 
 from common import Base, Task, data_path, pairs, shares, texts
 
+RATES = {"style": (1.5e-3, 4.5e-3, 1.35e-2, 4e-2), "knowledge": (5e-4, 1.5e-3, 4.5e-3, 1.35e-2)}
+"""Learning rates to choose from: each about three times the one before."""
 WORDS = {
     "home": "park forest garden barn tree lake cave castle shop school farm boat hill zoo box bed",
     "food": "cake apples soup bread eggs fish corn cheese grass nuts honey rice pie milk jam meat",
@@ -28,18 +30,24 @@ ASKED = {
 
 
 def style_task(base: Base, steps: int) -> Task:
-    """Tiny Shakespeare in pieces of 128 tokens; what is held out are its last plays."""
+    """Tiny Shakespeare; what is held out are its last plays."""
     text = data_path("tinyshakespeare/input.txt").read_text("utf-8")
-    read, held_out = text[: len(text) * 9 // 10], text[len(text) * 9 // 10 :]
+    cut = len(text) * 9 // 10
+    return text_task(base, "style", text[:cut], text[cut:], steps, "held-out plays")
+
+
+def text_task(
+    base: Base, name: str, read: str, held_out: str, steps: int, part: str = "held-out text"
+) -> Task:
+    """A text in pieces of 128 tokens; of another, 24,000 characters choose and as many test."""
     scenes = [held_out[i : i + 2000] for i in range(0, 48_000, 2000)]
     valid, test = shares(scenes, 12)
     return Task(
-        "style",
+        name,
         train=texts(base, [read[:300_000]], 128),
         valid=texts(base, valid, 128),
-        test={"held-out plays": texts(base, test, 128)},
+        test={part: texts(base, test, 128)},
         steps=steps,
-        batch_size=2,
     )
 
 
@@ -54,7 +62,6 @@ def facts_task(base: Base, count: int, steps: int, seed: int = 0) -> Task:
         valid=pairs(base, asked(known, ASKED, slice(1))),
         test={name: pairs(base, part) for name, part in parts.items()},
         steps=steps,
-        length=64,
     )
 
 
