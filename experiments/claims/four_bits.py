@@ -15,7 +15,7 @@ from typing import Any
 
 import common
 from common import TUNING_SEED, Base, Params, Spread, Task
-from forgetting import own_texts
+from forgetting import sources
 from full import held_out, near, small
 
 from lora_jax import QuantConfig, init_loftq
@@ -39,7 +39,8 @@ def main() -> None:
     options = common.options(__doc__ or "")
     begun = time.perf_counter()
     base, task = near()
-    own = common.texts(base, own_texts(), 128)
+    task = dataclasses.replace(task, batch_size=2)
+    own = common.texts(base, sources(), 128)
     own = dataclasses.replace(own, examples=own.examples[:100])
     if options.quick:
         task = small(dataclasses.replace(task, steps=4), True)
