@@ -67,6 +67,17 @@ def cost_table(found: Mapping[str, Any]) -> str:
     return quiet + common.markdown(head, rows)
 
 
+def said(found: Mapping[str, Any]) -> str:
+    """The summary's words: each case's time and peak over those of the first."""
+    first, *others = found["cases"]
+    base = found["cases"][first]["peak_step"]["median"]
+    return "; ".join(
+        f"{name}: ×{found['cases'][name]['over']['median']:.2f} in time,"
+        f" ×{found['cases'][name]['peak_step']['median'] / base:.2f} in peak RSS"
+        for name in others
+    )
+
+
 def full(spec: dict[str, Any], kept: str) -> Any:
     """Every parameter trained."""
     from cases_jax import adamw, library_step, load

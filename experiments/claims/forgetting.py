@@ -30,8 +30,8 @@ from lora_jax.models import generate
 
 RANKS = (4, 32)
 RATES: dict[str, tuple[Sequence[float], Sequence[float]]] = {
-    "stories": ((3e-3, 1e-2, 3e-2), (1e-3, 3e-3, 1e-2)),
-    "bundled": ((1e-3, 3e-3, 1e-2), (3e-4, 1e-3, 3e-3)),
+    "stories": ((3e-4, 1e-3, 3e-3, 1e-2), (1e-4, 3e-4, 1e-3, 3e-3)),
+    "bundled": ((3e-4, 1e-3, 3e-3), (1e-4, 3e-4, 1e-3)),
 }
 """For each base the learning rates of LoRA and of full fine-tuning."""
 SEEDS = range(3)
@@ -157,6 +157,16 @@ def table(results: dict[str, Any]) -> str:
     )
 
 
+def said(results: dict[str, Any]) -> str:
+    """The summary's words."""
+    parts = []
+    for name, found in results["bases"].items():
+        level = levels(found)[1]
+        lost = (f"{arm} loses {frontier(found, arm, level).mean:.2f}" for arm in names(found))
+        parts.append(f"{name} base, {level:.2f} nats learned: {', '.join(lost)}")
+    return "; ".join(parts)
+
+
 def picture(results: dict[str, Any]) -> Any:
     """Every run from its first step to its last; those of one arm in one colour."""
     from matplotlib.figure import Figure
@@ -166,14 +176,14 @@ def picture(results: dict[str, Any]) -> Any:
     panels = figure.subplots(1, len(bases), squeeze=False)[0]
     for axes, (name, found) in zip(panels, bases.items(), strict=True):
         for arm, colour in zip(names(found), APART, strict=False):
-            for marker, runs in zip("os^", by_rate(found, arm).values(), strict=False):
+            for marker, runs in zip("os^D", by_rate(found, arm).values(), strict=False):
                 for run in runs:
                     x, y = zip(*path(found, run), strict=True)
                     axes.plot(x, y, color=colour, marker=marker, markersize=3, linewidth=0.8)
             axes.plot([], [], color=colour, label=arm)
         axes.set(title=f"{name} base", xlabel="learned: nats per token gained on Shakespeare",
                  ylabel="forgotten: nats per token lost on its own text")  # fmt: skip
-    panels[0].legend(frameon=False, title="circle, square, triangle:\nrising learning rates")
+    panels[0].legend(frameon=False, title="○ □ △ ◇: rising learning rates")
     return figure
 
 

@@ -134,6 +134,14 @@ def table(results: dict[str, Any]) -> str:
     return common.markdown(head, rows)
 
 
+def said(results: dict[str, Any]) -> str:
+    """The summary's words."""
+    dense, own = losses(results, DENSE, DENSE), losses(results, "nf4", "nf4")
+    cost = results["bare"]["nf4"]["own"] - results["bare"][DENSE]["own"]
+    left = "a tie" if own.ties(dense) else f"{own.mean - dense.mean:+.3f}"
+    return f"nf4 costs {cost:+.3f} nats on the base's own text; with an adapter over each, {left}"
+
+
 def picture(results: dict[str, Any]) -> Any:
     """Held-out loss with an adapter, those trained over what they are used on in blue."""
     from matplotlib.figure import Figure

@@ -32,8 +32,9 @@ from lora_jax.train import evaluate, make_eval_step
 
 RANKS = (2, 8, 32)
 FULL = "full"
-LORA_RATES = {"style": (3e-3, 1e-2, 3e-2), "docstrings": (1e-3, 3e-3, 1e-2)}
-FULL_RATES = {"style": (1e-3, 3e-3, 1e-2), "docstrings": (3e-4, 1e-3, 3e-3)}
+LORA_RATES = {"style": (1e-3, 3e-3, 1e-2, 3e-2), "docstrings": (3e-4, 1e-3, 3e-3, 1e-2)}
+FULL_RATES = {"style": (3e-4, 1e-3, 3e-3, 1e-2), "docstrings": (1e-4, 3e-4, 1e-3, 3e-3)}
+TITLES = {"style": "Shakespeare, from stories", "docstrings": "docstrings, from Python source"}
 SEEDS = range(3)
 
 
@@ -235,6 +236,16 @@ def table(results: dict[str, Any]) -> str:
     return common.markdown(head, rows)
 
 
+def said(results: dict[str, Any]) -> str:
+    """The summary's words."""
+    parts = []
+    for task in names(results, "task"):
+        largest, whole = losses(results, task, f"LoRA r {RANKS[-1]}"), losses(results, task, FULL)
+        off = "a tie" if largest.ties(whole) else f"{largest.mean - whole.mean:+.2f} nats"
+        parts.append(f"{TITLES[task]}: {off} at rank {RANKS[-1]}")
+    return "; ".join(parts)
+
+
 def picture(results: dict[str, Any]) -> Any:
     """Held-out loss over what is trained."""
     from matplotlib.figure import Figure
@@ -250,10 +261,13 @@ def picture(results: dict[str, Any]) -> Any:
             off = np.array([[own.mean - own.low], [own.high - own.mean]])
             colour = VERMILION if arm == FULL else BLUE
             axes.errorbar(size, own.mean, off, fmt="o", color=colour, capsize=3)
-            axes.annotate(arm, (size, own.mean), xytext=(6, 6), textcoords="offset points")
+            place = {"xytext": (0, 4), "textcoords": "offset points", "ha": "center"}
+            axes.annotate(arm, (size, own.high), **place)
         axes.set_xscale("log")
         axes.margins(x=0.25, y=0.2)
-        axes.set(title=task, xlabel="trained parameters", ylabel="held-out loss (nats per token)")
+        axes.set(
+            title=TITLES[task], xlabel="trained parameters", ylabel="held-out loss (nats per token)"
+        )
     return figure
 
 

@@ -4,7 +4,7 @@
 
 Hu et al. 2021: a merged adapter adds no latency.  Unmerged it is two thin products more for each
 matrix: r·(d_in + d_out) / (d_in·d_out) of its weights and work, and two calls that each take their
-time whatever their size.  A random model of 51 million parameters reads prompts and writes tokens,
+time whatever their size.  A random model of 60 million parameters reads prompts and writes tokens,
 greedily, through `lora_jax.models.generate`; all ways take turns in one process.
 """
 
@@ -136,6 +136,16 @@ def table(results: dict[str, Any]) -> str:
         rows.append(line)
     quiet = "" if results["quiet"] else "NOT QUIET: others used this machine meanwhile.\n\n"
     return quiet + common.markdown(["", *(f"{p}, batch {b}" for p, b in columns)], rows)
+
+
+def said(results: dict[str, Any]) -> str:
+    """The summary's words: a token at batch 1."""
+    over = {
+        row["way"]: row["over"]["median"]
+        for row in results["rows"]
+        if (row["phase"], row["batch"]) == ("decode", 1) and not row["way"].endswith("base")
+    }
+    return "a token at batch 1: " + ", ".join(f"{way} ×{x:.2f}" for way, x in over.items())
 
 
 def picture(results: dict[str, Any]) -> Any:

@@ -41,6 +41,17 @@ def same_way(case: str) -> str:
     return f"{case.partition('/')[0]}/everything"
 
 
+def said(results: dict[str, Any]) -> str:
+    """The summary's words."""
+    parts = []
+    for way in ("LoRA", "full"):
+        kept = (results["cases"][f"{way}, keeps {what}"] for what in ("everything", "nothing"))
+        most, least = (own["temp_bytes"]["median"] / 1e6 for own in kept)
+        time = results["cases"][f"{way}, keeps nothing"]["over"]["median"]
+        parts.append(f"{way} ×{time:.2f} in time, {most:,.0f} to {least:,.0f} MB of temporaries")
+    return "; ".join(parts)
+
+
 def picture(results: dict[str, Any]) -> Any:
     """Time over memory: what a policy pays and what it gets, for each of the two ways to train."""
     from matplotlib.figure import Figure
