@@ -19,6 +19,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import common
+import numpy as np
 from common import Arm, Base, Spread, Task, texts
 from full import FULL, arms, held_out, small, trained
 from tasks import style_task
@@ -146,44 +147,46 @@ def levels(found: Found) -> list[float]:
 
 def table(results: dict[str, Any]) -> str:
     rows = []
-    for name, found in results["bases"].items():
+    for name in RATES:
+        if name not in results["bases"]:
+            rows.append([name, "not yet measured", *[""] * (3 + len(SHARES))])
+            continue
+        found = results["bases"][name]
+        rows.append([name, *[""] * 4, *(f"at {level:.2f} learned" for level in levels(found))])
         for arm in names(found):
             rate, learned, lost = at_end(found, arm)
-            at = (f"{level:.2f}: {frontier(found, arm, level)}" for level in levels(found))
-            rows.append([name, arm, f"{rate:g}", learned, lost, *at])
-    shares = (f"forgotten at {share:.0%} of the least learned" for share in SHARES)
-    return common.markdown(
-        ["base", "trained", "rate", "most learned", "forgotten then", *shares], rows
-    )
+            at = (f"{frontier(found, arm, level)}" for level in levels(found))
+            rows.append(["", arm, f"{rate:g}", learned, lost, *at])
+    head = ["base", "trained", "rate that learned most", "learned", "forgotten then"]
+    return common.markdown([*head, *["forgotten"] * len(SHARES)], rows)
 
 
 def said(results: dict[str, Any]) -> str:
     """The summary's words."""
     parts = []
     for name, found in results["bases"].items():
-        level = levels(found)[1]
+        level = levels(found)[1]  # all arms reach it with room
         lost = (f"{arm} loses {frontier(found, arm, level).mean:.2f}" for arm in names(found))
         parts.append(f"{name} base, {level:.2f} nats learned: {', '.join(lost)}")
     return "; ".join(parts)
 
 
 def picture(results: dict[str, Any]) -> Any:
-    """Every run from its first step to its last; those of one arm in one colour."""
+    """The way of each arm and learning rate, from the first step to the last: means over seeds."""
     from matplotlib.figure import Figure
 
     bases = results["bases"]
-    figure = Figure(figsize=(4.5 * len(bases), 4), layout="constrained")
+    figure = Figure(figsize=(4.6 * len(bases) + 0.8, 4.6), layout="constrained")
     panels = figure.subplots(1, len(bases), squeeze=False)[0]
     for axes, (name, found) in zip(panels, bases.items(), strict=True):
         for arm, colour in zip(names(found), APART, strict=False):
-            for marker, runs in zip("os^D", by_rate(found, arm).values(), strict=False):
-                for run in runs:
-                    x, y = zip(*path(found, run), strict=True)
-                    axes.plot(x, y, color=colour, marker=marker, markersize=3, linewidth=0.8)
-            axes.plot([], [], color=colour, label=arm)
+            for marker, (rate, runs) in zip("os^D", by_rate(found, arm).items(), strict=False):
+                x, y = np.mean([path(found, run) for run in runs], axis=0).T
+                text = f"{arm}, {rate:g}"
+                axes.plot(x, y, color=colour, marker=marker, markersize=4, lw=1, label=text)
         axes.set(title=f"{name} base", xlabel="learned: nats per token gained on Shakespeare",
                  ylabel="forgotten: nats per token lost on its own text")  # fmt: skip
-    panels[0].legend(frameon=False, title="○ □ △ ◇: rising learning rates")
+        axes.legend(frameon=False, fontsize="x-small", title="learning rate")
     return figure
 
 

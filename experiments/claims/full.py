@@ -32,7 +32,7 @@ from lora_jax.train import evaluate, make_eval_step
 
 RANKS = (2, 8, 32)
 FULL = "full"
-LORA_RATES = {"style": (1e-3, 3e-3, 1e-2, 3e-2), "docstrings": (3e-4, 1e-3, 3e-3, 1e-2)}
+LORA_RATES = {"style": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2), "docstrings": (3e-4, 1e-3, 3e-3, 1e-2)}
 FULL_RATES = {"style": (3e-4, 1e-3, 3e-3, 1e-2), "docstrings": (1e-4, 3e-4, 1e-3, 3e-3)}
 TITLES = {"style": "Shakespeare, from stories", "docstrings": "docstrings, from Python source"}
 SEEDS = range(3)
