@@ -30,7 +30,8 @@ from lora_jax._drawing import APART
 COMMON = 8
 """The rank at which all rules have scaling 2."""
 RANKS = (1, COMMON, 64)
-RATES = tuple(1e-3 * 2**k for k in range(7))
+RATES = tuple(1.5e-3 * 2**k for k in range(6))
+STEPS = 100
 SEEDS = (0, 1, 2)
 RULES: dict[str, Callable[[int], float]] = {
     "alpha / r": lambda rank: 16 / rank,
@@ -44,7 +45,7 @@ def main() -> None:
     given = options("Rules of alpha against the learning rate.")
     begun = time.perf_counter()
     base = load_base("stories")
-    task = style_task(base, 3 if given.quick else 200)
+    task = style_task(base, 3 if given.quick else STEPS)
     rates, seeds = (RATES[2:4], SEEDS[:2]) if given.quick else (RATES, SEEDS)
     tried, runs = tune_and_run(base, task, arms(base), rates, seeds)
     tokens = task.steps * task.batch_size * task.length
@@ -128,8 +129,12 @@ def picture(found: dict[str, Any]) -> Any:
             best = min(losses, key=losses.__getitem__)
             axes.plot(best, losses[best], color=colour, marker="*", markersize=13)
         axes.set_xscale("log")
-        axes.set(xlabel="peak learning rate", title=f"scaling by {rule}")
+        axes.set_xticks(RATES, [f"{1000 * rate:g}" for rate in RATES])
+        axes.minorticks_off()
+        axes.set(xlabel="peak learning rate (thousandths)", title=f"scaling by {rule}")
         axes.legend(frameon=False, fontsize="small")
+    low = min(min(curve(found, name(rule, rank)).values()) for rule in RULES for rank in RANKS)
+    panels[0].set_ylim(low - 0.03, low + 0.6)  # what diverges leaves the picture
     panels[0].set_ylabel("validation loss (nats per token)")
     return figure
 

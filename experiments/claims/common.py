@@ -106,15 +106,10 @@ class Task:
     steps: int
     batch_size: int = 2
     length: int = 128
-    packing: bool = True
 
     @property
-    def sizes(self) -> dict[str, Any]:
-        return {
-            "batch_size": self.batch_size,
-            "seq_length": self.length,
-            "packing": self.packing,
-        }
+    def sizes(self) -> dict[str, int]:
+        return {"batch_size": self.batch_size, "seq_length": self.length}
 
 
 def texts(base: Base, parts: Sequence[str], length: int) -> Examples:
@@ -276,7 +271,6 @@ def run_arms(
     *,
     tuning: bool = False,
     section: TrainSection | None = None,
-    start: Callable[[Base, LoraConfig, int], Params] = Base.adapter,
 ) -> list[dict[str, Any]]:
     """Train each `(arm, rate, seed)` and make a record of it.
 
@@ -292,7 +286,7 @@ def run_arms(
     for numbers in groups.values():
         begun = time.perf_counter()
         chosen, rates, seeds = zip(*(arms[i] for i in numbers), strict=True)
-        starts = [start(base, arm.lora, seed) for arm, seed in zip(chosen, seeds, strict=True)]
+        starts = [base.adapter(a.lora, seed) for a, seed in zip(chosen, seeds, strict=True)]
         adapters = train_together(base, task, starts, rates, seeds, section)
         seconds = time.perf_counter() - begun
         named = {"valid": task.valid} if tuning else task.test
@@ -429,7 +423,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(v) for v in value]
     if isinstance(value, float):
-        return round(value, 6) if np.isfinite(value) else None
+        return float(f"{value:.6g}") if np.isfinite(value) else None
     return value
 
 
