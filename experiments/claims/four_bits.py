@@ -10,7 +10,7 @@ was trained over bfloat16 is also laid over the rounded bases, which it has neve
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import common
@@ -22,7 +22,7 @@ from lora_jax import QuantConfig, init_loftq
 from lora_jax._drawing import BLUE, GREY, VERMILION
 from lora_jax.models import quantize_params
 
-RATES, SEEDS = (1e-3, 3e-3, 1e-2), range(3)
+RATES, SEEDS = (3e-4, 1e-3, 3e-3, 1e-2), range(3)
 RANK, ITERATIONS = 16, 5
 DENSE = "bf16"
 FORMATS = {
@@ -76,9 +76,13 @@ def measured(base: Base, task: Task, quick: bool) -> dict[str, Any]:
         name: {part: held_out(own, task, [{}], x)[0] for part, x in task.test.items()}
         for name, own in bases.items()
     }
+    tried: dict[str, dict[float, float]] = {}
     runs: list[dict[str, Any]] = []
     for name, (own, start) in cases.items():
-        rate, adapters = tuned(own, task, start, quick)
+        tried[name] = tuning(own, task, start, RATES[1:2] if quick else RATES)
+        rate = min(tried[name], key=lambda rate: tried[name][rate])
+        seeds = SEEDS[:1] if quick else SEEDS
+        adapters = [trained(own, task, start, rate, seed) for seed in seeds]
         others = [other for other in bases if name == DENSE and other != DENSE]
         for on in [name, *others]:
             target = bases.get(on, own)
@@ -87,22 +91,19 @@ def measured(base: Base, task: Task, quick: bool) -> dict[str, Any]:
                 {"trained": name, "on": on, "rate": rate, "seed": seed, "loss": loss}
                 for seed, loss in enumerate(found)
             ]
-        print(f"{name}: {found} at {rate:g}", flush=True)
-    return {"bare": bare, "runs": runs}
+        print(f"{name}: done", flush=True)
+    return {"bare": bare, "tried": tried, "runs": runs}
 
 
-def tuned(base: Base, task: Task, start: Start, quick: bool) -> tuple[float, list[Params]]:
-    """The learning rate that other rows choose, and an adapter of it for each seed."""
+def tuning(base: Base, task: Task, start: Start, rates: Sequence[float]) -> dict[float, float]:
+    """The loss of each learning rate on the rows that choose one."""
+    adapters = [trained(base, task, start, rate, TUNING_SEED) for rate in rates]
+    return dict(zip(rates, held_out(base, task, adapters, task.valid), strict=True))
 
-    def train(rate: float, seed: int) -> Params:
-        [adapter] = common.train_together(base, task, [start(seed)], [rate], [seed])
-        return adapter
 
-    def loss(rate: float) -> float:
-        return held_out(base, task, [train(rate, TUNING_SEED)], task.valid)[0]
-
-    rate = RATES[1] if quick else min(RATES, key=loss)
-    return rate, [train(rate, seed) for seed in (SEEDS[:1] if quick else SEEDS)]
+def trained(base: Base, task: Task, start: Start, rate: float, seed: int) -> Params:
+    [adapter] = common.train_together(base, task, [start(seed)], [rate], [seed])
+    return adapter
 
 
 def losses(results: dict[str, Any], trained: str, on: str) -> Spread:

@@ -58,7 +58,7 @@ Ways = dict[str, tuple[Any, Any]]
 def main() -> None:
     options = common.options(__doc__ or "")
     begun = time.perf_counter()
-    rounds = 2 if options.quick else 9
+    rounds = 2 if options.quick else 7
     before = machine.wait_for_quiet(0.0 if options.quick else 120.0)
     ways = models(TINY if options.quick else SHAPE, RANKS[:1] if options.quick else RANKS)
     rows = []
