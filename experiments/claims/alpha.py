@@ -8,7 +8,7 @@ lose, does rank 64 gain on rank 8, and what becomes of the rate that was best fo
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from common import (
@@ -21,6 +21,7 @@ from common import (
     save_picture,
     save_results,
     spread,
+    tiny,
     tune_and_run,
 )
 from tasks import style_task
@@ -45,20 +46,21 @@ def main() -> None:
     given = options("Rules of alpha against the learning rate.")
     begun = time.perf_counter()
     base = load_base("stories")
-    task = style_task(base, 3 if given.quick else STEPS)
-    rates, seeds = (RATES[2:4], SEEDS[:2]) if given.quick else (RATES, SEEDS)
-    tried, runs = tune_and_run(base, task, arms(base), rates, seeds)
+    task, ranks, rates, seeds = style_task(base, STEPS), RANKS, RATES, SEEDS
+    if given.quick:
+        task, ranks, rates, seeds = tiny(task), RANKS[:2], RATES[2:4], SEEDS[:2]
+    tried, runs = tune_and_run(base, task, arms(base, ranks), rates, seeds)
     tokens = task.steps * task.batch_size * task.length
     found = {"steps": task.steps, "tokens": tokens, "tuning": tried, "runs": runs}
-    found["rows"] = [row(found, rule, rank) for rule in RULES for rank in RANKS]
+    found["rows"] = [row(found, rule, rank) for rule in RULES for rank in ranks]
     save_results(given.out, "alpha", found, begun)
     save_picture(given.out, "alpha", picture(found))
     print(table(found))
 
 
-def arms(base: Base) -> list[Arm]:
+def arms(base: Base, ranks: Sequence[int]) -> list[Arm]:
     """One for each rank and scaling; that of the common rank belongs to all rules."""
-    wanted = {name(rule, rank): (rule, rank) for rule in RULES for rank in RANKS}
+    wanted = {name(rule, rank): (rule, rank) for rule in RULES for rank in ranks}
     return [Arm(key, config(base, rule, rank)) for key, (rule, rank) in wanted.items()]
 
 
@@ -121,8 +123,9 @@ def picture(found: dict[str, Any]) -> Any:
 
     figure = Figure(figsize=(12, 3.8), layout="constrained")
     panels = figure.subplots(1, 3, sharey=True)
+    ranks = sorted({own["rank"] for own in found["rows"]})
     for axes, rule in zip(panels, RULES, strict=True):
-        for rank, colour in zip(RANKS, APART, strict=False):
+        for rank, colour in zip(ranks, APART, strict=False):
             losses = curve(found, name(rule, rank))
             rates, values = zip(*sorted(losses.items()), strict=True)
             axes.plot(rates, values, color=colour, marker="o", markersize=4, label=f"r {rank}")
@@ -133,7 +136,7 @@ def picture(found: dict[str, Any]) -> Any:
         axes.minorticks_off()
         axes.set(xlabel="peak learning rate (thousandths)", title=f"scaling by {rule}")
         axes.legend(frameon=False, fontsize="small")
-    low = min(min(curve(found, name(rule, rank)).values()) for rule in RULES for rank in RANKS)
+    low = min(min(curve(found, name(rule, rank)).values()) for rule in RULES for rank in ranks)
     panels[0].set_ylim(low - 0.03, low + 0.6)  # what diverges leaves the picture
     panels[0].set_ylabel("validation loss (nats per token)")
     return figure

@@ -38,7 +38,7 @@ from lora_jax.train import TrainSection, init_joint_state, make_joint_step, make
 HERE = Path(__file__).parent
 TUNING_SEED = 1000
 """Of the runs that choose a learning rate; the reported ones have seeds 0, 1, 2, …"""
-Params = dict[str, Any]
+Params = Mapping[str, Any]
 
 
 def data_path(name: str) -> Path:
@@ -108,8 +108,18 @@ class Task:
     length: int = 128
 
     @property
-    def sizes(self) -> dict[str, int]:
+    def sizes(self) -> dict[str, Any]:
         return {"batch_size": self.batch_size, "seq_length": self.length}
+
+
+def tiny(task: Task) -> Task:
+    """A few steps, and a few rows to measure on: what `--quick` runs."""
+
+    def few(examples: Examples) -> Examples:
+        return dataclasses.replace(examples, examples=examples.examples[:8])
+
+    test = {name: few(part) for name, part in task.test.items()}
+    return dataclasses.replace(task, valid=few(task.valid), test=test, steps=3)
 
 
 def texts(base: Base, parts: Sequence[str], length: int) -> Examples:
@@ -307,14 +317,13 @@ def run_arms(
 
 
 def rank_bucket(rank: int) -> int:
-    """What ranks are padded to, that fewer programs are compiled."""
+    """Ranks of one bucket are trained together, padded to the largest of them."""
     return 16 if rank <= 16 else 64
 
 
 def trained(adapter: Params) -> int:
     """How many numbers of an adapter are trained."""
-    mask = trainable_mask(adapter, LoraConfig())
-    leaves = zip(jax.tree.leaves(adapter), jax.tree.leaves(mask), strict=True)
+    leaves = zip(jax.tree.leaves(adapter), jax.tree.leaves(adapter_mask(adapter)), strict=True)
     return sum(x.size for x, moves in leaves if moves)
 
 

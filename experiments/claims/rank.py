@@ -13,7 +13,6 @@ from common import (
     Arm,
     Base,
     Spread,
-    Task,
     base_score,
     load_base,
     markdown,
@@ -21,6 +20,7 @@ from common import (
     save_picture,
     save_results,
     spread,
+    tiny,
     tune_and_run,
 )
 from tasks import NAMES, RATES, STEPS, facts_task, style_task
@@ -44,11 +44,11 @@ def main() -> None:
     begun = time.perf_counter()
     base = load_base("stories")
     found: dict[str, Any] = {"tasks": {}}
-    for task in tasks(base, given.quick):
+    for task in (style_task(base, STEPS), facts_task(base, NAMES, STEPS)):
         wanted = arms(base, RANKS, ENDS if task.name == "knowledge" else ())
         rates, seeds = RATES[task.name], SEEDS
         if given.quick:
-            wanted, rates, seeds = wanted[:2], rates[1:2], SEEDS[:2]
+            task, wanted, rates, seeds = tiny(task), wanted[:2], rates[1:2], SEEDS[:2]
         tried, runs = tune_and_run(base, task, wanted, rates, seeds)
         before = {name: vars(base_score(base, part)) for name, part in task.test.items()}
         found["tasks"][task.name] = {
@@ -61,12 +61,6 @@ def main() -> None:
         save_results(given.out, "rank", found | verdict(found), begun)
     save_picture(given.out, "rank", picture(found))
     print(table(found))
-
-
-def tasks(base: Base, quick: bool) -> list[Task]:
-    if quick:
-        return [style_task(base, 3), facts_task(base, 4, 3)]
-    return [style_task(base, STEPS), facts_task(base, NAMES, STEPS)]
 
 
 def arms(base: Base, ranks: tuple[int, ...], ends: tuple[int, ...]) -> list[Arm]:
