@@ -13,9 +13,9 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parent / "bench"))
 
-import common  # noqa: E402
 import machine  # noqa: E402
 import measure  # noqa: E402
+import outcome  # noqa: E402
 from stats import ratio, spread  # noqa: E402
 from workloads import MAIN, SMALL, Entry, Workload  # noqa: E402
 
@@ -64,7 +64,7 @@ def cost_table(found: Mapping[str, Any]) -> str:
         rows.append([label, f"{own['wall']['median']:.3f}", time, *mb])
     head = ["step", "seconds", "ratio", "temporaries, MB", "arguments, MB", "peak RSS, MB"]
     quiet = "" if found["quiet"] else "\nNOT QUIET: others used this machine meanwhile.\n"
-    return quiet + common.markdown(head, rows)
+    return quiet + outcome.markdown(head, rows)
 
 
 def said(found: Mapping[str, Any]) -> str:

@@ -20,8 +20,10 @@ from typing import Any
 
 import common
 import numpy as np
-from common import Arm, Base, Spread, Task, texts
+import outcome
+from common import Arm, Base, Task, texts
 from full import FULL, arms, held_out, small, trained
+from outcome import Spread
 from tasks import style_task
 
 from lora_jax import LoraConfig
@@ -44,13 +46,13 @@ Found = dict[str, Any]
 
 
 def main() -> None:
-    options = common.options(__doc__ or "")
+    options = outcome.options(__doc__ or "")
     begun = time.perf_counter()
     results: dict[str, Found] = {"bases": {}}
     for name in list(RATES)[: 1 if options.quick else None]:
         results["bases"][name] = measured(*learning(name, options.quick), options.quick)
-        common.save_results(options.out, "forgetting", results, begun)
-    common.save_picture(options.out, "forgetting", picture(results))
+        outcome.save_results(options.out, "forgetting", results, begun)
+    outcome.save_picture(options.out, "forgetting", picture(results))
     print(table(results))
 
 
@@ -158,7 +160,7 @@ def table(results: dict[str, Any]) -> str:
             at = (f"{frontier(found, arm, level)}" for level in levels(found))
             rows.append(["", arm, f"{rate:g}", learned, lost, *at])
     head = ["base", "trained", "rate that learned most", "learned", "forgotten then"]
-    return common.markdown([*head, *["forgotten"] * len(SHARES)], rows)
+    return outcome.markdown([*head, *["forgotten"] * len(SHARES)], rows)
 
 
 def said(results: dict[str, Any]) -> str:

@@ -14,9 +14,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import common
-from common import TUNING_SEED, Base, Params, Spread, Task
+import outcome
+from common import TUNING_SEED, Base, Params, Task
 from forgetting import sources
 from full import held_out, near, small
+from outcome import Spread
 
 from lora_jax import QuantConfig, init_loftq
 from lora_jax._drawing import BLUE, GREY, VERMILION
@@ -36,7 +38,7 @@ Start = Callable[[int], Params]
 
 
 def main() -> None:
-    options = common.options(__doc__ or "")
+    options = outcome.options(__doc__ or "")
     begun = time.perf_counter()
     base, task = near()
     task = dataclasses.replace(task, batch_size=2)
@@ -46,8 +48,8 @@ def main() -> None:
         task = small(dataclasses.replace(task, steps=4), True)
     task = dataclasses.replace(task, test={**task.test, "own": own})
     results = measured(base, task, options.quick)
-    common.save_results(options.out, "four_bits", results, begun)
-    common.save_picture(options.out, "four_bits", picture(results))
+    outcome.save_results(options.out, "four_bits", results, begun)
+    outcome.save_picture(options.out, "four_bits", picture(results))
     print(table(results))
 
 
@@ -132,7 +134,7 @@ def table(results: dict[str, Any]) -> str:
         left = "" if (trained, on) == (DENSE, DENSE) else left
         rows.append([label(trained, on), *costs, f"{rate:g}{edge}", own, left])
     head = ["base", "cost on its own text", "cost on the task", "rate", "loss with adapter", "left"]
-    return common.markdown(head, rows)
+    return outcome.markdown(head, rows)
 
 
 def said(results: dict[str, Any]) -> str:

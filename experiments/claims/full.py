@@ -20,7 +20,9 @@ from typing import Any
 import common
 import jax
 import numpy as np
-from common import TUNING_SEED, Arm, Base, Params, Spread, Task, adapter_mask, pairs, shares
+import outcome
+from common import TUNING_SEED, Arm, Base, Params, Task, adapter_mask, pairs, shares
+from outcome import Spread
 from tasks import style_task
 
 from lora_jax import InputError, LoraConfig, combine
@@ -39,7 +41,7 @@ SEEDS = range(3)
 
 
 def main() -> None:
-    options = common.options(__doc__ or "", costs="time and memory alone")
+    options = outcome.options(__doc__ or "", costs="time and memory alone")
     begun = time.perf_counter()
     if options.costs:
         return costs(options, begun)
@@ -51,8 +53,8 @@ def main() -> None:
         results["runs"] += runs
     results["files"] = files(common.load_base("bundled"))
     results["before"] = {t.name: held_out(b, t, [{}], t.test["test"])[0] for b, t in tasks}
-    common.save_results(options.out, "full", results, begun)
-    common.save_picture(options.out, "full", picture(results))
+    outcome.save_results(options.out, "full", results, begun)
+    outcome.save_picture(options.out, "full", picture(results))
     print(table(results))
 
 
@@ -233,7 +235,7 @@ def table(results: dict[str, Any]) -> str:
             against = "" if arm == FULL else against
             rows.append([task, arm, f"{run['trainable']:,}", rate, own, against, on_disk])
     head = ["task", "trained", "parameters", "rate", "held-out loss", "against full", "file, MB"]
-    return common.markdown(head, rows)
+    return outcome.markdown(head, rows)
 
 
 def said(results: dict[str, Any]) -> str:
@@ -279,7 +281,7 @@ def costs(options: argparse.Namespace, begun: float) -> None:
     cases = dict(list(cases.items())[:2]) if options.quick else cases
     rounds = 2 if options.quick else 12
     found = measured(cases, lambda case: "full/everything", rounds, options.quick)
-    common.save_results(options.out, "full_costs", found, begun)
+    outcome.save_results(options.out, "full_costs", found, begun)
     print(cost_table(found))
 
 

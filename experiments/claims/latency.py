@@ -18,12 +18,12 @@ THREADS = 2
 if hasattr(os, "sched_setaffinity"):  # before JAX counts them
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:THREADS])
 
-import common  # noqa: E402
 import costs  # noqa: E402, F401 (finds the modules of experiments/bench)
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import machine  # noqa: E402
 import numpy as np  # noqa: E402
+import outcome  # noqa: E402
 from stats import ratio, rotated, spread  # noqa: E402
 
 from lora_jax import (  # noqa: E402
@@ -56,7 +56,7 @@ Ways = dict[str, tuple[Any, Any]]
 
 
 def main() -> None:
-    options = common.options(__doc__ or "")
+    options = outcome.options(__doc__ or "")
     begun = time.perf_counter()
     rounds = 2 if options.quick else 7
     before = machine.wait_for_quiet(0.0 if options.quick else 120.0)
@@ -67,8 +67,8 @@ def main() -> None:
             rows += measured(ways, batch, phase, prompt, new, rounds)
             print(f"{phase}, batch {batch}", flush=True)
     results = {"quiet": before["quiet"], "threads": THREADS, "rounds": rounds, "rows": rows}
-    common.save_results(options.out, "latency", results, begun)
-    common.save_picture(options.out, "latency", picture(results))
+    outcome.save_results(options.out, "latency", results, begun)
+    outcome.save_picture(options.out, "latency", picture(results))
     print(table(results))
 
 
@@ -135,7 +135,7 @@ def table(results: dict[str, Any]) -> str:
             line.append(f"{time:.1f}" if way.endswith("base") else quotient)
         rows.append(line)
     quiet = "" if results["quiet"] else "NOT QUIET: others used this machine meanwhile.\n\n"
-    return quiet + common.markdown(["", *(f"{p}, batch {b}" for p, b in columns)], rows)
+    return quiet + outcome.markdown(["", *(f"{p}, batch {b}" for p, b in columns)], rows)
 
 
 def said(results: dict[str, Any]) -> str:

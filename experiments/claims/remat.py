@@ -11,7 +11,7 @@ pass: then computing all of it again is 3/2.
 import time
 from typing import Any
 
-import common
+import outcome
 from costs import cost_table, measured
 
 from lora_jax._drawing import BLUE, VERMILION
@@ -27,12 +27,12 @@ CASES = {
 
 
 def main() -> None:
-    options = common.options(__doc__ or "")
+    options = outcome.options(__doc__ or "")
     begun = time.perf_counter()
     cases = {k: CASES[k] for k in ("r8/everything", "r8/nothing")} if options.quick else CASES
     results = measured(cases, same_way, 2 if options.quick else 12, options.quick)
-    common.save_results(options.out, "remat", results, begun)
-    common.save_picture(options.out, "remat", picture(results))
+    outcome.save_results(options.out, "remat", results, begun)
+    outcome.save_picture(options.out, "remat", picture(results))
     print(cost_table(results))
 
 

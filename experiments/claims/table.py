@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from common import HERE, load_results, markdown
+from outcome import HERE, load_results, markdown
 
 NOT_YET = "not yet measured"
 BLOCK = re.compile(r"(<!-- (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -23,7 +23,7 @@ CLAIMS = {
     "full": ("LoRA is on par with full fine-tuning", "Hu et al. 2021", "in part"),
     "full_costs": ("it takes a third of the memory, and less time", "Hu et al. 2021", "?"),
     "forgetting": ("LoRA learns less and forgets less", "Biderman et al. 2024", "in part"),
-    "four_bits": ("an adapter recovers what 4 bits cost", "Dettmers et al. 2023", "?"),
+    "four_bits": ("an adapter recovers what 4 bits cost", "Dettmers et al. 2023", "in part"),
     "remat": ("rematerialization costs 30 % more time", "Chen et al. 2016", "?"),
     "latency": ("a merged adapter adds no latency", "Hu et al. 2021", "?"),
 }
