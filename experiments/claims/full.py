@@ -13,7 +13,7 @@ import dataclasses
 import math
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +133,7 @@ def trained(
     task: Task,
     runs: Sequence[Run],
     looks: Sequence[int],
-    parts: dict[str, Examples],
+    parts: Mapping[str, Examples],
 ) -> list[dict[str, Any]]:
     """Train runs of one kind in one step each: all LoRA, or all full; a record for each.
 
@@ -182,7 +182,8 @@ def count(params: Params) -> int:
 def held_out(base: Base, task: Task, adapters: Sequence[Params], examples: Examples) -> list[float]:
     """Nats per trained token of each adapter; infinite once it has diverged."""
     step = make_eval_step(base.model)
-    batches = list(eval_batches(examples, **task.sizes | {"batch_size": 16}))
+    sizes = {**task.sizes, "batch_size": 16}
+    batches = list(eval_batches(examples, **sizes))
 
     def loss(adapter: Params) -> float:
         try:
