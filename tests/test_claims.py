@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "experiments" / "claims"
-SHARED = {"common", "costs", "outcome", "table", "tasks"}
+SHARED = {"bases", "common", "costs", "outcome", "table", "tasks"}
 NAMES = sorted({path.stem for path in FOLDER.glob("*.py")} - SHARED)
 COMMANDS = [[name] for name in NAMES] + [["full", "--costs"]] * ("full" in NAMES)
 pytestmark = pytest.mark.skipif(not NAMES, reason="the experiments are not part of this copy")
