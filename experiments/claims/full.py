@@ -255,7 +255,8 @@ def picture(results: dict[str, Any]) -> Any:
 
     tasks = names(results, "task")
     figure = Figure(figsize=(8, 3.4), layout="constrained")
-    for axes, task in zip(figure.subplots(1, len(tasks)), tasks, strict=True):
+    panels = figure.subplots(1, len(tasks), squeeze=False)[0]
+    for axes, task in zip(panels, tasks, strict=True):
         for arm in names(results, "arm"):
             own = losses(results, task, arm)
             size = next(
