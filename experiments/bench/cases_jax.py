@@ -60,11 +60,10 @@ def lora_config(spec: Spec) -> LoraConfig:
     )
 
 
-def load(spec: Spec, quant: QuantConfig | None = None, remat: bool = False) -> Any:
+def load(spec: Spec, quant: QuantConfig | None = None, remat: str = "everything") -> Any:
     """The model, the adapter and the tokens."""
     directory = Path(spec["dir"])
-    policy = {"remat": KEEP_NOTHING} if remat else {}
-    model = load_pretrained(directory / "model", quant=quant, **policy)
+    model = load_pretrained(directory / "model", quant=quant, remat=remat)
     adapter, _ = load_adapter(directory / "adapter", model.params, layouts=model.layouts)
     return model, adapter, jnp.asarray(np.load(directory / "ids.npy"))
 
@@ -148,9 +147,9 @@ def full(spec: Spec) -> Case:
     return training(loss, model.params, None, adamw(frozen_leaves=False))
 
 
-def lora(spec: Spec, quant: QuantConfig | None = None, remat: bool = False) -> Case:
+def lora(spec: Spec, quant: QuantConfig | None = None) -> Case:
     """The adapter trained over a dense or quantized base."""
-    model, adapter, ids = load(spec, quant, remat)
+    model, adapter, ids = load(spec, quant)
     adapted = lora_linen(model.module)
 
     def loss(adapter, params):
@@ -185,19 +184,23 @@ def plain_autodiff(spec: Spec) -> Case:
 
 
 def train_step(spec: Spec) -> Case:
-    """The step of `lora_jax.train`: chunked loss, check for what is not finite."""
+    """The adapter trained by the step of `lora_jax.train`."""
     model, adapter, ids = load(spec)
-    tx = adamw()
+    return library_step(model, model.params, adapter, adamw(), ids)
+
+
+def library_step(model: Any, base: Any, trainable: Any, tx: Any, ids: jax.Array) -> Case:
+    """The step of `lora_jax.train`: chunked loss, check for what is not finite."""
     step = make_step(lora_linen(model.module), tx)
     positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
     ones = jnp.ones_like(ids)
     batch = {"input_ids": ids, "positions": positions, "segment_ids": ones, "loss_mask": ones == 1}
     batches = jax.tree.map(lambda x: x[None], batch)
-    state = [init_state(adapter, tx, jax.random.key(0))]
-    compiled, facts = compile_timed(step, state[0], model.params, batches)
+    state = [init_state(trainable, tx, jax.random.key(0))]
+    compiled, facts = compile_timed(step, state[0], base, batches)
 
     def run() -> Any:
-        state[0], metrics = compiled(state[0], model.params, batches)
+        state[0], metrics = compiled(state[0], base, batches)
         return metrics["loss"]
 
     return Case(

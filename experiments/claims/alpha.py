@@ -11,19 +11,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from common import (
-    Arm,
-    Base,
-    best_rate,
-    load_base,
-    markdown,
-    options,
-    save_picture,
-    save_results,
-    spread,
-    tiny,
-    tune_and_run,
-)
+from common import Arm, Base, best_rate, load_base, tiny, tune_and_run
+from outcome import markdown, options, save_picture, save_results, spread
 from tasks import style_task
 
 from lora_jax._drawing import APART

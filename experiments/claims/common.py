@@ -1,19 +1,13 @@
-"""What the claims share: arms trained side by side, held-out scores, results.
+"""What the claims share: arms trained side by side, and held-out scores.
 
 A claim compares *arms*.  Every arm of a comparison sees the same batches in the same order, has its
 learning rate chosen by rows that are not reported, and is then trained anew for each seed.
 """
 
-import argparse
 import dataclasses
 import functools
-import json
-import os
-import platform
-import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -30,12 +24,10 @@ from bases import texts as texts
 from bases import tiny as tiny
 
 from lora_jax import LoraConfig, combine, trainable_mask
-from lora_jax._drawing import save_figure
 from lora_jax.data import Examples, batch_iterator, eval_batches
 from lora_jax.lora import stack_adapters, take_adapter
 from lora_jax.train import TrainSection, init_joint_state, make_joint_step, make_optimizer
 
-HERE = Path(__file__).parent
 TUNING_SEED = 1000
 """Of the runs that choose a learning rate; the reported ones have seeds 0, 1, 2, …"""
 
@@ -53,6 +45,8 @@ def train_together(
     seeds: Sequence[int],
     section: TrainSection | None = None,
     mask: Callable[[Params], Params] = adapter_mask,
+    looks: Sequence[int] = (),
+    look: Callable[[int, list[Params]], None] = lambda step, adapters: None,
 ) -> list[Params]:
     """Train adapters of the same modules in one step each; the seed orders an adapter's rows.
 
@@ -62,17 +56,24 @@ def train_together(
         seeds: Two adapters with one seed see the same batches.
         section: Optimizer and schedule; its learning rate is not looked at.
         mask: What may move, a function of the module's top level.
+        looks: Steps after which `look` is called with the adapters as they then are.
     """
+
+    def taken() -> list[Params]:
+        return [take_adapter(state.trainable, i, start) for i, start in enumerate(starts)]
+
     section = dataclasses.replace(section or TrainSection(warmup=0.05), learning_rate=1.0)
     tx, step = _program(base.model, section, task.steps, mask)
     state = init_joint_state(starts, tx, seeds=seeds, rates=rates)
     batches = {s: batch_iterator(task.train, **task.sizes, seed=s) for s in dict.fromkeys(seeds)}
-    for _ in range(task.steps):
+    for at in range(1, task.steps + 1):
         own = {seed: next(rows) for seed, rows in batches.items()}
         names = [name for name in own[seeds[0]] if name != "rows"]
         batch = {name: np.stack([own[seed][name] for seed in seeds])[:, None] for name in names}
         state, _ = step(state, base.params, batch)
-    return [take_adapter(state.trainable, i, start) for i, start in enumerate(starts)]
+        if at in looks:
+            look(at, taken())
+    return taken()
 
 
 @functools.lru_cache
@@ -223,86 +224,3 @@ def best_rate(tried: Sequence[Mapping[str, Any]], arm: str) -> float:
     """The learning rate of the lowest validation loss; one that diverged is never it."""
     own = [r for r in tried if r["arm"] == arm and np.isfinite(r["valid"]["loss"])]
     return min(own, key=lambda r: r["valid"]["loss"])["rate"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Spread:
-    """What several seeds came to."""
-
-    mean: float
-    low: float
-    high: float
-    count: int
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> "Spread":
-        return cls(statistics.fmean(values), min(values), max(values), len(values))
-
-    def __str__(self) -> str:
-        return f"{self.mean:.3f} ({self.low:.3f}..{self.high:.3f})"
-
-    def ties(self, other: "Spread") -> bool:
-        """Whether the ranges of the seeds overlap."""
-        return self.low <= other.high and other.low <= self.high
-
-
-def spread(records: Sequence[Mapping[str, Any]], arm: str, part: str, what: str = "loss") -> Spread:
-    """Over the seeds of an arm: its `loss` or `exact` on a part of the test rows."""
-    return Spread.of([r[part][what] for r in records if r["arm"] == arm])
-
-
-def options(description: str) -> argparse.Namespace:
-    """`--quick` runs the script to its end on next to nothing; `--out` is where results go."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--quick", action="store_true", help="a tiny version, for tests")
-    parser.add_argument("--out", type=Path, default=HERE, help="folder of results and pictures")
-    return parser.parse_args()
-
-
-def conditions(begun: float) -> dict[str, Any]:
-    """Where and when the numbers were made; `begun` by `time.perf_counter`."""
-    return {
-        "hardware": f"{platform.machine()} {jax.devices()[0].device_kind}, {os.cpu_count()} cores",
-        "usable_cores": len(os.sched_getaffinity(0)),
-        "shared": "other work ran on the machine: losses are unaffected, seconds are not",
-        "python": platform.python_version(),
-        "jax": jax.__version__,
-        "date": time.strftime("%Y-%m-%d"),
-        "seconds": round(time.perf_counter() - begun),
-        "processor_seconds": round(time.process_time()),
-    }
-
-
-def save_results(out: Path, name: str, results: Mapping[str, Any], begun: float) -> None:
-    """Write `results/NAME.json`; numbers that are none become null."""
-    path = out / "results" / f"{name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(_plain({"conditions": conditions(begun), **results}), indent=1)
-    path.write_text(text + "\n", encoding="utf-8")
-
-
-def load_results(out: Path, name: str) -> dict[str, Any]:
-    return json.loads((out / "results" / f"{name}.json").read_text("utf-8"))
-
-
-def save_picture(out: Path, name: str, figure: Any) -> None:
-    """Write `pictures/NAME.png`."""
-    path = out / "pictures" / f"{name}.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_figure(figure, figure.axes, path)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
-    if isinstance(value, float):
-        return float(f"{value:.6g}") if np.isfinite(value) else None
-    return value
-
-
-def markdown(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A table in Markdown."""
-    lines = [list(header), ["---"] * len(header), *([str(x) for x in row] for row in rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

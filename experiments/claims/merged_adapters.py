@@ -20,20 +20,16 @@ from common import (
     TUNING_SEED,
     Base,
     Params,
-    Spread,
     Task,
     base_score,
     data_path,
     load_base,
-    markdown,
-    options,
     row_sums,
-    save_picture,
-    save_results,
     score,
     tiny,
     train_together,
 )
+from outcome import Spread, markdown, options, save_picture, save_results
 from tasks import style_task, text_task
 
 from lora_jax import LoraConfig

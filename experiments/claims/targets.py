@@ -10,19 +10,8 @@ learning rate.
 import time
 from typing import Any
 
-from common import (
-    Arm,
-    Base,
-    base_score,
-    load_base,
-    markdown,
-    options,
-    save_picture,
-    save_results,
-    spread,
-    tiny,
-    tune_and_run,
-)
+from common import Arm, Base, base_score, load_base, tiny, tune_and_run
+from outcome import markdown, options, save_picture, save_results, spread
 from tasks import NAMES, STEPS, facts_task, style_task
 
 from lora_jax._drawing import APART
