@@ -50,7 +50,7 @@ def test_the_tables_are_those_of_the_results():
 
 
 def test_results_are_told_of_and_drawn():
-    told = "".join(path.read_text("utf-8") for path in FOLDER.glob("README*.md"))
+    told = "".join(path.read_text("utf-8") for path in FOLDER.glob("README.md"))
     names = {path.stem for path in (FOLDER / "results").glob("*.json")}
     assert names
     assert {name for name in names if f"<!-- {name} -->" not in told} == set()

@@ -107,6 +107,16 @@ def table(found: dict[str, Any]) -> str:
     return markdown([*header, "held-out loss", "lost at the best rate of r 8"], lines)
 
 
+def said(found: dict[str, Any]) -> str:
+    """The summary's words: rank 64 under each rule, tuned for itself and at the rate of rank 8."""
+    parts = [
+        f"{own['rule']} {own['test']['mean']:.3f}, {own['lost_at_rate_of_rank_8']:.2f} lost"
+        for own in found["rows"]
+        if own["rank"] == 64
+    ]
+    return f"r 64 tuned, and what it loses at the best rate of r 8: {'; '.join(parts)}"
+
+
 def picture(found: dict[str, Any]) -> Any:
     from matplotlib.figure import Figure
 

@@ -270,6 +270,15 @@ def table(found: Mapping[str, Any]) -> str:
     )
 
 
+def said(found: Mapping[str, Any]) -> str:
+    """The summary's words: what one adapter in place of three keeps of their gains."""
+    largest = max(run["bank_difference"] for run in found["runs"])
+    kept = {name: Spread.of(own["mean"]).mean for name, own in found["kept"].items()}
+    named = ("cat", "ties_svd", "linear", "trained on all, r 8")
+    shares = ", ".join(f"{name} {kept[name]:.2f}" for name in named)
+    return f"swapped: differ by {largest:.0e} nats; kept of the gains: {shares}"
+
+
 def picture(found: Mapping[str, Any]) -> Any:
     from matplotlib.figure import Figure
 

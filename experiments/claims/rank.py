@@ -96,6 +96,20 @@ def table(found: dict[str, Any]) -> str:
     return markdown(header, lines)
 
 
+def said(found: dict[str, Any]) -> str:
+    """The summary's words: what each rank comes to, all at one alpha."""
+    arms = {rank: arm_name(rank, next(iter(ALPHAS.values()))(rank)) for rank in RANKS}
+    parts = []
+    for label, name, part, what in (
+        ("style, loss", "style", "held-out plays", "loss"),
+        ("facts, answers right", "knowledge", "unseen phrasings", "exact"),
+    ):
+        runs = found["tasks"][name]["runs"]
+        means = [f"r {rank} {spread(runs, arms[rank], part, what).mean:.2f}" for rank in RANKS]
+        parts.append(f"{label}: {', '.join(means)}")
+    return "; ".join(parts)
+
+
 def picture(found: dict[str, Any]) -> Any:
     from matplotlib.figure import Figure
 

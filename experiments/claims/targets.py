@@ -72,6 +72,13 @@ def table(found: dict[str, Any]) -> str:
     return markdown(header, lines)
 
 
+def said(found: dict[str, Any]) -> str:
+    """The summary's words: answers right of each choice."""
+    runs, part = found["tasks"]["knowledge"]["runs"], PARTS["knowledge"]
+    right = [f"{arm} {spread(runs, arm, part, 'exact').mean:.2f}" for arm in ARMS]
+    return f"facts, answers right at one budget: {', '.join(right)}"
+
+
 def picture(found: dict[str, Any]) -> Any:
     from matplotlib.figure import Figure
 
