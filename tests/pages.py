@@ -28,7 +28,8 @@ PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")
 PAGES = [page for page in [*PAGES, *sorted((ROOT / "docs").glob("*.md"))] if page.is_file()]
 OPERATORS = {"|", "<", ">", ">>", "&", "&&", ";"}
 EXTRA = {
-    "train": "--train.steps 2 --train.batch_size 2 --data.max_length 64 --data.train_rows 40",
+    "train": "--train.steps 2 --train.batch_size 2 --data.max_length 64 --data.train_rows 40"
+    " --train.samples 0",
     "sweep": "--train.steps 2 --train.batch_size 2 --data.max_length 64 --data.train_rows 40",
     "evaluate": "--data.eval_rows 4 --batch-size 2",
     "generate": "--max-new-tokens 4",

@@ -64,7 +64,7 @@ def conditions(begun: float) -> dict[str, Any]:
     return {
         "hardware": f"{platform.machine()} {jax.devices()[0].device_kind}, {os.cpu_count()} cores",
         "usable_cores": len(os.sched_getaffinity(0)),
-        "shared": "other work ran on the machine: losses are unaffected, seconds are not",
+        "shared": "losses were computed beside other work; times and memory, on a quiet machine",
         "python": platform.python_version(),
         "jax": jax.__version__,
         "date": time.strftime("%Y-%m-%d"),

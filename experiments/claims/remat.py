@@ -64,11 +64,12 @@ def picture(results: dict[str, Any]) -> Any:
         over, memory = own["over"], own["temp_bytes"]["median"] / 1e6
         off = [[over["median"] - over["q1"]], [over["q3"] - over["median"]]]
         axes.errorbar(memory, over["median"], off, fmt="o", color=colour, capsize=3)
-        text = f"{way}, {kept}"
-        axes.annotate(text, (memory, over["median"]), xytext=(6, 6), textcoords="offset points")
+        text, below = f"{way}, {kept}", (way, kept) == ("full", "nothing")  # or they would meet
+        place = {"xytext": (6, -14 if below else 6), "textcoords": "offset points"}
+        axes.annotate(text, (memory, over["median"]), **place)
     axes.margins(x=0.25, y=0.2)
     axes.set(
-        xlabel="temporaries of the compiled step (10^6 bytes)",
+        xlabel="temporaries of the compiled step (MB)",
         ylabel="time over the step that keeps everything",
         title="What the backward pass keeps",
     )
