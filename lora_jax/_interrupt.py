@@ -74,13 +74,15 @@ def stops_at_once(message: str, *, after_sigterm: int = 0) -> Iterator[None]:
     def handle(number: int, frame: Any) -> None:
         # An exception would be lost where it meets a callback, of the garbage collector say, and
         # crash the process within the import of a library that is not made for it.
-        for path in tuple(UNFINISHED):
-            remove(path)
-        with contextlib.suppress(RuntimeError, OSError):
-            _leave_bar()
-            sys.stdout.flush()
-        os.write(2, f"{message}\n".encode())
-        os._exit(after_sigterm if number == signal.SIGTERM else 128 + number)
+        try:
+            for path in tuple(UNFINISHED):
+                remove(path)
+            with contextlib.suppress(RuntimeError, OSError):
+                _leave_bar()
+                sys.stdout.flush()
+            os.write(2, f"{message}\n".encode())
+        finally:
+            os._exit(after_sigterm if number == signal.SIGTERM else 128 + number)
 
     with _handled(handle):
         yield

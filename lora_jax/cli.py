@@ -19,7 +19,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         try:
             _run(list(sys.argv[1:] if arguments is None else arguments))
         finally:
-            sys.stdout.flush()
+            if sys.stdout is not None:  # which may be closed
+                sys.stdout.flush()
     except InputError as error:
         _fail(str(error), 2)
     except KeyboardInterrupt:
@@ -88,9 +89,10 @@ def _overrides(command: Parser, rest: list[str], sections: Sequence[str]) -> lis
         if word.startswith("--") and section not in SECTIONS:
             section, dot, key = word[2:].partition(".")
             known = nearest(word, command.flags())
-            likely = difflib.get_close_matches(section, SECTIONS, n=1) or _sections_with(key)
-            if likely:
+            if likely := difflib.get_close_matches(section, SECTIONS, n=1):
                 known = f" (did you mean '--{likely[0]}{dot}{key}'?)"
+            elif likely := _sections_with(key if dot else section):
+                known = f" (did you mean '--{likely[0]}.{key if dot else section}'?)"
             raise InputError(f"{command.prog}: unknown flag {word}{known}")
         if not word.startswith("--") and word == rest[0]:
             raise InputError(f"{command.prog}: {word!r} is one word too many")

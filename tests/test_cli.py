@@ -193,6 +193,7 @@ def test_wrong_words_get_one_line_with_the_nearest(run_file: Path, base_dir, cap
     assert "--data" in refused(capsys, "evaluate", "--model", str(base_dir))
     rate = refused(capsys, "sweep", str(run_file), "--optimizer.learning-rate", "1e-3,1e-2")
     assert "did you mean '--train.learning-rate'" in rate
+    assert "did you mean '--train.steps'" in refused(capsys, "train", str(run_file), "--steps", "3")
     assert "several values" in refused(capsys, "sweep", str(run_file), "--lora.r", "4")
     assert "value is missing" in refused(capsys, "train", str(run_file), "--lora.r")
 
@@ -278,6 +279,9 @@ def test_a_signal_while_a_run_is_made_ready(run_file, capfd, monkeypatch, number
     with pytest.raises(SystemExit) as stopped:
         main(["train", str(run_file), "--resume", "auto"])
     assert stopped.value.code == code
+    assert "before the first step from there; the same command goes on" in capfd.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["train", str(run_file)])
     assert "nothing is saved yet; the same command starts again" in capfd.readouterr().err
 
 

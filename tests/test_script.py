@@ -127,6 +127,7 @@ def test_another_platform_gets_a_fresh_environment(checkout):
 def test_interrupted_set_up_is_taken_up_again(checkout):
     lora(checkout, "train")
     (checkout / ".venv/.lora").unlink()
+    assert "./lora quickstart" in lora(checkout).stdout
     lora(checkout, "train")
     assert "pip install" in calls(checkout)
 

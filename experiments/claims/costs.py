@@ -68,12 +68,16 @@ def cost_table(found: Mapping[str, Any]) -> str:
 
 
 def said(found: Mapping[str, Any]) -> str:
-    """The summary's words: each case's time and peak over those of the first."""
+    """The summary's words: each case's time and memory over those of the first."""
     first, *others = found["cases"]
-    base = found["cases"][first]["peak_step"]["median"]
+
+    def compiled(name: str) -> float:
+        own = found["cases"][name]
+        return own["temp_bytes"]["median"] + own["argument_bytes"]["median"]
+
     return "; ".join(
         f"{name}: ×{found['cases'][name]['over']['median']:.2f} in time,"
-        f" ×{found['cases'][name]['peak_step']['median'] / base:.2f} in peak RSS"
+        f" ×{compiled(name) / compiled(first):.2f} in memory by the compiler's account"
         for name in others
     )
 

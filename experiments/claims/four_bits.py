@@ -140,9 +140,11 @@ def table(results: dict[str, Any]) -> str:
 def said(results: dict[str, Any]) -> str:
     """The summary's words."""
     dense, own = losses(results, DENSE, DENSE), losses(results, "nf4", "nf4")
-    cost = results["bare"]["nf4"]["own"] - results["bare"][DENSE]["own"]
+    cost = results["bare"]["nf4"]["test"] - results["bare"][DENSE]["test"]
     left = "a tie" if own.ties(dense) else f"{own.mean - dense.mean:+.3f}"
-    return f"nf4 costs {cost:+.3f} nats on the base's own text; with an adapter over each, {left}"
+    return (
+        f"NF4 costs {cost:+.3f} nats on the task before training; with an adapter over each, {left}"
+    )
 
 
 def picture(results: dict[str, Any]) -> Any:

@@ -22,7 +22,7 @@ OTHERS = {"full_costs": ("costs", "cost_table"), "remat": ("costs", "cost_table"
 CLAIMS = {
     "full": ("LoRA is on par with full fine-tuning", "Hu et al. 2021", "in part"),
     "full_costs": ("it takes a third of the memory, and less time", "Hu et al. 2021", "in part"),
-    "rank": ("knowledge needs more rank than style, and a larger alpha", "folklore", "no"),
+    "rank": ("knowledge needs more rank than style, and a larger alpha", "folklore", "in part"),
     "alpha": ("a high rank needs alpha / √r", "Kalajdzievski 2023", "in part"),
     "targets": ("adapt all linear layers, not q and v", "Dettmers et al. 2023", "yes"),
     "forgetting": ("LoRA learns less and forgets less", "Biderman et al. 2024", "in part"),

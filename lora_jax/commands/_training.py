@@ -65,6 +65,8 @@ def _train_arguments(p: Parser) -> None:
 def _train(options: argparse.Namespace, overrides: list[str]) -> None:
     nothing = (
         "stopped before the first step, so nothing is saved yet; the same command starts again"
+        if options.resume is None
+        else "stopped before the first step from there; the same command goes on"
     )
     if options.distributed:
         _train_together(options, overrides)

@@ -220,6 +220,7 @@ USING = {
         ),
         _merge_arguments,
         _merge,
+        stopped="stopped; if --output is there, the model in it is whole, but was not compared",
     ),
     "generate": Command(
         "Continue a prompt; without --prompt, talk to the model until an empty line.",

@@ -14,7 +14,7 @@ from typing import Any
 
 from jinja2 import nodes, pass_context
 from jinja2.exceptions import SecurityError
-from jinja2.runtime import LoopContext
+from jinja2.runtime import Context, LoopContext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 STEPS, LETTERS = 200_000, 30_000_000
@@ -23,9 +23,13 @@ _left: contextvars.ContextVar[list[int]] = contextvars.ContextVar("left")
 
 
 @contextlib.contextmanager
-def bounded() -> Iterator[None]:
-    """What is compiled or rendered within has `STEPS` and `LETTERS` of its own."""
-    before = _left.set([STEPS, LETTERS])
+def bounded(given: Any) -> Iterator[None]:
+    """What is compiled or rendered within has `STEPS` and `LETTERS` of its own.
+
+    Args:
+        given: What is rendered: who reads a hundred times that is still at work on it.
+    """
+    before = _left.set([STEPS, max(LETTERS, 100 * _size(given, 10 * LETTERS))])
     try:
         yield
     finally:
@@ -135,8 +139,10 @@ def _cost(name: str, *given: Any) -> int:
     parts = itertools.chain(*(v if isinstance(v, tuple) else (v,) for v in given))
     numbers = [abs(value) for value in parts if isinstance(value, int)]
     if name in ("%", "format"):
-        widths = (int(digits) for text in texts for digits in re.findall(r"\d+", text))
-        return read + sum(numbers) + sum(widths)
+        # Widths stand in the format, or, where it says so, among what is put into it.
+        widths = [int(digits) for text in texts[:1] for digits in re.findall(r"\d+", text)]
+        given_widths = any(re.search(r"%[^a-zA-Z%]*\*|\{[^}]*\{", text) for text in texts[:1])
+        return read + sum(widths) + (sum(numbers) if given_widths else 0)
     if name in _REPEATING and (texts or name == "**" or len(numbers) < 2):
         return read + read * max(numbers, default=0)
     if name == "replace" and len(texts) > 2:
@@ -148,16 +154,19 @@ def _cost(name: str, *given: Any) -> int:
     return read + sum(numbers)
 
 
-_GLANCES = ("length", "count", "first")
+_GLANCES = ("length", "count", "first", "last")
 """What reads no more of a sequence than that; templates ask for the length in each turn."""
 _REPEATING = ("*", "**", "center", "ljust", "rjust", "zfill", "expandtabs", "indent", "tojson")
 
 
-def _size(value: Any) -> int:
-    """Letters of a value and all it holds, each part at thirty; it stops above `LETTERS`."""
+def _size(value: Any, enough: int | None = None) -> int:
+    """Letters of a value and all it holds, each part at thirty; it stops counting at `enough`."""
+    enough = _left.get()[1] if enough is None else enough
     total, left = 0, [value]
-    while left and total <= LETTERS:
+    while left and total <= enough:
         own = left.pop()
+        if isinstance(own, Context):  # what filters such as `map` are given first
+            continue
         if isinstance(own, str | bytes):
             total += len(own)
         elif isinstance(own, int):

@@ -46,10 +46,11 @@ def render(
     from ._bounded import bounded
 
     try:
-        with bounded():
+        turns = [_as_transformers_has_it(message) for message in messages]
+        with bounded((turns, tools)):
             template = _compiled(template_source(tokenizer, tools))
             marked = template.render(
-                messages=[_as_transformers_has_it(message) for message in messages],
+                messages=turns,
                 add_generation_prompt=prompt,
                 tools=list(tools) or None,
                 documents=None,

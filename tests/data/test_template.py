@@ -255,6 +255,23 @@ def test_what_the_sandbox_keeps_from_a_template(source, tokenizer):
         render(TALK, dataclasses.replace(tokenizer, chat_template=source))
 
 
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("{{ messages | map(attribute='role') | join(' ') }}", "user assistant user assistant"),
+        ("{{ messages | selectattr('role', 'equalto', 'user') | list | length }}", "2"),
+        ("{{ messages | rejectattr('role', 'equalto', 'user') | map('length') | list }}", "[2, 2]"),
+        ("{{ '{} {}'.format('call', '+44 20 7946 0958 12345678901') }}",
+         "call +44 20 7946 0958 12345678901"),
+        ("{{ '%s' | format('12345678901') }}", "12345678901"),
+    ],
+)  # fmt: skip
+def test_what_templates_of_others_use(source, expected, tokenizer):
+    talk = [Message("user", "a"), Message("assistant", "b")] * 2
+    text, _ = render(talk, dataclasses.replace(tokenizer, chat_template=source))
+    assert text == expected
+
+
 @pytest.mark.parametrize("more", ["", "{% set last = loop.index0 == (messages | length) - 1 %}"])
 def test_a_long_conversation_is_rendered(more, tokenizer):
     turns = "{% for m in messages %}"
