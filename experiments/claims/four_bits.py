@@ -143,7 +143,7 @@ def said(results: dict[str, Any]) -> str:
     cost = results["bare"]["nf4"]["test"] - results["bare"][DENSE]["test"]
     left = "a tie" if own.ties(dense) else f"{own.mean - dense.mean:+.3f}"
     return (
-        f"NF4 costs {cost:+.3f} nats on the task before training; with an adapter over each, {left}"
+        f"NF4 costs {cost:+.3f} nats on the task before training; with adapters over both, {left}"
     )
 
 

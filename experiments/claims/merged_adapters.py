@@ -276,7 +276,8 @@ def said(found: Mapping[str, Any]) -> str:
     kept = {name: Spread.of(own["mean"]).mean for name, own in found["kept"].items()}
     named = ("cat", "ties_svd", "linear", "trained on all, r 8")
     shares = ", ".join(f"{name} {kept[name]:.2f}" for name in named)
-    return f"swapped: differ by {largest:.0e} nats; kept of the gains: {shares}"
+    off = f"losses differ by up to {largest:.0e} nats" if largest else "no loss differs"
+    return f"swapped: {off}; made into one, kept of the gains: {shares}"
 
 
 def picture(found: Mapping[str, Any]) -> Any:
