@@ -63,15 +63,15 @@ class Run:
 
     @property
     def kept(self) -> Record | None:
-        """The held-out loss of the weights that are kept."""
-        if not self.looks:
-            return None
-        return self.best if self.keeps_best else self.looks[-1]
+        """The held-out loss of the weights that are kept; None before the first look at them."""
+        if self.best is None or self.keeps_best:
+            return self.best
+        return self.looks[-1]
 
     @property
     def best(self) -> Record | None:
         """The lowest held-out loss, the one before training aside."""
-        trained = [look for look in self.looks if look["step"]] or self.looks
+        trained = [look for look in self.looks if look["step"]]
         return min(trained, key=lambda look: look["eval_loss"], default=None)
 
     @property
