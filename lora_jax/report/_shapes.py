@@ -14,6 +14,7 @@ _ROWS = {
     "trained_tokens": int,
     "truncated": int,
     "dropped": {...: int},
+    "digest": str | None,  # not in runs before there was one
 }
 _START = {
     "time": str,

@@ -82,6 +82,16 @@ def test_parts_of_another_shape_are_left_out(here, content):
     assert "held-out loss" in text and "The rows" not in text and "started" not in text
 
 
+def test_a_digest_may_be_missing_but_is_a_word(here):
+    about = json.loads((here / "run.json").read_text())
+    del about["data"]["train"]["digest"]
+    (here / "run.json").write_text(json.dumps(about))
+    assert "The rows" in text_of(here)
+    about["data"]["eval"]["digest"] = []
+    (here / "run.json").write_text(json.dumps(about))
+    assert "The rows" not in text_of(here)
+
+
 def test_parts_beside_a_broken_one_stay(here):
     about = json.loads((here / "run.json").read_text())
     (here / "run.json").write_text(json.dumps({**about, "data": {}, "ended": None}))
