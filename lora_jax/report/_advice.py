@@ -28,12 +28,17 @@ STEEP_NORM = 9.0
 """Gradient norm above the median of those around it: ten of them, where usual batches differ by a
 factor of two or three."""
 CLIPPED = 5.0
-"""Median gradient norm over `clip_norm`: around 1 clipping is usual and harmless under Adam, but a
-gradient cut to a fifth at nearly every step hides how large the steps want to be."""
+"""Median gradient norm over `clip_norm`: around 1 clipping is usual. Far above, nearly all are cut
+to one length, so that a steep gradient counts like the others. The length of the steps is hardly
+touched: Adam divides by its own mean."""
 DIVERGED = 0.1
 """Training loss of the last quarter above the lowest of as many steps."""
 GIVEN_BACK = 0.2
 """The same as a share of the fall before: near the end of a long fall, a tenth is noise."""
+CERTAIN = 9.0
+"""Times the scatter of a mean of records that two means must differ by. The lowest of many means is
+one of the two, and the scatter itself comes of a few records: with 3 one flat line in five of a
+dozen records would be said to rise, with 9 one in seventy."""
 STILL_FALLING = 0.15
 """Share of the whole fall that comes in the last quarter: a quarter on a straight line, near
 nothing on one that has flattened."""
@@ -63,27 +68,45 @@ def advice(run: Run) -> list[str]:
 
 
 def _overfitting(run: Run) -> str | None:
-    """The held-out loss has turned up, and the best weights were not kept."""
+    """The held-out loss has turned up while the training loss fell, and the best is not kept."""
     best, looks = run.best, run.looks
-    if best is None or run.keeps_best or len(looks) < 2:
+    if best is None or run.keeps_best or _worse(run) or not _learned(run):
         return None
-    lowest, last = min(looks[0], best, key=_held_out), looks[-1]
-    rise = last["eval_loss"] - lowest["eval_loss"]
-    if rise <= TURNED * lowest["eval_loss"]:
+    rise = looks[-1]["eval_loss"] - best["eval_loss"]
+    if rise <= TURNED * best["eval_loss"]:
         return None
-    less = " lora.lora_dropout: 0.1, a smaller lora.r," if _is_lora(run) else ""
+    less = " lora.lora_dropout: 0.05, a smaller lora.r," if _is_lora(run) else ""
     many = run.config["train"].get("eval_every")
     looking = "train.patience: 3" if many else "train.eval_every and train.patience: 3"
-    fewer = (
-        f" or train.steps: {lowest['step']}"
-        if lowest["step"]
-        else " or a lower train.learning_rate"
-    )
     return (
-        f"overfitting: the held-out loss rose from {lowest['eval_loss']:.3f} at step"
-        f" {lowest['step']} to {last['eval_loss']:.3f} at step {last['step']} (+{rise:.3f}); set"
-        f" {looking},{less}{fewer}"
+        f"overfitting: the held-out loss rose from {best['eval_loss']:.3f} at step {best['step']}"
+        f" to {looks[-1]['eval_loss']:.3f} at step {looks[-1]['step']} (+{rise:.3f}); set"
+        f" {looking},{less} or train.steps: {best['step']}"
     )
+
+
+def _worse(run: Run) -> str | None:
+    """The held-out loss never was below that before training, and rose."""
+    kept, best, looks = run.kept, run.best, run.looks
+    if kept is None or best is None or looks[0]["step"]:
+        return None
+    before, after = looks[0]["eval_loss"], kept["eval_loss"]
+    if best["eval_loss"] < before or after - before <= TURNED * before:
+        return None
+    rate = run.config["train"]["learning_rate"]
+    return (
+        f"worse than before: the held-out loss rose from {before:.3f} before training to"
+        f" {after:.3f} at step {kept['step']} (+{after - before:.3f}), and never was lower; set"
+        f" train.learning_rate: {_round(rate / 3)} (now {rate:g}), or check that held-out rows and"
+        " training rows are of the same kind"
+    )
+
+
+def _learned(run: Run) -> bool:
+    """Whether the training loss fell over the run."""
+    losses = run.line("loss")[1]
+    part = max(len(losses) // 4, 1)
+    return len(losses) > 1 and statistics.fmean(losses[-part:]) < statistics.fmean(losses[:part])
 
 
 def _too_fast(run: Run) -> str | None:
@@ -92,7 +115,7 @@ def _too_fast(run: Run) -> str | None:
     norms = run.line("grad_norm")[1]
     if len(losses) < ENOUGH:
         return None
-    seen = _spike(steps, losses) or _divergence(losses) or _steep(run, norms)
+    seen = _spike(steps, losses) or _divergence(losses) or _steep(norms)
     if seen is None:
         return None
     rate = run.config["train"]["learning_rate"]
@@ -104,15 +127,30 @@ def _jumps(values: list[float], least: float) -> list[tuple[float, int, float]]:
 
     Empty where they are few among many, or no more than how the values scatter.
     """
-    found, scatter = [], []
-    for i in range(1, len(values) - 1):
-        before, behind = values[max(i - AROUND, 0) : i], values[i + 1 :][:AROUND]
-        levels = statistics.median(before), statistics.median(behind)
-        found.append((values[i] - max(levels), i, max(levels)))
-        scatter.append(abs(values[i] - statistics.fmean(levels)))
-    usual = SCATTER * statistics.median(scatter)
+    found = [(values[i] - max(own), i, max(own)) for i, own in enumerate(_around(values), 1)]
+    usual = SCATTER * _scatter(values)
     high = [own for own in found if own[0] > max(least * own[2], usual)]
     return high if len(high) > RARE * len(values) else []
+
+
+def _around(values: list[float]) -> list[tuple[float, float]]:
+    """For each value but the first and the last the medians of those before and those behind."""
+    return [
+        (statistics.median(values[max(i - AROUND, 0) : i]),
+         statistics.median(values[i + 1 :][:AROUND]))
+        for i in range(1, len(values) - 1)
+    ]  # fmt: skip
+
+
+def _scatter(values: list[float]) -> float:
+    """How far values usually lie from those around them."""
+    pairs = zip(values[1:], _around(values), strict=False)
+    return statistics.median(abs(value - statistics.fmean(own)) for value, own in pairs)
+
+
+def _chance(losses: list[float], count: int) -> float:
+    """What two means of so many records may differ by where nothing has changed."""
+    return CERTAIN * _scatter(losses) / count**0.5
 
 
 def _spike(steps: list[int], losses: list[float]) -> str | None:
@@ -131,23 +169,29 @@ def _divergence(losses: list[float]) -> str | None:
     quarter = len(losses) // 4
     means = [statistics.fmean(losses[i:][:quarter]) for i in range(len(losses) - quarter + 1)]
     rise, fall = means[-1] - min(means), losses[0] - min(means)
-    if rise <= max(DIVERGED * min(means), GIVEN_BACK * fall):
+    if rise <= max(DIVERGED * min(means), GIVEN_BACK * fall, _chance(losses, quarter)):
         return None
     return f"the training loss rose from {min(means):.3f} to {means[-1]:.3f}"
 
 
-def _steep(run: Run, norms: list[float]) -> str | None:
-    if len(norms) < ENOUGH:
+def _steep(norms: list[float]) -> str | None:
+    if len(norms) < ENOUGH or not (jumps := _jumps(norms, STEEP_NORM)):
         return None
-    middle, clip = statistics.median(norms), run.config["train"].get("clip_norm")
-    if jumps := _jumps(norms, STEEP_NORM):
-        jump, _, level = max(jumps)
-        return f"the gradient's norm jumped from {level:.3g} to {level + jump:.3g}"
-    if clip and middle > CLIPPED * clip:
-        share = sum(norm > clip for norm in norms) / len(norms)
-        return f"the gradient's norm was {middle:.3g} at the median, and clipped to {clip:g} in" \
-               f" {percent(share, '.0f')} of the records"  # fmt: skip
-    return None
+    jump, _, level = max(jumps)
+    return f"the gradient's norm jumped from {level:.3g} to {level + jump:.3g}"
+
+
+def _clipping(run: Run) -> str | None:
+    """Nearly all gradients are cut to one length."""
+    norms, clip = run.line("grad_norm")[1], run.config["train"].get("clip_norm")
+    if len(norms) < ENOUGH or not clip or statistics.median(norms) <= CLIPPED * clip:
+        return None
+    middle, share = statistics.median(norms), sum(norm > clip for norm in norms) / len(norms)
+    return (
+        f"clipping: the gradient's norm was {middle:.3g} at the median, and clipped to {clip:g} in"
+        f" {percent(share, '.0f')} of the records; set train.clip_norm: {float(f'{middle:.1g}'):g}"
+        f" (now {clip:g})"
+    )
 
 
 def _does_nothing(run: Run) -> str | None:
@@ -172,8 +216,7 @@ def _too_slow(run: Run) -> str | None:
     """The loss still falls at the end."""
     losses = run.line("loss")[1]
     quarter = len(losses) // 4
-    early = run.about.get("ended", {}).get("early")
-    if len(losses) < ENOUGH or early or _overfitting(run) or _too_fast(run):
+    if len(losses) < ENOUGH or _is_short(run) or any(rule(run) for rule in _AGAINST_MORE):
         return None
     half = max(quarter // 2, 1)
     first, before, last = (
@@ -181,7 +224,8 @@ def _too_slow(run: Run) -> str | None:
         for part in (losses[:half], losses[-quarter - half : -quarter], losses[-half:])
     )
     fall = before - last
-    if first <= last or fall <= max(STILL_FALLING * (first - last), NOTABLE * last):
+    least = max(STILL_FALLING * (first - last), NOTABLE * last, _chance(losses, half))
+    if first <= last or fall <= least:
         return None
     train = run.config["train"]
     length = (
@@ -197,6 +241,13 @@ def _too_slow(run: Run) -> str | None:
     )
 
 
+def _is_short(run: Run) -> bool:
+    """Whether a run has not taken all its steps: it was stopped, or `patience` ended it."""
+    if run.about.get("ended", {}).get("early") or not run.steps:
+        return True
+    return run.steps[-1]["step"] < run.steps[-1]["steps"]
+
+
 def _unused_rank(run: Run) -> str | None:
     needed = needed_rank(run.spectra)
     given = max((x.rank for x in run.spectra), default=0)
@@ -205,7 +256,7 @@ def _unused_rank(run: Run) -> str | None:
         return None
     return (
         f"rank: {needed} directions hold 99 % of nine deltas in ten, of {given}; set lora.r:"
-        f" {needed}, with lora.lora_alpha in proportion"
+        f" {needed}, and leave lora.lora_alpha as it is"
     )
 
 
@@ -273,9 +324,13 @@ def _round(value: float) -> str:
     return f"{digit}e{int(power)}"
 
 
+_AGAINST_MORE = (_overfitting, _worse, _too_fast)
+"""What forbids to advise more steps, or larger ones."""
 _RULES: tuple[Callable[[Run], str | None], ...] = (
     _overfitting,
+    _worse,
     _too_fast,
+    _clipping,
     _does_nothing,
     _too_slow,
     _unused_rank,

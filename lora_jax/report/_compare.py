@@ -9,7 +9,7 @@ from .._errors import InputError
 from ._blocks import Block, Lines, Page, Picture, Section, Table, percent
 from ._figures import smoothed, smoothing_width
 from ._markdown import table
-from ._plots import FEW, new_figure
+from ._plots import FEW, as_label, new_figure
 from ._report import write_page
 from ._run import Run, read_run
 
@@ -74,7 +74,9 @@ def plot_runs(runs: Sequence[Run]) -> Any:
     for i, (name, run) in enumerate(zip(_names(runs), runs, strict=True)):
         style = {"color": APART[i % len(APART)], "linestyle": ("-", "--", ":")[i // len(APART) % 3]}
         steps, losses = run.line("loss")
-        training.plot(steps, smoothed(losses, smoothing_width(len(losses))), label=name, **style)
+        training.plot(
+            steps, smoothed(losses, smoothing_width(len(losses))), label=as_label(name), **style
+        )
         at, losses = run.line("eval_loss")
         marker = "o" if len(at) <= FEW else None
         held_out.plot(at, losses, marker=marker, markersize=4, **style)
@@ -120,7 +122,8 @@ def _numbers(run: Run) -> dict[str, str]:
 
 def _notes(runs: Sequence[Run]) -> list[str]:
     """What makes numbers of different runs hard to compare."""
-    notes = []
+    named = zip(_names(runs), runs, strict=True)
+    notes = [f"{name} is not finished{_so_far(run)}" for name, run in named if not _ended(run)]
     for part, losses in (("eval", "held-out"), ("train", "training")):
         digests = {run.about.get("data", {}).get(part, {}).get("digest") for run in runs}
         sources = {str(_source(run, part)) for run in runs}
@@ -131,6 +134,18 @@ def _notes(runs: Sequence[Run]) -> list[str]:
         elif None in digests:
             notes.append(f"not every run says which {losses} rows it read; only their files agree")
     return notes
+
+
+def _ended(run: Run) -> bool:
+    """Whether a run says so, has left its result, or has taken all its steps."""
+    last = run.steps[-1] if run.steps else None
+    whole = last is not None and last["step"] >= last["steps"]
+    return "ended" in run.about or run.finished or whole
+
+
+def _so_far(run: Run) -> str:
+    last = run.steps[-1] if run.steps else None
+    return "" if last is None else f" (step {last['step']:,} of {last['steps']:,})"
 
 
 def _source(run: Run, part: str) -> Any:

@@ -199,9 +199,10 @@ def _course(run: Run) -> list[Block]:
         return []
     rates, norms = run.line("learning_rate")[1], run.line("grad_norm")[1]
     speeds = run.line("tokens_per_second")[1]
+    rate, norm = max(rates, default=0), max(norms, default=0)
     alt = (
-        f"Over the steps: the learning rate, up to {max(rates):.2g}; the gradient's norm, up to"
-        f" {max(norms, default=0):.3g}; tokens per second, up to {max(speeds):,.0f}; peak memory"
+        f"Over the steps: the learning rate, up to {rate:.2g}; the gradient's norm, up to"
+        f" {norm:.3g}; tokens per second, up to {max(speeds):,.0f}; peak memory"
     )
     clip = run.config["train"].get("clip_norm")
     caption = f"Dashed: the norm that gradients are clipped to ({clip:g})." if clip else ""

@@ -234,6 +234,17 @@ def new_figure(width: float = 7, height: float = 4, layout: Any = "constrained")
     return Figure(figsize=(width, height), layout=layout)
 
 
+def as_label(name: str) -> str:
+    """A name as matplotlib shows it: no formula between its dollars, nor hidden for its underscore.
+
+    Example:
+        >>> as_label("a$b$"), as_label("_mine")
+        ('a\\\\$b\\\\$', ' _mine')
+    """
+    shown = name.replace("$", r"\$")
+    return f" {shown}" if shown.startswith("_") else shown
+
+
 def something(where: str, given: Mapping[str, Any]) -> Mapping[str, Any]:
     """What is given, if it can be drawn."""
     if not given or not all(len(own) for own in given.values()):

@@ -1,6 +1,7 @@
 """A run's `metrics.jsonl`, read back."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,10 @@ from .._errors import InputError
 def read_records(directory: str | Path) -> list[dict[str, Any]]:
     """The records of a run, in order; a last line that was cut off is left out.
 
+    Of a record its finite numbers are read: a loss or a norm that overflowed is not in it.
+
     Raises:
-        InputError: if there is no such file, or another line is not JSON.
+        InputError: if there is no such file, or another line is not JSON or no record.
     """
     path = Path(directory) / "metrics.jsonl"
     records = []
@@ -19,14 +22,26 @@ def read_records(directory: str | Path) -> list[dict[str, Any]]:
         lines = path.read_text("utf-8").splitlines()
     except OSError:
         raise InputError(f"{path}: no such file; a run's directory holds one") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: not a text in UTF-8; delete it, or train anew") from None
     for number, line in enumerate(lines, 1):
         try:
-            records.append(json.loads(line))
+            found = json.loads(line)
         except ValueError:
             if number == len(lines):
                 break
             raise InputError(f"{path}:{number}: not JSON") from None
+        if not isinstance(found, dict) or type(found.get("step")) is not int:
+            raise InputError(
+                f"{path}:{number}: not a record, which has a whole number as its step; delete the"
+                " line"
+            )
+        records.append({key: value for key, value in found.items() if _is_finite(value)})
     return records
+
+
+def _is_finite(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
 
 
 def series(records: list[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import json
 import statistics
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,12 @@ import yaml
 
 from .._errors import InputError
 from ..adapters import DeltaSpectrum, delta_spectra
+from ..train import config_text, load_config
 from ._records import read_records, series
+from ._shapes import ABOUT, SAMPLE, SUMMARY, fits, parts
 
 Record = dict[str, Any]
+_OF_A_STEP = {"loss", "steps", "tokens", "tokens_per_second", "peak_memory_bytes"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +50,7 @@ class Run:
     @property
     def steps(self) -> list[Record]:
         """The records of training steps."""
-        return [r for r in self.records if "loss" in r]
+        return [r for r in self.records if r.keys() >= _OF_A_STEP]
 
     @property
     def looks(self) -> list[Record]:
@@ -61,15 +63,15 @@ class Run:
 
     @property
     def kept(self) -> Record | None:
-        """The held-out loss of the weights that are kept."""
-        if not self.looks:
-            return None
-        return self.best if self.keeps_best else self.looks[-1]
+        """The held-out loss of the weights that are kept; None before the first look at them."""
+        if self.best is None or self.keeps_best:
+            return self.best
+        return self.looks[-1]
 
     @property
     def best(self) -> Record | None:
         """The lowest held-out loss, the one before training aside."""
-        trained = [look for look in self.looks if look["step"]] or self.looks
+        trained = [look for look in self.looks if look["step"]]
         return min(trained, key=lambda look: look["eval_loss"], default=None)
 
     @property
@@ -120,22 +122,25 @@ def read_run(directory: str | Path) -> Run:
         directory: The run's, with `config.yaml` and `metrics.jsonl`.
 
     Raises:
-        InputError: if one of these two is missing, or any of its files is broken.
+        InputError: if one of these two is missing or broken, or another file is no JSON. What has
+            another shape than a run gives it is passed over.
     """
     directory = Path(directory)
     records = read_records(directory)
-    config = _read(directory / "config.yaml", yaml.safe_load)
-    about, samples, summary = (
-        _read(path, json.loads) if (path := directory / f"{name}.json").exists() else {}
-        for name in ("run", "samples", "summary")
+    config = yaml.safe_load(config_text(load_config(directory / "config.yaml")))
+    about, answered, summary = (
+        _read(directory / f"{name}.json") for name in ("run", "samples", "summary")
     )
+    answered = parts(answered, {"samples": list, "left_out": str})
+    summary = parts(summary, SUMMARY)
+    samples = [sample for sample in answered.get("samples", []) if fits(sample, SAMPLE)]
     return Run(
         directory=directory,
         config=config,
         records=records,
-        about=about,
-        samples=[s for s in samples.get("samples", []) if "after" in s] or _older(summary),
-        no_samples=samples.get("left_out"),
+        about=parts(about, ABOUT),
+        samples=samples or _older(summary),
+        no_samples=answered.get("left_out"),
         summary=summary,
         spectra=_spectra(directory / "adapter"),
     )
@@ -153,11 +158,10 @@ def _spectra(adapter: Path) -> list[DeltaSpectrum]:
         return []
 
 
-def _read(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
+def _read(path: Path) -> Any:
+    if not path.exists():
+        return None
     try:
-        found = parse(path.read_text("utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        return json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot read: {' '.join(str(error).split())}") from None
-    if not isinstance(found, dict):
-        raise InputError(f"{path}: cannot read: expected keys and values")
-    return found

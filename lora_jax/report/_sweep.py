@@ -8,6 +8,7 @@ from typing import Any
 
 from .._drawing import COLOURS, GREY, save_figure
 from .._errors import InputError
+from ._plots import as_label
 
 Record = Mapping[str, Any]
 
@@ -83,7 +84,7 @@ def draw_sweep(directory: str | Path) -> Path:
     axes.set_xticks(list(values.values()) if numbers else range(len(values)), list(values))
     axes.minorticks_off()
     axes.set(xlabel=across, ylabel="held-out loss (nats per trained token)",
-             title=Path(directory).name)  # fmt: skip
+             title=as_label(Path(directory).name))  # fmt: skip
     axes.legend(frameon=False, fontsize="small")
     save_figure(figure, [axes], path)
     return path

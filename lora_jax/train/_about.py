@@ -61,7 +61,7 @@ def write_start(job: Job, directory: Path, step: int, batches: int) -> None:
             "rows": [_row(example, job) for example in job.train.examples[:_ROWS]],
         },
         "base_norms": norms,
-        "starts": [*_read(directory).get("starts", []), _start(step)],
+        "starts": [*_starts(directory), _start(step)],
     }
     _write(directory, about)
 
@@ -70,7 +70,7 @@ def write_end(directory: Path, step: int, *, early: bool) -> None:
     """Add that the run has ended, when, and whether `patience` ended it."""
     ended = {"time": _now(), "step": step, "early": early}
     if is_first():
-        _write(directory, {**_read(directory), "ended": ended})
+        _write(directory, {**read_kept(directory / ABOUT_FILE), "ended": ended})
 
 
 def kernel_norms(job: Job) -> dict[str, float]:
@@ -172,9 +172,21 @@ def _now() -> str:
     return datetime.datetime.now().astimezone().isoformat(timespec="seconds")
 
 
-def _read(directory: Path) -> dict[str, Any]:
-    path = directory / ABOUT_FILE
-    return json.loads(path.read_text("utf-8")) if path.exists() else {}
+def _starts(directory: Path) -> list[Any]:
+    starts = read_kept(directory / ABOUT_FILE).get("starts")
+    return starts if isinstance(starts, list) else []
+
+
+def read_kept(path: Path) -> dict[str, Any]:
+    """What a file holds of keys and values: nothing where it is missing or broken.
+
+    What a run tells beside its results must not end it.
+    """
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _write(directory: Path, about: dict[str, Any]) -> None:

@@ -10,9 +10,11 @@ import numpy as np
 
 from .._errors import first_line
 from .._files import atomic_file
+from .._tokenizer import Tokenizer
 from .._typing import Params
 from ..data import Example
 from ..models import generate
+from ._about import read_kept
 from ._hosts import is_first
 from ._job import Job
 from ._tokens import stopping_config
@@ -45,7 +47,7 @@ def answer_before(job: Job, params: Params, directory: Path) -> None:
         {
             "row": example.row,
             "prompt": tokenizer.decode(_prompt(example)),
-            "expected": tokenizer.decode(_answer(example)).strip(),
+            "expected": _beginning(_answer(example), tokenizer),
             "before": answer,
         }
         for example, answer in zip(chosen, answers, strict=True)
@@ -54,20 +56,24 @@ def answer_before(job: Job, params: Params, directory: Path) -> None:
 
 
 def answer_after(job: Job, params: Params, directory: Path) -> None:
-    """Add what the model answers now to the file that `answer_before` has left."""
-    path = directory / SAMPLES_FILE
-    kept = json.loads(path.read_text("utf-8")) if path.exists() else {}
-    if not kept.get("samples"):
+    """Add what the model answers now to the file that `answer_before` has left.
+
+    A file that is broken, or asks something else, is left as it is.
+    """
+    kept = read_kept(directory / SAMPLES_FILE)
+    samples = kept.get("samples")
+    if not isinstance(samples, list) or not all(isinstance(own, dict) for own in samples):
+        return
+    chosen = _chosen(job) if samples else []
+    if not chosen or [own.get("row") for own in samples] != [example.row for example in chosen]:
         return
     try:
-        answers = _answers(job, params, _chosen(job))
+        answers = _answers(job, params, chosen)
     except jax.errors.JaxRuntimeError as error:
         _write(directory, {"samples": [], "left_out": first_line(error)})
         return
-    samples = [
-        {**sample, "after": answer} for sample, answer in zip(kept["samples"], answers, strict=True)
-    ]
-    _write(directory, {**kept, "samples": samples})
+    answered = [{**own, "after": answer} for own, answer in zip(samples, answers, strict=True)]
+    _write(directory, {**kept, "samples": answered})
 
 
 def _chosen(job: Job) -> list[Example]:
@@ -89,6 +95,12 @@ def _answer(example: Example) -> np.ndarray:
     start = len(_prompt(example))
     others = np.flatnonzero(~example.loss_mask[start:])
     return example.input_ids[start:][: others[0] if len(others) else None]
+
+
+def _beginning(ids: np.ndarray, tokenizer: Tokenizer) -> str:
+    """A text, up to as many tokens as the model may answer with."""
+    text = tokenizer.decode(ids[:NEW_TOKENS]).strip()
+    return f"{text}…" if len(ids) > NEW_TOKENS else text
 
 
 def _answers(job: Job, params: Params, examples: Sequence[Example]) -> list[str]:

@@ -56,13 +56,13 @@ CASES = {
     "overfitting": (
         lambda run: with_lines(run, eval_loss=[5.3, 3.5, 3.4, 3.45, 3.6, 3.8, 4.0]),
         "overfitting: the held-out loss rose from 3.400 at step 20 to 4.000 at step 60 (+0.600);"
-        " set train.patience: 3, lora.lora_dropout: 0.1, a smaller lora.r, or train.steps: 20",
+        " set train.patience: 3, lora.lora_dropout: 0.05, a smaller lora.r, or train.steps: 20",
     ),
     "worse than before": (
         lambda run: with_lines(run, eval_loss=[3.0, 3.2, 3.3, 3.3, 3.3, 3.3, 3.3]),
-        "overfitting: the held-out loss rose from 3.000 at step 0 to 3.300 at step 60 (+0.300);"
-        " set train.patience: 3, lora.lora_dropout: 0.1, a smaller lora.r, or a lower"
-        " train.learning_rate",
+        "worse than before: the held-out loss rose from 3.000 before training to 3.300 at step 60"
+        " (+0.300), and never was lower; set train.learning_rate: 1e-3 (now 0.003), or check that"
+        " held-out rows and training rows are of the same kind",
     ),
     "a spike": (
         lambda run: with_lines(run, loss=spiked(7)),
@@ -81,8 +81,8 @@ CASES = {
     ),
     "clipped": (
         lambda run: with_lines(run, grad_norm=[8.0] * 12),
-        "learning rate: the gradient's norm was 8 at the median, and clipped to 1 in 100 % of the"
-        " records; set train.learning_rate: 1e-3 (now 0.003)",
+        "clipping: the gradient's norm was 8 at the median, and clipped to 1 in 100 % of the"
+        " records; set train.clip_norm: 8 (now 1)",
     ),
     "no delta": (
         lambda run: with_spectrum(with_lines(run, eval_loss=[5.3] * 7), np.zeros(16)),
@@ -96,8 +96,8 @@ CASES = {
     ),
     "one direction": (
         lambda run: with_spectrum(run, [1.0, *[1e-3] * 15]),
-        "rank: 1 directions hold 99 % of nine deltas in ten, of 16; set lora.r: 1, with"
-        " lora.lora_alpha in proportion",
+        "rank: 1 directions hold 99 % of nine deltas in ten, of 16; set lora.r: 1, and"
+        " leave lora.lora_alpha as it is",
     ),
     "not packed": (
         lambda run: with_config(with_data(run, places=1_000_000), "data", packing=False),
@@ -129,6 +129,45 @@ def test_what_is_wrong_is_said_in_one_line(recorded, case):
 def test_patience_has_dealt_with_overfitting(recorded):
     change, _ = CASES["overfitting"]
     assert advice(with_config(change(recorded), "train", patience=2)) == []
+
+
+def test_patience_does_not_hide_what_is_worse_than_before(recorded):
+    change, _ = CASES["worse than before"]
+    (line,) = advice(with_config(change(recorded), "train", patience=2))
+    assert "rose from 3.000 before training to 3.200 at step 10" in line
+
+
+def test_a_held_out_loss_that_rises_with_the_other_is_no_overfitting(recorded):
+    change, _ = CASES["overfitting"]
+    rising = with_lines(change(recorded), loss=np.linspace(3, 3.1, 12).tolist())
+    assert advice(rising) == []
+
+
+def test_a_run_that_was_stopped_is_not_too_short(recorded):
+    change, _ = CASES["a straight line"]
+    run = change(recorded)
+    assert advice(with_lines(run, steps=[120] * 12)) == []
+
+
+@pytest.mark.parametrize("count", [8, 9, 12, 16, 40, 120])
+@pytest.mark.parametrize("noise", [0.05, 0.2, 0.4])
+def test_noise_around_a_flat_line_says_nothing(recorded, count, noise):
+    step = recorded.steps[-1]
+
+    def told(seed):
+        losses = 2 + noise * np.random.default_rng(seed).standard_normal(count)
+        records = [
+            {**step, "step": i, "steps": count, "loss": float(loss)}
+            for i, loss in enumerate(losses, 1)
+        ]
+        return advice(dataclasses.replace(recorded, records=records, spectra=[]))
+
+    assert sum(not told(seed) for seed in range(100)) >= 97
+
+
+def test_a_run_that_was_stopped_before_its_first_look_has_no_loss_after(recorded):
+    run = dataclasses.replace(recorded, records=recorded.records[:2])
+    assert run.looks and run.kept is None and run.best is None and advice(run) == []
 
 
 def test_a_run_that_tells_little_gets_none(recorded):

@@ -1,5 +1,6 @@
 """Runs laid over each other."""
 
+import io
 import json
 import re
 import shutil
@@ -7,6 +8,8 @@ import shutil
 import pytest
 
 from lora_jax.cli import main
+from lora_jax.report import read_run
+from lora_jax.report._compare import plot_runs
 
 from .conftest import RECORDED
 
@@ -60,6 +63,27 @@ def test_runs_of_other_rows_are_said_to_be(two, tmp_path, capsys, undrawn):
     (two[1] / "run.json").unlink()
     main(["compare", *map(str, two), "--output", str(tmp_path / "both")])
     assert capsys.readouterr().out.count("only their files agree") == 2
+
+
+def test_a_run_that_was_stopped_is_said_to_be(two, tmp_path, capsys, undrawn):
+    metrics = (two[1] / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (two[1] / "metrics.jsonl").write_text("".join(metrics[:2]))
+    about = json.loads((two[1] / "run.json").read_text())
+    del about["ended"]
+    (two[1] / "run.json").write_text(json.dumps(about))
+    main(["compare", *map(str, two), "--output", str(tmp_path / "both")])
+    out = capsys.readouterr().out
+    assert "note: rank32 is not finished (step 5 of 60)" in out and "rank16 is not" not in out
+    assert rows(out)["held-out loss after"] == ["3.4223", "–"]
+
+
+def test_names_of_runs_are_shown_as_they_are(two, tmp_path):
+    names = ["_a$b$", "c_$x^2$"]
+    runs = [read_run(one.rename(tmp_path / name)) for one, name in zip(two, names, strict=True)]
+    figure = plot_runs(runs)
+    shown = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert shown == [r" _a\$b\$", r"c_\$x^2\$"]
+    figure.savefig(io.BytesIO(), dpi=20)
 
 
 @pytest.mark.parametrize(
