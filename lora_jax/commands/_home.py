@@ -86,7 +86,8 @@ def _run(metrics: Path) -> Found:
         saved = [int(d.name) for d in (directory / "checkpoints").glob("*") if d.name.isdecimal()]
         if _is_held(directory):
             return Found(directory, f"training, at step {records[-1]['step']}", ())
-        return Found(directory, f"stopped, saved at step {max(saved, default=0)}", (again,))
+        where = f"saved at step {max(saved)}" if saved else "with nothing saved yet"
+        return Found(directory, f"stopped, {where}", (again,))
     after = min(losses[1:]) if config["train"]["patience"] else losses[-1]
     uses = [f"report {_word(directory)}", *_uses(directory, result, config)]
     return Found(directory, f"finished, held-out loss {losses[0]:.4f} → {after:.4f}", uses)
