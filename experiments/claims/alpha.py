@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from common import Arm, Base, best_rate, load_base, tiny, tune_and_run
-from outcome import markdown, options, save_picture, save_results, spread
+from outcome import chosen_rate, markdown, options, save_picture, save_results, spread
 from tasks import style_task
 
 from lora_jax._drawing import APART
@@ -97,7 +97,7 @@ def table(found: dict[str, Any]) -> str:
                 own["rule"],
                 own["rank"],
                 f"{own['scaling']:.3g}",
-                f"{own['best_rate']:g}" + (" (end of the grid)" if own["edge"] else ""),
+                chosen_rate(own["best_rate"], own["edge"]),
                 f"{min(near):g}..{max(near):g}",
                 f"{test['mean']:.3f} ({test['low']:.3f}..{test['high']:.3f})",
                 f"{own['lost_at_rate_of_rank_8']:.3f}",

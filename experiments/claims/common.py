@@ -43,7 +43,6 @@ def train_together(
     starts: Sequence[Params],
     rates: Sequence[float],
     seeds: Sequence[int],
-    section: TrainSection | None = None,
     mask: Callable[[Params], Params] = adapter_mask,
     looks: Sequence[int] = (),
     look: Callable[[int, list[Params]], None] = lambda step, adapters: None,
@@ -54,7 +53,6 @@ def train_together(
         starts: Adapters before their first step, which may differ in rank and scaling.
         rates: Peak learning rate of each; it rises over 5 % of the steps and falls to a tenth.
         seeds: Two adapters with one seed see the same batches.
-        section: Optimizer and schedule; its learning rate is not looked at.
         mask: What may move, a function of the module's top level.
         looks: Steps after which `look` is called with the adapters as they then are.
     """
@@ -62,8 +60,7 @@ def train_together(
     def taken() -> list[Params]:
         return [take_adapter(state.trainable, i, start) for i, start in enumerate(starts)]
 
-    section = dataclasses.replace(section or TrainSection(warmup=0.05), learning_rate=1.0)
-    tx, step = _program(base.model, section, task.steps, mask)
+    tx, step = _program(base.model, task.steps, mask)
     state = init_joint_state(starts, tx, seeds=seeds, rates=rates)
     batches = {s: batch_iterator(task.train, **task.sizes, seed=s) for s in dict.fromkeys(seeds)}
     for at in range(1, task.steps + 1):
@@ -77,9 +74,12 @@ def train_together(
 
 
 @functools.lru_cache
-def _program(model: Any, section: TrainSection, steps: int, mask: Any) -> tuple[Any, Any]:
-    """The optimizer and the step, the same again for the same: it is compiled once for a shape."""
-    tx = make_optimizer(section, steps, mask)
+def _program(model: Any, steps: int, mask: Any) -> tuple[Any, Any]:
+    """The optimizer and the step, the same again for the same: it is compiled once for a shape.
+
+    Each adapter's own learning rate multiplies the schedule's, which is therefore 1.
+    """
+    tx = make_optimizer(TrainSection(warmup=0.05, learning_rate=1.0), steps, mask)
     return tx, make_joint_step(model, tx, own_data=True)
 
 
@@ -153,7 +153,6 @@ def run_arms(
     arms: Sequence[tuple[Arm, float, int]],
     *,
     tuning: bool = False,
-    section: TrainSection | None = None,
 ) -> list[dict[str, Any]]:
     """Train each `(arm, rate, seed)` and make a record of it.
 
@@ -170,7 +169,7 @@ def run_arms(
         begun = time.perf_counter()
         chosen, rates, seeds = zip(*(arms[i] for i in numbers), strict=True)
         starts = [base.adapter(a.lora, seed) for a, seed in zip(chosen, seeds, strict=True)]
-        adapters = train_together(base, task, starts, rates, seeds, section)
+        adapters = train_together(base, task, starts, rates, seeds)
         seconds = time.perf_counter() - begun
         named = {"valid": task.valid} if tuning else task.test
         found = {name: score(base, adapters, part) for name, part in named.items()}
@@ -206,18 +205,31 @@ def tune_and_run(
     arms: Sequence[Arm],
     rates: Sequence[float],
     seeds: Sequence[int],
-    **options: Any,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The runs that chose each arm's learning rate, and those of the chosen one, by seed.
 
     The choice is the lowest loss on `task.valid`; a choice at an end of the grid says so (`edge`).
     """
     tries = [(a, r, TUNING_SEED) for a in arms for r in rates if len(rates) > 1]
-    tried = run_arms(base, task, tries, tuning=True, **options)
+    tried = run_arms(base, task, tries, tuning=True)
     best = {a.name: best_rate(tried, a.name) if tried else rates[0] for a in arms}
-    found = run_arms(base, task, [(a, best[a.name], s) for a in arms for s in seeds], **options)
+    found = run_arms(base, task, [(a, best[a.name], s) for a in arms for s in seeds])
     ends = (min(rates), max(rates))
     return tried, [record | {"edge": record["rate"] in ends} for record in found]
+
+
+def compare(
+    base: Base, task: Task, arms: Sequence[Arm], rates: Sequence[float], seeds: Sequence[int]
+) -> dict[str, Any]:
+    """What a task's results hold: the base's scores, how long was trained, and all runs."""
+    tried, runs = tune_and_run(base, task, arms, rates, seeds)
+    return {
+        "before": {name: vars(base_score(base, part)) for name, part in task.test.items()},
+        "steps": task.steps,
+        "tokens": task.steps * task.batch_size * task.length,
+        "tuning": tried,
+        "runs": runs,
+    }
 
 
 def best_rate(tried: Sequence[Mapping[str, Any]], arm: str) -> float:

@@ -130,9 +130,9 @@ def table(results: dict[str, Any]) -> str:
         costs = [f"{alone[p] - first[p]:+.3f}" for p in ("own", "test")] if alone else ["", ""]
         left = "tie" if own.ties(dense) else f"{own.mean - dense.mean:+.3f}"
         rate = next(x["rate"] for x in results["runs"] if x["trained"] == trained)
-        edge = " (end of the grid)" if rate in (RATES[0], RATES[-1]) else ""
+        chosen = outcome.chosen_rate(rate, rate in (RATES[0], RATES[-1]))
         left = "" if (trained, on) == (DENSE, DENSE) else left
-        rows.append([label(trained, on), *costs, f"{rate:g}{edge}", own, left])
+        rows.append([label(trained, on), *costs, chosen, own, left])
     head = ["base", "cost on its own text", "cost on the task", "rate", "loss with adapter", "left"]
     return outcome.markdown(head, rows)
 

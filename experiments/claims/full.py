@@ -232,7 +232,7 @@ def table(results: dict[str, Any]) -> str:
             against = "tie" if own.ties(whole) else f"{own.mean - whole.mean:+.3f}"
             size = results["files"][arm] / 1e6
             on_disk = f"{size:.2f}" if task == "docstrings" else ""
-            rate = f"{run['rate']:g}{' (end of the grid)' if run['edge'] else ''}"
+            rate = outcome.chosen_rate(run["rate"], run["edge"])
             against = "" if arm == FULL else against
             rows.append([task, arm, f"{run['trainable']:,}", rate, own, against, on_disk])
     head = ["task", "trained", "parameters", "rate", "held-out loss", "against full", "file, MB"]

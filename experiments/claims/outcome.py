@@ -102,6 +102,11 @@ def _plain(value: Any) -> Any:
     return value
 
 
+def chosen_rate(rate: float, edge: bool) -> str:
+    """A learning rate that was chosen, and whether it lies at an end of what was tried."""
+    return f"{rate:g}" + (" (end of the grid)" if edge else "")
+
+
 def markdown(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """A table in Markdown."""
     lines = [list(header), ["---"] * len(header), *([str(x) for x in row] for row in rows)]

@@ -9,8 +9,8 @@ facts, for three rules of alpha, each with its own best learning rate.
 import time
 from typing import Any
 
-from common import Arm, Base, base_score, load_base, tiny, tune_and_run
-from outcome import Spread, markdown, options, save_picture, save_results, spread
+from common import Arm, Base, compare, load_base, tiny
+from outcome import Spread, chosen_rate, markdown, options, save_picture, save_results, spread
 from tasks import NAMES, RATES, STEPS, facts_task, style_task
 
 from lora_jax._drawing import APART, GREY
@@ -37,15 +37,7 @@ def main() -> None:
         rates, seeds = RATES[task.name], SEEDS
         if given.quick:
             task, wanted, rates, seeds = tiny(task), wanted[:2], rates[1:2], SEEDS[:2]
-        tried, runs = tune_and_run(base, task, wanted, rates, seeds)
-        before = {name: vars(base_score(base, part)) for name, part in task.test.items()}
-        found["tasks"][task.name] = {
-            "before": before,
-            "steps": task.steps,
-            "tokens": task.steps * task.batch_size * task.length,
-            "tuning": tried,
-            "runs": runs,
-        }
+        found["tasks"][task.name] = compare(base, task, wanted, rates, seeds)
         save_results(given.out, "rank", found | verdict(found), begun)
     save_picture(given.out, "rank", picture(found))
     print(table(found))
@@ -87,7 +79,7 @@ def table(found: dict[str, Any]) -> str:
     for name, task in found["tasks"].items():
         for arm in dict.fromkeys(run["arm"] for run in task["runs"]):
             own = next(run for run in task["runs"] if run["arm"] == arm)
-            rate = f"{own['rate']:g}" + (" (end of the grid)" if own["edge"] else "")
+            rate = chosen_rate(own["rate"], own["edge"])
             for part in task["before"]:
                 loss, exact = (spread(task["runs"], arm, part, x) for x in ("loss", "exact"))
                 right = f"{exact}" if name == "knowledge" else ""

@@ -10,8 +10,8 @@ learning rate.
 import time
 from typing import Any
 
-from common import Arm, Base, base_score, load_base, tiny, tune_and_run
-from outcome import markdown, options, save_picture, save_results, spread
+from common import Arm, Base, compare, load_base, tiny
+from outcome import chosen_rate, markdown, options, save_picture, save_results, spread
 from tasks import NAMES, STEPS, facts_task, style_task
 
 from lora_jax._drawing import APART
@@ -40,14 +40,7 @@ def main() -> None:
         rates, seeds = RATES[task.name], SEEDS
         if given.quick:
             task, rates, seeds = tiny(task), rates[1:2], SEEDS[:2]
-        tried, runs = tune_and_run(base, task, wanted, rates, seeds)
-        found["tasks"][task.name] = {
-            "before": {name: vars(base_score(base, part)) for name, part in task.test.items()},
-            "steps": task.steps,
-            "tokens": task.steps * task.batch_size * task.length,
-            "tuning": tried,
-            "runs": runs,
-        }
+        found["tasks"][task.name] = compare(base, task, wanted, rates, seeds)
         save_results(given.out, "targets", found, begun)
     save_picture(given.out, "targets", picture(found))
     print(table(found))
@@ -63,7 +56,7 @@ def table(found: dict[str, Any]) -> str:
     for name, task in found["tasks"].items():
         for arm in dict.fromkeys(run["arm"] for run in task["runs"]):
             own = next(run for run in task["runs"] if run["arm"] == arm)
-            rate = f"{own['rate']:g}" + (" (end of the grid)" if own["edge"] else "")
+            rate = chosen_rate(own["rate"], own["edge"])
             part = PARTS[name]
             loss, exact = (spread(task["runs"], arm, part, what) for what in ("loss", "exact"))
             right = str(exact) if name == "knowledge" else ""
