@@ -2,7 +2,6 @@
 
 import statistics
 from collections.abc import Callable
-from typing import Any
 
 from ._blocks import percent
 from ._run import Run
@@ -303,10 +302,6 @@ def _change(run: Run) -> float | None:
     if run.kept is None or len(run.looks) < 2:
         return None
     return run.kept["eval_loss"] / run.looks[0]["eval_loss"] - 1
-
-
-def _held_out(look: dict[str, Any]) -> float:
-    return look["eval_loss"]
 
 
 def _is_lora(run: Run) -> bool:
